@@ -1,0 +1,161 @@
+"""The captioner in torch: encoder, bridge and decoder as one module, and the reference for every export of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ...runtime.errors import UsageError
+from .bridges import BRIDGES
+from .decoders import DECODERS
+from .encoders import ENCODERS
+
+
+@dataclass
+class GraphPair:
+    """The two graphs of a bundle as torch modules, with what an exporter must know of them."""
+
+    encoder: nn.Module
+    decoder: nn.Module
+    encoder_inputs: dict[str, tuple[Tensor, dict[int, str]]]
+    encoder_outputs: tuple[str, ...]
+    decoder_inputs: dict[str, tuple[Tensor, dict[int, str]]]
+    decoder_outputs: tuple[str, ...]
+    session: dict
+
+
+class CaptionModel(nn.Module):
+    """pixels uint8 [N, H, W, 3] and word ids → logits. `bos_id` starts every caption."""
+
+    def __init__(self, encoder: nn.Module, bridge: nn.Module, decoder: nn.Module, *, bos_id: int, size: tuple[int, int]) -> None:
+        super().__init__()
+        self.encoder, self.bridge, self.decoder = encoder, bridge, decoder
+        self.bos_id, self.size = bos_id, size
+
+    def forward(self, ids: Tensor, *, pixels: Tensor | None = None, features: Tensor | None = None) -> Tensor:
+        """Teacher forcing: ids int64 [N, C, T] (BOS first, C captions a photo) with pixels uint8 [N, H, W, 3] or the
+        frozen encoder's features [N, L, dim] → logits [N, C, T, V]."""
+        return self.decoder(self.memory(pixels=pixels, features=features), ids)
+
+    def memory(self, *, pixels: Tensor | None = None, features: Tensor | None = None) -> Tensor:
+        """What the decoder looks at: [N, L, bridge dim]."""
+        return self.bridge(self.encoder(pixels) if features is None else features)
+
+    def photo(self, *, pixels: Tensor | None = None, features: Tensor | None = None) -> dict[str, Tensor]:
+        """Everything computed once per photo."""
+        return self.decoder.photo(self.memory(pixels=pixels, features=features))
+
+    def session(self) -> TorchSession:
+        return TorchSession(self)
+
+    def graphs(self) -> GraphPair:
+        """The encoder graph (pixels → photo tensors) and the decoder graph (prefill and step)."""
+        with torch.no_grad():
+            pixels = torch.randint(0, 256, (2, *self.size, 3), dtype=torch.uint8)
+            cells = self.eval().memory(pixels=pixels).shape[1]
+        return GraphPair(
+            encoder=EncoderGraph(self).eval(),
+            decoder=DecoderGraph(self).eval(),
+            encoder_inputs={"pixels": (pixels, {0: "batch"})},
+            encoder_outputs=tuple(self.decoder.photo_outputs),
+            decoder_inputs=self.decoder.graph_inputs(cells),
+            decoder_outputs=tuple(self.decoder.graph_outputs),
+            session=self.decoder.session_roles(),
+        )
+
+
+class EncoderGraph(nn.Module):
+    """pixels uint8 [N, H, W, 3] → the photo tensors, in the order of `photo_outputs`."""
+
+    def __init__(self, model: CaptionModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        photo = self.model.photo(pixels=pixels)
+        return tuple(photo[name] for name in self.model.decoder.photo_outputs)
+
+
+class DecoderGraph(nn.Module):
+    """The decoder's `graph` as a module of its own."""
+
+    def __init__(self, model: CaptionModel) -> None:
+        super().__init__()
+        self.decoder = model.decoder
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return self.decoder.graph(*inputs)
+
+
+class TorchSession:
+    """The runtime's Session over the torch module: the reference that every backend is compared with."""
+
+    def __init__(self, model: CaptionModel) -> None:
+        self.model = model.eval()
+
+    @torch.inference_mode()
+    def start(self, pixels: np.ndarray, prompt_ids: np.ndarray | None = None) -> np.ndarray:
+        """uint8 [N, H, W, 3], prompt int64 [P] or None → float32 logits [N, V]."""
+        return self.start_from(self.model.photo(pixels=self._tensor(pixels)), prompt_ids)
+
+    @torch.inference_mode()
+    def start_from(self, photo: dict[str, Tensor], prompt_ids: np.ndarray | None = None) -> np.ndarray:
+        """As `start`, for photo tensors that are computed already (cached features)."""
+        self.photo = photo
+        rows = len(next(iter(photo.values())))
+        prompt = [self.model.bos_id, *([] if prompt_ids is None else np.asarray(prompt_ids).tolist())]
+        ids = self._tensor(np.tile(np.asarray(prompt, np.int64), (rows, 1)))  # [N, 1 + P]
+        self.index = self._tensor(np.arange(rows))
+        logits, self.state = self.model.decoder.begin(photo, ids)
+        return logits.float().cpu().numpy()
+
+    @torch.inference_mode()
+    def step(self, ids: np.ndarray, parents: np.ndarray) -> np.ndarray:
+        """int64 [B], int64 [B] → float32 logits [B, V]; row i continues row parents[i]."""
+        rows = self._tensor(parents)
+        self.index = self.index[rows]
+        state = {name: tensor[rows] for name, tensor in self.state.items()}
+        logits, self.state = self.model.decoder.advance(self._tensor(ids), self.index, self.photo, state)
+        return logits.float().cpu().numpy()
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(next(self.model.parameters()).device)
+
+
+def build_model(
+    *,
+    encoder: dict[str, Any],
+    bridge: dict[str, Any],
+    decoder: dict[str, Any],
+    vocab_size: int,
+    bos_id: int,
+    size: tuple[int, int],
+    load_weights: bool = True,
+) -> CaptionModel:
+    """Build one cell of the grid. Each part: {"kind": …, **options}; the encoder's options are `source` and `config`.
+
+    `load_weights=False` builds the encoder's shape only (its weights come from a checkpoint).
+    """
+    seen = _pick(ENCODERS, "encoder", encoder["kind"])(encoder.get("source") if load_weights else None, encoder["config"])
+    across = _build(BRIDGES, "bridge", bridge, seen.dim)
+    return CaptionModel(
+        seen, across, _build(DECODERS, "decoder", decoder, across.dim, vocab_size), bos_id=bos_id, size=size
+    ).eval()
+
+
+def _pick(table: dict[str, Any], part: str, kind: str) -> Any:
+    if kind not in table:
+        raise UsageError(f"{part}.kind = {kind!r} is unknown; choices: {', '.join(sorted(table))}")
+    return table[kind]
+
+
+def _build(table: dict[str, Any], part: str, options: dict[str, Any], *sizes: int) -> nn.Module:
+    settings = {key: value for key, value in options.items() if key != "kind"}
+    try:
+        return _pick(table, part, options["kind"])(*sizes, **settings)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"recipe [{part}] ({options['kind']}): {error}") from error

@@ -1,0 +1,81 @@
+"""Image encoders through transformers, by hub id, local directory, or from scratch: pixels in, a grid of features out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...runtime.errors import UsageError
+
+
+class Encoder(nn.Module):
+    """Wraps a transformers vision model: uint8 [N, H, W, 3] → features float32 [N, L, dim]."""
+
+    def __init__(self, body: nn.Module, dim: int, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        self.body, self.dim = body, dim
+        # x / 255 normalised by mean and std, folded into one multiply and one add per channel.
+        scale = torch.tensor([1 / (255 * s) for s in std]).view(1, 3, 1, 1)
+        shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)]).view(1, 3, 1, 1)
+        self.register_buffer("scale", scale, persistent=False)
+        self.register_buffer("shift", shift, persistent=False)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        x = pixels.permute(0, 3, 1, 2).to(torch.float32) * self.scale + self.shift  # [N, 3, H, W]
+        out = self.body(x).last_hidden_state
+        return out.flatten(2).transpose(1, 2) if out.ndim == 4 else out  # [N, L, dim]
+
+
+def mobilenet_v2(source: str | None, config: dict[str, Any]) -> Encoder:
+    """MobileNetV2 (Sandler et al. 2018, arXiv:1801.04381). `source`: hub id or directory; None builds it from `config`."""
+    from transformers import MobileNetV2Config, MobileNetV2Model
+
+    if source:
+        body = _pretrained(MobileNetV2Model, source, add_pooling_layer=False)
+    else:
+        settings = _known("encoder.config", MobileNetV2Config, config)
+        body = MobileNetV2Model(settings, add_pooling_layer=False)
+    for module in body.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            # transformers hardcodes 0.997 in PyTorch's convention (running statistics = the last batch).
+            module.momentum = 0.1
+    with torch.no_grad():
+        dim = body.eval()(torch.zeros(1, 3, 64, 64)).last_hidden_state.shape[1]
+    return Encoder(body, dim, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+def _pretrained(cls: Any, source: str, **options: Any) -> nn.Module:
+    """Load weights by hub id or local directory, without transformers' load report."""
+    from transformers.utils import logging
+
+    looks_local = Path(source).is_absolute() or source.startswith((".", "~")) or source.count("/") > 1
+    path = Path(source).expanduser()
+    if looks_local and not (path / "config.json").is_file():
+        raise UsageError(f"encoder {source}: no config.json there; give a transformers model directory or a hub id")
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        model = cls.from_pretrained(str(path) if path.exists() else source, **options)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UsageError(f"encoder {source} cannot be loaded: {first}") from error
+    finally:
+        logging.set_verbosity(level)
+        logging.enable_progress_bar()
+    return model
+
+
+def _known(where: str, config_class: Any, config: dict[str, Any]) -> Any:
+    settings = config_class()
+    unknown = [key for key in config if not hasattr(settings, key)]
+    if unknown:
+        raise UsageError(f"{where}: {config_class.__name__} has no {', '.join(unknown)}")
+    return config_class(**config)
+
+
+ENCODERS: dict[str, Callable[[str | None, dict[str, Any]], Encoder]] = {"mobilenet_v2": mobilenet_v2}

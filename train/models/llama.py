@@ -1,0 +1,142 @@
+"""A small llama as decoder: the photo is a prefix of embeddings in front of the words, state is the KV cache."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class LlamaDecoder(nn.Module):
+    """Photo memory [N, L, D] is projected to L prefix embeddings; then words, next-token logits.
+
+    dim: hidden size; layers; heads / kv_heads: query and key-value heads (grouped-query attention); ffn: MLP size.
+    """
+
+    memory_kind = "prefix"
+
+    def __init__(
+        self,
+        memory_dim: int,
+        vocab_size: int,
+        *,
+        dim: int = 192,
+        layers: int = 4,
+        heads: int = 6,
+        kv_heads: int = 2,
+        ffn: int = 512,
+        dropout: float = 0.1,
+        max_positions: int = 256,
+    ) -> None:
+        super().__init__()
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        self.project = nn.Linear(memory_dim, dim)
+        config = LlamaConfig(
+            vocab_size=vocab_size,
+            hidden_size=dim,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            intermediate_size=ffn,
+            max_position_embeddings=max_positions,
+            attention_dropout=dropout,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=None,
+            attn_implementation="sdpa",
+        )
+        self.lm = LlamaForCausalLM(config)
+        self.dim, self.layers, self.kv_heads, self.head_dim = dim, layers, kv_heads, dim // heads
+
+    def photo(self, memory: Tensor) -> dict[str, Tensor]:
+        """Everything that is computed once per photo: prefix [N, L, dim]."""
+        return {"prefix": self.project(memory)}
+
+    def forward(self, memory: Tensor, ids: Tensor) -> Tensor:
+        """Teacher forcing: memory [N, L, D], input ids [N, C, T] → logits [N, C, T, V]."""
+        n, captions, length = ids.shape
+        prefix = self.photo(memory)["prefix"].repeat_interleave(captions, dim=0)  # [N·C, L, dim]
+        words = self.lm.model.embed_tokens(ids.flatten(0, 1))  # [N·C, T, dim]
+        hidden = self.lm.model(inputs_embeds=torch.cat((prefix, words), 1), use_cache=False).last_hidden_state
+        return self.lm.lm_head(hidden[:, prefix.shape[1] :]).unflatten(0, (n, captions))
+
+    def run(self, prefix: Tensor, ids: Tensor, past: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """prefix [B, P, dim] (P may be 0), ids [B, T], past per layer (k, v) [B, kv_heads, length, head_dim]
+        → logits of the last position [B, V], present."""
+        from transformers import DynamicCache
+
+        embeds = torch.cat((prefix, self.lm.model.embed_tokens(ids)), dim=1)  # [B, P + T, dim]
+        start = past[0][0].shape[2]
+        positions = torch.arange(embeds.shape[1], device=embeds.device).unsqueeze(0) + start
+        mask = torch.ones(embeds.shape[0], start + embeds.shape[1], dtype=torch.long, device=embeds.device)
+        out = self.lm.model(
+            inputs_embeds=embeds,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=DynamicCache(ddp_cache_data=past),
+            use_cache=True,
+        )
+        present = [(layer.keys, layer.values) for layer in out.past_key_values.layers]
+        return self.lm.lm_head(out.last_hidden_state[:, -1]), present
+
+    def empty(self, rows: int, like: Tensor) -> list[tuple[Tensor, Tensor]]:
+        shape = (rows, self.kv_heads, 0, self.head_dim)
+        return [(like.new_zeros(shape), like.new_zeros(shape)) for _ in range(self.layers)]
+
+    # --- the two operations of a session, in torch -------------------------------------------------------------
+
+    def begin(self, photo: dict[str, Tensor], ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Prefill prefix, BOS and prompt: ids [N, P] → logits [N, V], state (k and v stacked over layers)."""
+        prefix = photo["prefix"]
+        logits, present = self.run(prefix, ids, self.empty(len(ids), prefix))
+        return logits, _stack(present)
+
+    def advance(
+        self, ids: Tensor, index: Tensor, photo: dict[str, Tensor], state: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """ids [B], state [B, layers, kv_heads, length, head_dim] → logits [B, V], next state."""
+        past = [(state["k"][:, i], state["v"][:, i]) for i in range(self.layers)]
+        logits, present = self.run(photo["prefix"].new_zeros(len(ids), 0, self.dim), ids.unsqueeze(1), past)
+        return logits, _stack(present)
+
+    # --- what the export needs to know -------------------------------------------------------------------------
+
+    photo_outputs = ("prefix",)
+
+    def session_roles(self) -> dict:
+        """How the runtime wires the two graphs (bundle.json "session")."""
+        return {
+            "ids": {"input": "ids", "rank": 2},
+            "logits": "logits",
+            "prefix": {"input": "prefix", "from": "prefix", "dim": self.dim},
+            "kv": [
+                {"input": f"past_{part}_{i}", "output": f"present_{part}_{i}", "heads": self.kv_heads, "dim": self.head_dim}
+                for i in range(self.layers)
+                for part in ("k", "v")
+            ],
+        }
+
+    def graph_inputs(self, grid_cells: int) -> dict[str, tuple[Tensor, dict[int, str]]]:
+        """Example tensors (distinct sizes > 1) and dynamic axes for each input of the decoder graph, in order."""
+        inputs = {
+            "ids": (torch.ones(3, 5, dtype=torch.long), {0: "rows", 1: "length"}),
+            "prefix": (torch.randn(3, 2, self.dim), {0: "rows", 1: "prefix_length"}),
+        }
+        for i in range(self.layers):
+            for part in ("k", "v"):
+                past = torch.randn(3, self.kv_heads, 7, self.head_dim)
+                inputs[f"past_{part}_{i}"] = (past, {0: "rows", 2: "past_length"})
+        return inputs
+
+    @property
+    def graph_outputs(self) -> tuple[str, ...]:
+        return ("logits", *(role["output"] for role in self.session_roles()["kv"]))
+
+    def graph(self, ids: Tensor, prefix: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
+        """The decoder graph's forward: prefill (past length 0) and step in one."""
+        logits, present = self.run(prefix, ids, list(zip(past[0::2], past[1::2], strict=True)))
+        return logits, *(tensor for pair in present for tensor in pair)
+
+
+def _stack(present: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    return {"k": torch.stack([k for k, _ in present], 1), "v": torch.stack([v for _, v in present], 1)}
