@@ -1,0 +1,30 @@
+"""Photos with captions: one table of readers, one way to open them all."""
+
+from __future__ import annotations
+
+from ...runtime.errors import UsageError
+from . import flickr8k, scenes
+from .base import SPLITS, Dataset, Example, Reader
+
+__all__ = ["READERS", "SPLITS", "Dataset", "Example", "Reader", "open_dataset"]
+
+READERS: dict[str, Reader] = {
+    "scenes": Reader(scenes.USAGE, "built-in labelled scenes, drawn from a seed", scenes.open_scenes),
+    "flickr8k": Reader(flickr8k.USAGE, "Flickr8k: token file, three lists, photos", flickr8k.open_flickr8k),
+}
+
+
+def open_dataset(spec: str, *, skip_bad: bool = False, verify: bool | None = None) -> Dataset:
+    """Open `NAME` or `NAME:ARGUMENT` (see READERS).
+
+    `skip_bad` leaves bad examples out (they are in `Dataset.skipped`) instead of failing. `verify` decodes
+    every image now instead of when it is loaded; by default that is done where bad ones are to be skipped,
+    because they must be known beforehand. UsageError, one line, for a spec that names no reader, and for data
+    that are not as they should be.
+    """
+    name, _, argument = spec.strip().partition(":")
+    reader = READERS.get(name)
+    if reader is None:
+        choices = ", ".join(reader.usage for reader in READERS.values())
+        raise UsageError(f"unknown data set {spec!r}: choose from {choices}")
+    return reader.open(argument, spec, skip_bad, skip_bad if verify is None else verify)

@@ -1,0 +1,122 @@
+"""Reader for the built-in data: labelled scenes, drawn on demand from a seed; nothing to download."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from random import Random
+from typing import TYPE_CHECKING, overload
+
+from ...runtime.errors import UsageError
+from .base import SPLITS, Dataset, Example
+from .scene_captions import draw_captions
+from .scene_facts import Scene, draw_scene
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+USAGE = "scenes[:train=N,val=N,test=N,size=PX,seed=N]"
+VERSION = 1  # raise it whenever any picture or caption would come out differently: it is in the fingerprint
+
+
+@dataclass(frozen=True)
+class SceneOptions:
+    """Photos per split, side of the square picture in pixels, and the seed of everything."""
+
+    train: int = 4000
+    val: int = 1000
+    test: int = 1000
+    size: int = 128
+    seed: int = 0
+
+
+LIMITS = {
+    "train": (1, 10**7),
+    "val": (1, 10**7),
+    "test": (1, 10**7),
+    "size": (32, 1024),
+    "seed": (0, 2**32 - 1),
+}
+
+
+@dataclass(frozen=True)
+class SceneExample(Example):
+    """A scene that is drawn when it is loaded; `scene` holds its true labels."""
+
+    scene: Scene = None  # type: ignore[assignment]  # a default is needed after Example's; always given
+    size: int = 128
+    seed: int = 0
+
+    def load(self) -> Image:
+        """The picture, PIL RGB [size, size]; the same pixels in every process."""
+        from .scene_draw import render
+
+        return render(self.scene, self.size, _random(self.seed, self.id, "pixels"))
+
+
+class SceneSplit(Sequence[SceneExample]):
+    """The examples of one split, each worked out the first time it is asked for."""
+
+    def __init__(self, split: str, count: int, options: SceneOptions) -> None:
+        self._split, self._options = split, options
+        self._made: list[SceneExample | None] = [None] * count
+
+    def __len__(self) -> int:
+        return len(self._made)
+
+    @overload
+    def __getitem__(self, index: int) -> SceneExample: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[SceneExample]: ...
+    def __getitem__(self, index: int | slice) -> SceneExample | list[SceneExample]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        index = range(len(self))[index]
+        example = self._made[index]
+        if example is None:
+            example = self._made[index] = make_example(self._split, index, self._options)
+        return example
+
+    def __iter__(self) -> Iterator[SceneExample]:
+        return (self[i] for i in range(len(self)))
+
+
+def make_example(split: str, index: int, options: SceneOptions) -> SceneExample:
+    """Example `index` of a split. It depends on seed, split and index alone, not on how many there are."""
+    id = f"{split}-{index:05d}"
+    scene = draw_scene(_random(options.seed, id, "facts"), split, index)
+    captions = draw_captions(_random(options.seed, id, "captions"), scene)
+    return SceneExample(id, captions, None, scene, options.size, options.seed)
+
+
+def _random(seed: int, id: str, stream: str) -> Random:
+    # Facts, words and pixels have a stream each: changing how one is drawn leaves the others as they were.
+    return Random(f"{seed}/{id}/{stream}")
+
+
+def open_scenes(argument: str, spec: str, skip_bad: bool, verify: bool) -> Dataset:
+    """Parse the options; nothing is drawn yet. There is nothing to verify or to skip."""
+    options = parse_options(argument)
+    splits = {split: SceneSplit(split, getattr(options, split), options) for split in SPLITS}
+    fingerprint = hashlib.sha256(f"scenes {VERSION} {options}".encode()).hexdigest()
+    return Dataset("scenes", spec, splits, fingerprint)
+
+
+def parse_options(argument: str) -> SceneOptions:
+    """'train=400,size=96' → SceneOptions; UsageError naming the choices."""
+    names = [field.name for field in fields(SceneOptions)]
+    values: dict[str, int] = {}
+    for part in filter(None, (part.strip() for part in argument.split(","))):
+        key, equals, text = part.partition("=")
+        key = key.strip()
+        if not equals or key not in names:
+            raise UsageError(
+                f"scenes has no option {part!r}: choose from {', '.join(f'{n}=N' for n in names)}"
+            )
+        low, high = LIMITS[key]
+        text = text.strip()
+        if not text.isdecimal() or not low <= int(text) <= high:
+            raise UsageError(f"scenes option {key}={text!r} must be a whole number from {low} to {high}")
+        values[key] = int(text)
+    return SceneOptions(**values)
