@@ -1,0 +1,71 @@
+"""The engines: one entry here and one module each, imported only when a bundle asks for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from ..errors import EdgecapError, MissingExtra
+
+if TYPE_CHECKING:
+    from ..bundle import Bundle
+    from ..session import Model
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Where an engine's code is (`module:class`, loaded with `class.load(bundle, threads=…)`), and what it
+    needs.
+    """
+
+    code: str
+    package: str
+    extra: str | None  # None: part of the base install
+
+
+BACKENDS: dict[str, Backend] = {
+    "onnx": Backend("onnx:OnnxModel", package="onnxruntime", extra=None),
+}
+
+
+def load_model(bundle: Bundle, *, threads: int | None = None) -> Model:
+    """Load a bundle's graphs in the engine it names. `threads`: None leaves the number to the engine.
+
+    Raises EdgecapError for an unknown backend, an engine that is missing or too old, or graphs it cannot
+    load.
+    """
+    name = bundle.manifest["backend"]
+    if name not in BACKENDS:
+        raise EdgecapError(
+            f"{bundle.path} needs the backend {name!r}; this edgecap has {', '.join(BACKENDS)}: upgrade it"
+        )
+    backend = BACKENDS[name]
+    try:
+        engine = import_module(backend.package)
+    except ImportError:
+        if backend.extra:
+            raise MissingExtra(f"the {name} backend", backend.package, backend.extra) from None
+        raise EdgecapError(
+            f"{backend.package} cannot be imported: pip install --force-reinstall edgecap"
+        ) from None
+    required = bundle.manifest["requires"].get(backend.package)
+    found = getattr(engine, "__version__", "0")
+    if required and _version(found) < _version(required):
+        need = f"{backend.package} {required} or newer"
+        raise EdgecapError(
+            f"{bundle.path} needs {need}, {found} is installed: pip install -U {backend.package}"
+        )
+    module, _, attribute = backend.code.partition(":")
+    return getattr(import_module(f".{module}", __package__), attribute).load(bundle, threads=threads)
+
+
+def _version(text: str) -> tuple[int, ...]:
+    """The leading numbers of a version: "1.31.0rc1" → (1, 31, 0)."""
+    numbers = []
+    for part in text.split("."):
+        digits = part[: len(part) - len(part.lstrip("0123456789"))]
+        if not digits:
+            break
+        numbers.append(int(digits))
+    return tuple(numbers)

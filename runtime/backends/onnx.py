@@ -1,0 +1,174 @@
+"""ONNX Runtime: a session built from the manifest's roles, for recurrent and for KV-cache decoders alike."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnxruntime as ort
+
+from ..errors import EdgecapError, UsageError
+
+if TYPE_CHECKING:
+    from ..bundle import Bundle
+    from ..session import Ids, Logits, Pixels
+
+_DTYPES = {
+    "tensor(uint8)": "uint8",
+    "tensor(int32)": "int32",
+    "tensor(int64)": "int64",
+    "tensor(float16)": "float16",
+    "tensor(float)": "float32",
+    "tensor(bool)": "bool",
+}
+# A StringStringEntryProto with the key "location": how a graph points at weights in another file.
+_EXTERNAL = re.compile(rb"\n(?:\x08|\x88[\x80]*\x00)location")
+
+
+class OnnxModel:
+    """Encoder and decoder graphs in ONNX Runtime, shared by all sessions (its `run` is thread-safe)."""
+
+    def __init__(
+        self, manifest: dict[str, Any], encoder: ort.InferenceSession, decoder: ort.InferenceSession
+    ) -> None:
+        self.manifest = manifest
+        self.encoder = encoder
+        self.decoder = decoder
+        self.roles = manifest["session"]
+        self.bos: int = manifest["tokens"]["bos"]
+        inputs = manifest["graphs"]["decoder"]["inputs"]
+        self.dtypes = {name: np.dtype(spec["dtype"]) for name, spec in inputs.items()}
+        (self.pixels,) = manifest["graphs"]["encoder"]["inputs"]
+        self.photo: dict[str, str] = self.roles.get("photo", {})
+        self.carried = [*self.roles.get("state", []), *self.roles.get("kv", [])]
+        sources = [*self.photo.values(), *(state["init"] for state in self.roles.get("state", []))]
+        if "prefix" in self.roles:
+            sources.append(self.roles["prefix"]["from"])
+        self.encoder_outputs = list(dict.fromkeys(sources))
+        self.decoder_outputs = [self.roles["logits"], *(entry["output"] for entry in self.carried)]
+
+    @classmethod
+    def load(cls, bundle: Bundle, *, threads: int | None = None) -> OnnxModel:
+        """Load both graphs. Raises EdgecapError if one cannot be loaded or is not what the manifest says."""
+        manifest = bundle.manifest
+        if "session" not in manifest:
+            raise EdgecapError(f"{bundle.path}/bundle.json: session is missing; export the bundle again")
+        options = _options(threads)
+        return cls(
+            manifest, *(_load(bundle, manifest["graphs"][name], options) for name in ("encoder", "decoder"))
+        )
+
+    def session(self) -> OnnxSession:
+        return OnnxSession(self)
+
+    def encode(self, pixels: Pixels) -> dict[str, np.ndarray]:
+        """Photos uint8 [N, H, W, 3] → the encoder outputs that the roles use."""
+        return dict(
+            zip(
+                self.encoder_outputs,
+                self.encoder.run(self.encoder_outputs, {self.pixels: pixels}),
+                strict=True,
+            )
+        )
+
+
+class OnnxSession:
+    """The state of one batch: photo tensors once per photo, hidden states and KV cache per row."""
+
+    def __init__(self, model: OnnxModel) -> None:
+        self.model = model
+        self._fixed: dict[str, np.ndarray] = {}  # decoder inputs that stay as they are
+        self._rows: dict[str, np.ndarray] = {}  # decoder inputs whose axis 0 is the rows
+        self._count = 0
+
+    def start(self, pixels: Pixels, prompt_ids: Ids | None = None) -> Logits:
+        """See `Session.start`."""
+        model, roles = self.model, self.model.roles
+        photos = len(pixels)
+        encoded = model.encode(np.ascontiguousarray(pixels))
+        self._fixed = {name: encoded[source] for name, source in model.photo.items()}
+        self._rows = {state["input"]: encoded[state["init"]] for state in roles.get("state", [])}
+        for kv in roles.get("kv", []):
+            self._rows[kv["input"]] = np.zeros((photos, kv["heads"], 0, kv["dim"]), model.dtypes[kv["input"]])
+        if "photo_index" in roles:
+            self._rows[roles["photo_index"]] = np.arange(photos)
+        self._count = photos
+
+        first = np.concatenate(
+            [[model.bos], np.asarray(prompt_ids if prompt_ids is not None else [], np.int64)]
+        )
+        ids = np.tile(first.astype(np.int64), (photos, 1))  # [photos, 1 + prompt]
+        prefix = encoded[roles["prefix"]["from"]] if "prefix" in roles else None
+        if roles["ids"]["rank"] == 2:
+            return self._run(ids, prefix)
+        for column in ids.T:
+            logits = self._run(np.ascontiguousarray(column), prefix)
+            prefix = None
+        return logits
+
+    def step(self, ids: Ids, parents: Ids) -> Logits:
+        """See `Session.step`."""
+        if len(parents) != self._count or not np.array_equal(parents, np.arange(self._count)):
+            self._rows = {name: value[parents] for name, value in self._rows.items()}
+            self._count = len(parents)
+        ids = np.asarray(ids, np.int64)
+        return self._run(ids[:, None] if self.model.roles["ids"]["rank"] == 2 else ids, None)
+
+    def _run(self, ids: Ids, prefix: np.ndarray | None) -> Logits:
+        model, roles = self.model, self.model.roles
+        feed = {roles["ids"]["input"]: ids, **self._fixed, **self._rows}
+        if "prefix" in roles:
+            name, dim = roles["prefix"]["input"], roles["prefix"]["dim"]
+            feed[name] = prefix if prefix is not None else np.zeros((len(ids), 0, dim), model.dtypes[name])
+        logits, *carried = model.decoder.run(model.decoder_outputs, feed)
+        for entry, value in zip(model.carried, carried, strict=True):
+            self._rows[entry["input"]] = value
+        return logits.astype(np.float32, copy=False)  # [rows, vocab]
+
+
+def _options(threads: int | None) -> ort.SessionOptions:
+    options = ort.SessionOptions()
+    options.log_severity_level = 3  # errors only: they reach the user as exceptions
+    options.inter_op_num_threads = 1
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if threads is not None:
+        if type(threads) is not int or not 1 <= threads <= 1024:
+            raise UsageError(f"threads must be a whole number from 1 to 1024, not {threads!r}")
+        options.intra_op_num_threads = threads
+    return options
+
+
+def _load(bundle: Bundle, graph: dict[str, Any], options: ort.SessionOptions) -> ort.InferenceSession:
+    where = f"{bundle.path}: {graph['file']}"
+    data = bundle.read(graph["file"])
+    if _EXTERNAL.search(data):
+        raise EdgecapError(
+            f"{where} keeps weights in another file (external data), which a bundle may not; export it again"
+        )
+    try:
+        session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's exceptions share no base class
+        raise EdgecapError(
+            f"{where} cannot be loaded by ONNX Runtime {ort.__version__}: {str(error)[:300]}"
+        ) from None
+    for role, found in (("inputs", session.get_inputs()), ("outputs", session.get_outputs())):
+        _compare(where, role, graph[role], {each.name: (each.type, each.shape) for each in found})
+    return session
+
+
+def _compare(where: str, role: str, said: dict[str, Any], found: dict[str, tuple[str, list[Any]]]) -> None:
+    """Names, types, ranks and fixed sizes of the manifest against the graph's own."""
+    wrong = sorted(set(said) ^ set(found))
+    for name in set(said) & set(found):
+        kind, shape = found[name]
+        spec = said[name]
+        sizes = zip(spec["shape"], shape, strict=False)
+        # A graph may leave open what the manifest fixes, not the reverse.
+        fits = all(not isinstance(size, int) or size == claim for claim, size in sizes)
+        if _DTYPES.get(kind) != spec["dtype"] or (shape and len(shape) != len(spec["shape"])) or not fits:
+            wrong.append(name)
+    if wrong:
+        raise EdgecapError(
+            f"{where}: its {role} are not what bundle.json says ({', '.join(wrong)}); export it again"
+        )

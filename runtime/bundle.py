@@ -1,0 +1,275 @@
+"""The bundle on disk: opened only if whole and untouched, written all at once or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from .errors import EdgecapError, UsageError
+from .manifest import check_manifest, parse_manifest
+
+MANIFEST = "bundle.json"
+MAX_MANIFEST_BYTES = 8 * 2**20
+MAX_FILE_BYTES = 4 * 2**30
+MAX_BUNDLE_BYTES = 8 * 2**30
+MAX_FILES = 256
+
+_IGNORED = {".DS_Store", "Thumbs.db", "desktop.ini"}  # file managers leave these; they are never read
+_CODE = {".pkl", ".pickle", ".pt", ".pth", ".ckpt", ".joblib", ".py", ".pyc", ".so", ".dll", ".dylib"}
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle: its folder and its checked manifest (docs: the format of bundle.json)."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], verify: Literal["hash", "sizes"] = "hash") -> Bundle:
+        """Open a bundle folder and check every file's size and, with "hash", SHA-256.
+
+        "sizes" saves the hashing when a bundle already verified is loaded again. Raises UsageError if there
+        is no bundle at `path`, EdgecapError if it is incomplete, changed, unsafe, too large or from a newer
+        edgecap.
+        """
+        if verify not in ("hash", "sizes"):
+            raise UsageError(f"verify must be 'hash' or 'sizes', not {verify!r}")
+        folder = Path(path)
+        if not folder.is_dir():
+            what = "is a file; a bundle is a folder" if folder.exists() else "there is no such bundle"
+            raise UsageError(f"{folder}: {what}")
+        try:
+            manifest = _read_manifest(folder)
+            _check_folder(folder, manifest["files"], verify)
+        except OSError as error:
+            raise EdgecapError(f"{folder}: cannot be read ({error.strerror or error})") from None
+        return cls(folder, manifest)
+
+    @property
+    def name(self) -> str:
+        return self.manifest["name"]
+
+    @property
+    def bytes(self) -> int:
+        """Size of all its files, bundle.json included."""
+        listed = sum(entry["bytes"] for entry in self.manifest["files"].values())
+        return listed + (self.path / MANIFEST).stat().st_size
+
+    @property
+    def sha256(self) -> str:
+        """Hash of bundle.json, which holds the hash of every other file: it identifies the bundle."""
+        return hashlib.sha256((self.path / MANIFEST).read_bytes()).hexdigest()
+
+    def file(self, name: str) -> Path:
+        """Path of a listed file; anything else is an EdgecapError."""
+        if name not in self.manifest["files"]:
+            raise EdgecapError(f"{self.path}: {name} is not a file of this bundle")
+        return self.path / name
+
+    def read(self, name: str) -> bytes:
+        """Contents of a listed file."""
+        try:
+            return self.file(name).read_bytes()
+        except OSError as error:
+            raise EdgecapError(f"{self.path}: {name} cannot be read ({error.strerror or error})") from None
+
+
+# --- reading ----------------------------------------------------------------------------------------
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    if not os.path.lexists(path):
+        raise EdgecapError(f"{folder}: there is no {MANIFEST}, so the bundle is incomplete; export it again")
+    info = path.lstat()
+    if not stat.S_ISREG(info.st_mode):
+        raise EdgecapError(f"{folder}: {MANIFEST} is not a plain file; a bundle holds no links")
+    if info.st_size > MAX_MANIFEST_BYTES:
+        raise EdgecapError(f"{folder}: {MANIFEST} is larger than {MAX_MANIFEST_BYTES:,} bytes")
+    return parse_manifest(path.read_bytes(), str(path))
+
+
+def _check_folder(folder: Path, files: Mapping[str, Any], verify: str) -> None:
+    if MANIFEST in files:
+        raise EdgecapError(f"{folder}: {MANIFEST} lists itself; export the bundle again")
+    if len(files) > MAX_FILES:
+        raise EdgecapError(f"{folder}: {len(files)} files, more than the limit of {MAX_FILES}")
+    total = 0
+    for name, entry in files.items():
+        total += entry["bytes"]
+        if entry["bytes"] > MAX_FILE_BYTES or total > MAX_BUNDLE_BYTES:
+            raise EdgecapError(
+                f"{folder}: {name} makes it larger than a bundle may be ({MAX_BUNDLE_BYTES:,} bytes)"
+            )
+    with os.scandir(folder) as entries:
+        present = {entry.name: entry for entry in entries if entry.name not in _IGNORED}
+    for name, entry in present.items():
+        if entry.is_symlink():
+            raise EdgecapError(f"{folder}: {name} is a link; a bundle holds plain files")
+        if name != MANIFEST and name not in files:
+            raise EdgecapError(f"{folder}: {name} is not listed in {MANIFEST}; remove it or export again")
+    for name, entry in files.items():
+        if name not in present:
+            raise EdgecapError(f"{folder}: {name} is missing; copy the bundle again or export it again")
+        _check_file(folder / name, entry, verify)
+
+
+def _check_file(path: Path, entry: Mapping[str, Any], verify: str) -> None:
+    where, again = f"{path.parent}: {path.name}", "copy the bundle again or export it again"
+    info = path.lstat()
+    if not stat.S_ISREG(info.st_mode):
+        raise EdgecapError(f"{where} is not a plain file")
+    if info.st_size != entry["bytes"]:
+        raise EdgecapError(f"{where} has {info.st_size:,} bytes instead of {entry['bytes']:,}; {again}")
+    if _may_run_code(path, info.st_size):
+        raise EdgecapError(f"{where} is a pickle, archive or program, which a bundle may not hold")
+    if verify == "hash" and _sha256(path) != entry["sha256"]:
+        raise EdgecapError(f"{where} is not the file that was exported (SHA-256 differs); {again}")
+
+
+def _may_run_code(path: Path, size: int) -> bool:
+    """Whether loading this file could run code: by name, or by a pickle's or torch archive's first bytes."""
+    if path.suffix.lower() in _CODE:
+        return True
+    with open(path, "rb") as file:
+        head = file.read(4)
+        if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
+            file.seek(size - 1)
+            return (
+                file.read(1) == b"."
+            )  # the pickle STOP opcode: raw weights may begin with the same two bytes
+    return head == b"PK\x03\x04"
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# --- writing ----------------------------------------------------------------------------------------
+
+_writing: set[str] = set()  # unfinished folders of this process
+
+
+def write_bundle(
+    out: str | os.PathLike[str], manifest: Mapping[str, Any], files: Mapping[str, Path | bytes]
+) -> Bundle:
+    """Write a bundle folder atomically and return it, opened.
+
+    manifest: without "files", which is filled in here with the size and SHA-256 of each of `files` (name →
+    path or contents). All is written and synced beside `out`, bundle.json last, and only then takes the
+    place of an earlier bundle; what a killed process left is cleaned up. Raises UsageError if something that
+    is no bundle lies at `out`.
+    """
+    out = Path(out).absolute()
+    if os.path.lexists(out) and (out.is_symlink() or not out.is_dir() or not _replaceable(out)):
+        raise UsageError(f"{out} exists and is not a bundle; choose another place or remove it")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        recover(out)
+        temporary = out.parent / f".{out.name}.new-{os.getpid()}-{os.urandom(4).hex()}"
+        _writing.add(temporary.name)
+        try:
+            temporary.mkdir()
+            complete = {
+                **manifest,
+                "files": {name: _write(temporary / name, files[name]) for name in sorted(files)},
+            }
+            check_manifest(complete, str(out / MANIFEST))
+            text = json.dumps(complete, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+            _write(temporary / MANIFEST, text.encode())
+            _sync_folder(temporary)
+            Bundle.open(temporary, verify="sizes")
+            _swap(temporary, out)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+            _writing.discard(temporary.name)
+    except OSError as error:
+        raise EdgecapError(f"{out}: the bundle cannot be written ({error.strerror or error})") from None
+    return Bundle.open(out, verify="sizes")
+
+
+def recover(out: Path) -> None:
+    """Clean up what a killed `write_bundle` left beside `out`; a bundle caught mid-swap is put back."""
+    pattern = re.compile(re.escape(f".{out.name}.") + r"(new|old)-(\d+)-[0-9a-f]{8}")
+    for path in sorted(out.parent.glob(f".{out.name}.*")):
+        match = pattern.fullmatch(path.name)
+        if not match or path.name in _writing or _alive(int(match[2])):
+            continue
+        if match[1] == "old" and not out.exists():
+            path.rename(out)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _replaceable(out: Path) -> bool:
+    return (out / MANIFEST).is_file() or not any(out.iterdir())
+
+
+def _alive(pid: int) -> bool:
+    if pid == os.getpid():
+        return (
+            False  # this process lists what it is writing; the rest is from an earlier one with the same id
+        )
+    if os.name != "posix":
+        return True  # no harmless way to ask
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _write(path: Path, content: Path | bytes) -> dict[str, Any]:
+    digest, size = hashlib.sha256(), 0
+    with open(path, "xb") as target:
+        if isinstance(content, bytes):
+            target.write(content)
+            digest.update(content)
+            size = len(content)
+        else:
+            with open(content, "rb") as source:
+                while chunk := source.read(2**20):
+                    target.write(chunk)
+                    digest.update(chunk)
+                    size += len(chunk)
+        target.flush()
+        os.fsync(target.fileno())
+    return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def _sync_folder(path: Path) -> None:
+    if os.name != "posix":
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _swap(new: Path, out: Path) -> None:
+    old = out.parent / new.name.replace(".new-", ".old-")
+    if out.exists():
+        _writing.add(old.name)
+        out.rename(old)
+    try:
+        new.rename(out)
+    except OSError:
+        if old.exists():
+            old.rename(out)
+        raise
+    _sync_folder(out.parent)
+    shutil.rmtree(old, ignore_errors=True)
+    _writing.discard(old.name)

@@ -1,0 +1,157 @@
+"""A bundle and a photo in, a caption out: the object an app holds."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+import numpy as np
+
+from .backends import load_model
+from .bundle import Bundle
+from .decode import DecodeOptions, Hypothesis, decode
+from .errors import UsageError
+from .preprocess import Preprocess, load_image
+from .tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from .preprocess import ImageSource
+    from .session import Ids, Model, Pixels, Session
+
+BATCH = 8  # photos captioned together
+
+
+@dataclass(frozen=True)
+class Caption:
+    """One caption. `text` includes the prompt, `token_ids` do not; logprob and score as in `Hypothesis`.
+
+    alternatives: with a beam, the other hypotheses, best first.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprob: float
+    score: float
+    alternatives: tuple[Caption, ...] = ()
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class Captioner:
+    """A loaded bundle. Calls may come from several threads at once; `close` (or `with`) frees the engine."""
+
+    def __init__(self, bundle: Bundle, model: Model, tokenizer: Tokenizer) -> None:
+        manifest = bundle.manifest
+        self.bundle = bundle
+        self.tokenizer = tokenizer
+        self.preprocess = Preprocess.from_dict(manifest["preprocess"])
+        self.tokens: dict[str, int] = manifest["tokens"]
+        self._suppress = tuple(self.tokens[name] for name in ("bos", "pad", "unk") if name in self.tokens)
+        self._model: Model | None = model
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        threads: int | None = None,
+        verify: Literal["hash", "sizes"] = "hash",
+    ) -> Captioner:
+        """Open, check and load a bundle (see `Bundle.open`). threads: per operator; None: the engine chooses.
+
+        Raises UsageError if there is no bundle, EdgecapError if it is broken or its engine is missing or too
+        old.
+        """
+        bundle = Bundle.open(path, verify)
+        tokenizer = Tokenizer.load(bundle.read("tokenizer.json"))
+        return cls(bundle, load_model(bundle, threads=threads), tokenizer)
+
+    def session(self) -> Session:
+        """A new decoding session (for one thread), for callers who do their own search."""
+        if self._model is None:
+            raise UsageError(f"the captioner of {self.bundle.path} is closed")
+        return self._model.session()
+
+    @overload
+    def __call__(self, image_or_images: ImageSource, **options: Any) -> Caption: ...
+    @overload
+    def __call__(self, image_or_images: Iterable[ImageSource], **options: Any) -> list[Caption]: ...
+    def __call__(
+        self, image_or_images: Any, *, prompt: str | None = None, beam: int | None = None, **options: Any
+    ) -> Caption | list[Caption]:
+        """Caption one photo, or each of a list of photos.
+
+        A photo is a path, the bytes of an image file, a PIL image or an array uint8 [H, W, 3]; an array [N,
+        H, W, 3] is N photos. prompt: text that the caption continues. beam and the other `DecodeOptions`
+        default to the bundle's. Raises EdgecapError naming a photo that cannot be read, UsageError for a bad
+        option.
+        """
+        single = isinstance(image_or_images, str | bytes | os.PathLike) or hasattr(image_or_images, "getexif")
+        single = single or (isinstance(image_or_images, np.ndarray) and image_or_images.ndim != 4)
+        images = [image_or_images] if single else image_or_images
+        captions: list[Caption] = []
+        batch: list[Pixels] = []
+        settings = self.settings(prompt=prompt, beam=beam, **options)
+        for image in images:
+            batch.append(self.preprocess(load_image(image)))
+            if len(batch) == BATCH:
+                captions += self._caption(np.stack(batch), *settings)
+                batch = []
+        if batch:
+            captions += self._caption(np.stack(batch), *settings)
+        return captions[0] if single else captions
+
+    def caption_arrays(
+        self, pixels: Pixels, *, prompt: str | None = None, beam: int | None = None, **options: Any
+    ) -> list[Caption]:
+        """Caption preprocessed photos uint8 [N, H, W, 3] in one batch; options as in a call."""
+        shape = (*self.preprocess.size, 3)
+        if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.shape[1:] != shape:
+            found = (
+                f"{pixels.dtype} {list(pixels.shape)}"
+                if isinstance(pixels, np.ndarray)
+                else type(pixels).__name__
+            )
+            raise UsageError(f"pixels must be uint8 [photos, {', '.join(map(str, shape))}], not {found}")
+        return self._caption(pixels, *self.settings(prompt=prompt, beam=beam, **options))
+
+    def settings(
+        self, *, prompt: str | None = None, beam: int | None = None, **options: Any
+    ) -> tuple[DecodeOptions, Ids | None]:
+        """The decoding options and prompt ids of a call with these arguments. Raises UsageError if bad."""
+        given = {name: value for name, value in {"beam": beam, **options}.items() if value is not None}
+        chosen = DecodeOptions.from_dict({**self.bundle.manifest["decoding"], **given})
+        if not prompt:
+            return chosen, None
+        ids = self.tokenizer.encode(prompt)
+        if self.tokens.get("unk") in ids:
+            raise UsageError(f"the prompt {prompt!r} has words this model does not know; use others")
+        return chosen, np.asarray(ids, np.int64)
+
+    def _caption(self, pixels: Pixels, options: DecodeOptions, prompt_ids: Ids | None) -> list[Caption]:
+        eos = self.tokens["eos"]
+        found = decode(
+            self.session(), pixels, options, eos_id=eos, suppress=self._suppress, prompt_ids=prompt_ids
+        )
+        before = () if prompt_ids is None else tuple(prompt_ids.tolist())
+        return [self._to_caption(hypotheses, before) for hypotheses in found]
+
+    def _to_caption(self, hypotheses: list[Hypothesis], before: tuple[int, ...]) -> Caption:
+        best, *others = [
+            Caption(self.tokenizer.decode(before + each.token_ids), each.token_ids, each.logprob, each.score)
+            for each in hypotheses
+        ]
+        return Caption(best.text, best.token_ids, best.logprob, best.score, tuple(others))
+
+    def close(self) -> None:
+        """Free the engine; calls already running finish. Closing twice is fine."""
+        self._model = None
+
+    def __enter__(self) -> Captioner:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,43 @@
+"""Text to ids and back: a thin wrapper over the `tokenizers` library (tokenizer.json)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from .errors import EdgecapError
+
+
+class Tokenizer:
+    """A tokenizer.json. BOS, EOS and the rest are never added here: they belong to session and decoder."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner  # tokenizers.Tokenizer, for training and export
+
+    @classmethod
+    def load(cls, source: str | Path | bytes) -> Tokenizer:
+        """Read a tokenizer.json (a path, or its bytes). Raises EdgecapError if it is not one."""
+        from tokenizers import Tokenizer as Inner
+
+        name = "tokenizer.json" if isinstance(source, bytes) else str(source)
+        try:
+            data = source if isinstance(source, bytes) else Path(source).read_bytes()
+            return cls(Inner.from_str(data.decode("utf-8")))
+        except OSError as error:
+            raise EdgecapError(f"cannot read {name}: {error.strerror}") from None
+        except Exception as error:  # tokenizers raises plain Exception
+            raise EdgecapError(f"{name} is not a tokenizer of the tokenizers library: {error}") from None
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, special tokens included."""
+        return self.inner.get_vocab_size()
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`, without BOS or EOS."""
+        return self.inner.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of `ids`; special tokens are skipped."""
+        return self.inner.decode(list(ids), skip_special_tokens=True).strip()
