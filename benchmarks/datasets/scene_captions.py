@@ -113,6 +113,7 @@ def _related(r: Random, s: Scene, *, inverse: bool = False, verb: bool = False) 
     return f"{_say(r, first)} {_be(first) if verb else ''} {relation} {_say(r, second)}"
 
 
+# Two groups: complete, with a verb, "there is", the other way round, without the relation.
 _JOINS = {
     "left": ("and", "and", "next to"),
     "above": ("and", "and", "with"),
@@ -133,7 +134,5 @@ _PAIR: tuple[Callable[[Random, Scene], str], ...] = (
     lambda r, s: _related(r, s, verb=True),
     lambda r, s: f"there {_be(s.groups[0])} {_related(r, s)}",
     lambda r, s: f"{_related(r, s, inverse=True)} {_place(r, s) if r.random() < 0.5 else ''}",
-    lambda r, s: (
-        f"{_both(r, s)} {_place(r, s)}" if r.random() < 0.6 else f"{_place(r, s)} there are {_both(r, s)}"
-    ),
+    _both,
 )

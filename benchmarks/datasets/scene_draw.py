@@ -131,7 +131,8 @@ def render(scene: Scene, size: int, random: Random) -> Image.Image:
     draw = ImageDraw.Draw(canvas)
     at_night = scene.background == "night"
     for group, places in _layout(scene, random):
-        body = tuple(_clamp(c + _between(random, -16, 16)) for c in RGB[group.colour])
+        jitter = 6 if group.colour in ("white", "black") else 16  # a tint would make these another colour
+        body = tuple(_clamp(c + _between(random, -jitter, jitter)) for c in RGB[group.colour])
         for x, y, radius in places:
             _draw_object(draw, group.object, body, (x, y), radius, size * OVERSAMPLE, at_night, random)
     return _spoil(canvas.reduce(OVERSAMPLE), random)
