@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ...runtime.errors import UsageError
-from . import flickr8k, scenes
+from . import coco, flickr8k, folder, scenes
 from .base import SPLITS, Dataset, Example, Reader
 
 __all__ = ["READERS", "SPLITS", "Dataset", "Example", "Reader", "open_dataset"]
@@ -11,6 +11,8 @@ __all__ = ["READERS", "SPLITS", "Dataset", "Example", "Reader", "open_dataset"]
 READERS: dict[str, Reader] = {
     "scenes": Reader(scenes.USAGE, "built-in labelled scenes, drawn from a seed", scenes.open_scenes),
     "flickr8k": Reader(flickr8k.USAGE, "Flickr8k: token file, three lists, photos", flickr8k.open_flickr8k),
+    "folder": Reader(folder.USAGE, "a folder with captions.csv or captions.jsonl", folder.open_folder),
+    "coco": Reader(coco.USAGE, "COCO captions: annotations/*.json, image folders", coco.open_coco),
 }
 
 
