@@ -9,14 +9,20 @@ print(caption.text, caption.logprob)
 
 from __future__ import annotations
 
-from .backends import BACKENDS, load_model
-from .bundle import Bundle, write_bundle
-from .captioner import Caption, Captioner
-from .decode import DecodeOptions, Hypothesis, decode
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from .errors import EdgecapError, MissingExtra, UsageError
-from .preprocess import Preprocess, load_image
-from .session import Model, Session
-from .tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from .backends import BACKENDS, load_model
+    from .bundle import Bundle, write_bundle
+    from .captioner import Caption, Captioner
+    from .decode import DecodeOptions, Hypothesis, decode
+    from .preprocess import Preprocess, load_image
+    from .session import Model, Session
+    from .tokenizer import Tokenizer
+    from .verify import Verification, verify_golden
 
 __all__ = [
     "BACKENDS",
@@ -32,8 +38,31 @@ __all__ = [
     "Session",
     "Tokenizer",
     "UsageError",
+    "Verification",
     "decode",
     "load_image",
     "load_model",
+    "verify_golden",
     "write_bundle",
 ]
+
+# Imported when first asked for: `edgecap --help` needs the errors, and neither numpy nor Pillow.
+_MODULES = {
+    "backends": ("BACKENDS", "load_model"),
+    "bundle": ("Bundle", "write_bundle"),
+    "captioner": ("Caption", "Captioner"),
+    "decode": ("DecodeOptions", "Hypothesis", "decode"),
+    "preprocess": ("Preprocess", "load_image"),
+    "session": ("Model", "Session"),
+    "tokenizer": ("Tokenizer",),
+    "verify": ("Verification", "verify_golden"),
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value  # also over a submodule of the same name: `decode` is the function
+    return value

@@ -39,6 +39,17 @@ class Caption:
     def __str__(self) -> str:
         return self.text
 
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON; "alternatives" only where there are some."""
+        values = {
+            "caption": self.text,
+            "logprob": self.logprob,
+            "score": self.score,
+            "tokens": list(self.token_ids),
+        }
+        others = [other.to_dict() for other in self.alternatives]
+        return {**values, "alternatives": others} if others else values
+
 
 class Captioner:
     """A loaded bundle. Calls may come from several threads at once; `close` (or `with`) frees the engine."""

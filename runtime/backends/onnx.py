@@ -81,19 +81,29 @@ class OnnxSession:
         self._fixed: dict[str, np.ndarray] = {}  # decoder inputs that stay as they are
         self._rows: dict[str, np.ndarray] = {}  # decoder inputs whose axis 0 is the rows
         self._count = 0
+        self._encoded: dict[str, np.ndarray] = {}  # between encode and prefill
 
     def start(self, pixels: Pixels, prompt_ids: Ids | None = None) -> Logits:
         """See `Session.start`."""
+        self.encode(pixels)
+        return self.prefill(prompt_ids)
+
+    def encode(self, pixels: Pixels) -> None:
+        """The first half of `start`, what the encoder graph does: apart, so that it can be timed apart."""
+        self._encoded = self.model.encode(np.ascontiguousarray(pixels))
+        self._count = len(pixels)
+
+    def prefill(self, prompt_ids: Ids | None = None) -> Logits:
+        """The second half of `start`: feed BOS and the prompt to the decoder; logits [N, vocab]."""
         model, roles = self.model, self.model.roles
-        photos = len(pixels)
-        encoded = model.encode(np.ascontiguousarray(pixels))
+        encoded, photos = self._encoded, self._count
+        self._encoded = {}
         self._fixed = {name: encoded[source] for name, source in model.photo.items()}
         self._rows = {state["input"]: encoded[state["init"]] for state in roles.get("state", [])}
         for kv in roles.get("kv", []):
             self._rows[kv["input"]] = np.zeros((photos, kv["heads"], 0, kv["dim"]), model.dtypes[kv["input"]])
         if "photo_index" in roles:
             self._rows[roles["photo_index"]] = np.arange(photos)
-        self._count = photos
 
         first = np.concatenate(
             [[model.bos], np.asarray(prompt_ids if prompt_ids is not None else [], np.int64)]
