@@ -1,0 +1,78 @@
+"""`edgecap bench` as one function: choose what to measure and on which photos, measure, and return the
+record.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..devices import get_profile, require_reachable
+from ..runtime.errors import UsageError
+from .quality import Photo, split_photos
+from .record import build, machine_load
+from .subjects import Subject, bundle_subject, newest_bundle, peer_subject, unique_names
+from .suite import Progress, Settings, run
+
+
+def choose(
+    bundles: Sequence[Path], peers: Sequence[str], *, beam: int | None = None, runs: Path = Path("runs")
+) -> tuple[list[Subject], str | None]:
+    """The subjects in the order given, bundles first, and the data spec of the first lineage that names one.
+
+    Without bundles, the newest one under `runs`. Peers decode with the first bundle's options. Raises
+    EdgecapError.
+    """
+    found = [bundle_subject(path, beam=beam) for path in bundles or [newest_bundle(runs)]]
+    subjects = [subject for subject, _ in found]
+    subjects += [peer_subject(spec, subjects[0].decoding) for spec in peers]
+    return unique_names(subjects), next((data for _, data in found if data), None)
+
+
+def bench(
+    bundles: Sequence[Path] = (),
+    *,
+    device: str = "cpu",
+    data: str | None = None,
+    split: str = "test",
+    limit: int | None = None,
+    beam: int | None = None,
+    peers: Sequence[str] = (),
+    settings: Settings | None = None,
+    runs: Path = Path("runs"),
+    progress: Progress = lambda phase, done, total: None,
+) -> dict[str, Any]:
+    """Measure bundles and peers on this machine and return the record (see record.build).
+
+    data: a data spec, by default the one in the lineage of the first bundle. limit: photos, by default the
+    whole split. beam: replaces what the bundles say. Raises EdgecapError for anything that cannot be measured
+    as asked; a subject that fails while it is measured is a row that says so.
+    """
+    from .datasets import open_dataset
+
+    profile = get_profile(device)
+    require_reachable(profile)
+    subjects, lineage = choose(bundles, peers, beam=beam, runs=runs)
+    spec = data or lineage
+    if spec is None:
+        raise UsageError(
+            f"{subjects[0].path} does not say what data it was trained on: name some with --data"
+        )
+    dataset = open_dataset(spec)
+    settings, load = settings or Settings(), machine_load()
+    with tempfile.TemporaryDirectory(prefix="edgecap-bench-") as folder:
+        photos: list[Photo] = []
+        total = min(len(dataset.splits.get(split, ())), limit or 10**9)
+        for photo in split_photos(dataset, split, limit, Path(folder)):
+            photos.append(photo)
+            progress("photos", len(photos), total)
+        measured = run(subjects, photos, settings, progress)
+    about = {
+        "spec": dataset.spec,
+        "fingerprint": dataset.fingerprint,
+        "split": split,
+        "photos": len(photos),
+    }
+    return build(profile=profile, settings=settings.to_dict(), data=about, measured=measured, load=load)

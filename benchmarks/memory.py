@@ -1,0 +1,64 @@
+"""Figures that need a process of their own: peak memory, and the time from process start to the first
+caption.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Sequence
+from time import perf_counter
+from typing import Any
+
+from . import rss
+from .runner import Worker
+
+# What any captioner on this engine must import; the cost of everything else is edgecap's own.
+REFERENCE_IMPORTS = ("numpy", "PIL.Image", "onnxruntime", "tokenizers")
+
+
+def import_process(modules: Sequence[str], *, threads: int, timeout: float) -> dict[str, Any]:
+    """A fresh interpreter that imports `modules` and ends: {"seconds": start to imported, "peak_rss": bytes}.
+
+    Raises WorkerFailed when one of them cannot be imported.
+    """
+    with Worker([sys.executable, rss.__file__, *modules], threads=threads) as process:
+        answer = process.receive(timeout)
+        return {"seconds": perf_counter() - process.started, "peak_rss": answer["peak_rss"]}
+
+
+def caption_process(
+    command: Sequence[str], load: dict[str, Any], photos: Sequence[str], *, threads: int, timeout: float
+) -> dict[str, Any]:
+    """A fresh process that captions `photos` one after the other.
+
+    Returns "seconds" from process start to the first caption, "first_rss" and "peak_rss": bytes at the first
+    and after the last caption, "import_s" and "load_s". Raises WorkerFailed.
+    """
+    with Worker(command, threads=threads) as process:
+        process.send({"op": "load"} | load)  # both at once: the process never waits for us
+        process.send({"op": "caption", "photos": [photos[0]]})
+        facts = process.receive(timeout)["facts"]
+        answer = process.receive(timeout)
+        seconds = perf_counter() - process.started
+        first = answer["peak_rss"]
+        for photo in photos[1:]:
+            answer = process.ask("caption", photos=[photo], timeout=timeout)
+        return {
+            "seconds": seconds,
+            "first_rss": first,
+            "peak_rss": answer["peak_rss"],
+            "import_s": facts["import_s"],
+            "load_s": facts["load_s"],
+        }
+
+
+def median(runs: Sequence[dict[str, Any]], key: str) -> float | None:
+    """Median of one figure over runs; None when the system does not tell it."""
+    values = [run[key] for run in runs if run[key] is not None]
+    return statistics.median(values) if values else None
+
+
+def over(value: float | None, base: float | None) -> float | None:
+    """`value` − `base`, or None when either is unknown."""
+    return None if value is None or base is None else value - base

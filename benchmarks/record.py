@@ -1,0 +1,99 @@
+"""The record of a bench run: everything needed to judge and repeat a figure, as one JSON object."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from ..devices import Profile, cpu_facts
+from ..runtime.errors import UsageError
+
+FORMAT, VERSION = "edgecap-bench", 1
+PACKAGES = ("edgecap", "numpy", "pillow", "onnxruntime", "tokenizers")
+
+
+def build(
+    *,
+    profile: Profile,
+    settings: Mapping[str, Any],
+    data: Mapping[str, Any],
+    measured: Mapping[str, Any],
+    load: float | None = None,
+) -> dict[str, Any]:
+    """Put a record together: device, versions, settings, data, and what suite.run measured.
+
+    load: how busy the machine was before (see machine_load).
+    """
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "device": {"name": profile.name, "kind": profile.kind, "cpu": cpu_facts().to_dict(), "load": load},
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+        "settings": dict(settings) | {"omp_wait_policy": "passive"},
+        "data": dict(data),
+        "reference": measured["reference"],
+        "rows": measured["rows"],
+    }
+
+
+def machine_load() -> float | None:
+    """Processes that wanted a core, on average over the last minute; None where the system does not tell."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def dumps(record: Mapping[str, Any], *, indent: int | None = 1) -> str:
+    return json.dumps(record, indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def write(record: Mapping[str, Any], path: Path) -> None:
+    """Write a record; what was at `path` stays whole until the new one is."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        raise UsageError(f"cannot write the record to {path}: {error.strerror}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def append(record: Mapping[str, Any], path: Path) -> None:
+    """Add a record as one line to a history (JSON lines), without the captions; one write, so never half a
+    line.
+    """
+    rows = [{key: value for key, value in row.items() if key != "captions"} for row in record["rows"]]
+    line = dumps(dict(record) | {"rows": rows}, indent=None) + "\n"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab", buffering=0) as file:
+            file.write(line.encode())
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise UsageError(f"cannot add to the history {path}: {error.strerror}") from error
+
+
+def check_writable(path: Path) -> None:
+    """Raise UsageError now, and not after minutes of measuring, when nothing can be written at `path`."""
+    folder = path.parent
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UsageError(f"cannot write to {path}: it is a folder, or its folder cannot be written to")

@@ -1,0 +1,190 @@
+"""A record as tables for the terminal, readable at 100 columns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from .latency import STAGES
+
+LABELS = {
+    "load": "load",
+    "preprocess": "preprocess",
+    "encode": "encode",
+    "first_token": "first token",
+    "next_token": "per further token",
+    "end_to_end": "JPEG → text",
+}
+
+
+def show(record: Mapping[str, Any]) -> None:
+    """Print a record's tables to stdout, 100 columns wide where there is no terminal to ask."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = 100
+    console.print(render(record), highlight=False)
+
+
+def render(record: Mapping[str, Any]) -> RenderableType:
+    """Everything the terminal shows of a record."""
+    rows = record["rows"]
+    parts: list[RenderableType] = [Text(line, style="dim") for line in _head(record)]
+    if any(row["latency"] for row in rows):
+        parts += [Text(), latency_table(record)]
+    if any(row["speedup"] for row in rows):
+        parts += [Text(), ratio_table(record)]
+    if any(row["status"] == "ok" for row in rows):
+        parts += [Text(), artifact_table(record), Text(), quality_table(record)]
+    parts += [Text(), *(Text(line, style="dim") for line in _notes(record))]
+    for row in rows:
+        if row["status"] != "ok":
+            parts.append(Text(f"{row['name']} failed: {row['error']}", style="red"))
+    return Group(*parts)
+
+
+def _head(record: Mapping[str, Any]) -> Iterator[str]:
+    cpu, settings, data = record["device"]["cpu"], record["settings"], record["data"]
+    yield f"{cpu['model']}, {cpu['cores']} cores ({', '.join(cpu['flags']) or 'no flags known'})"
+    threads = settings["threads"]
+    versions = " · ".join(
+        f"{name} {record['versions'][name]}" for name in ("edgecap", "onnxruntime", "python")
+    )
+    runs = f"{settings['rounds']} interleaved rounds"
+    yield f"{threads} thread{'s' * (threads != 1)} · {runs} · {versions}"
+    yield f"{data['spec']}, {data['split']} split, {data['photos']:,} photos"
+    load = record["device"]["load"]
+    if load is not None and load > cpu["cores"] / 2:
+        yield f"other work was running (load {load:.1f}): trust the ratios, not the times"
+
+
+def _milliseconds(seconds: float | None) -> str:
+    if seconds is None:
+        return "–"
+    ms = seconds * 1e3
+    return f"{ms:,.0f}" if ms >= 1000 else f"{ms:.3g}" if ms < 100 else f"{ms:.0f}"
+
+
+def _mb(value: float | None, digits: int = 1) -> str:
+    return "–" if value is None else f"{value / 1e6:,.{digits}f}"
+
+
+def _interval(figures: Mapping[str, float], middle: str, digits: str = ".2f") -> str:
+    low, high = format(figures["low"], digits), format(figures["high"], digits)
+    return f"{format(figures[middle], digits)} [{low}, {high}]"
+
+
+def latency_table(record: Mapping[str, Any]) -> Table:
+    """Stages of every subject, with percentiles, and the ratio to the first subject where there is more than
+    one.
+    """
+    rows = [row for row in record["rows"] if row["latency"]]
+    first = next((row["name"] for row in rows if row["status"] == "ok"), None)
+    compare = any(row["speedup"] for row in rows)
+    table = Table(title="Time, ms", title_justify="left", box=None, pad_edge=False)
+    table.add_column("", overflow="fold", max_width=26)
+    table.add_column("stage")
+    for name in ("p50", "p90", "p99", "min"):
+        table.add_column(name, justify="right")
+    if compare:
+        table.add_column("times faster than\nthe first [95%]", justify="right")
+    for row in rows:
+        name = row["name"]
+        for stage in ("load", *STAGES):
+            figures = row["latency"].get(stage)
+            if figures is None:
+                continue
+            cells = [name, LABELS[stage], *(_milliseconds(figures[p]) for p in ("p50", "p90", "p99", "min"))]
+            if compare:
+                ratio = (row["speedup"] or {}).get(first, {}).get(stage)
+                cells.append(_interval(ratio, "ratio") if ratio else "")
+            end = stage == "end_to_end"
+            table.add_row(*cells, style="bold" if end else None, end_section=end)
+            name = ""
+    return table
+
+
+def ratio_table(record: Mapping[str, Any]) -> Table:
+    """JPEG → text, each subject against each other one (the first four; the record has all)."""
+    rows = [row for row in record["rows"] if row["status"] == "ok" and row["speedup"]]
+    table = Table(title="JPEG → text, times faster [95%]", title_justify="left", box=None, pad_edge=False)
+    table.add_column("", overflow="fold", max_width=26)
+    shown = [row["name"] for row in rows[:4]]
+    for name in shown:
+        table.add_column(f"than {name}", justify="right", overflow="fold")
+    for row in rows:
+        ratios = [row["speedup"].get(name, {}).get("end_to_end") for name in shown]
+        table.add_row(row["name"], *(_interval(ratio, "ratio") if ratio else "" for ratio in ratios))
+    return table
+
+
+def artifact_table(record: Mapping[str, Any]) -> Table:
+    """Size, memory and cold start, a row per subject."""
+    table = Table(title="Size, memory, cold start", title_justify="left", box=None, pad_edge=False)
+    table.add_column("", overflow="fold", max_width=26)
+    for name in ("MB", "graphs MB", "peak MB", "over idle", "cold start s", "× imports", "MB over imports"):
+        table.add_column(name, justify="right")
+    for row in record["rows"]:
+        if row["status"] == "ok":
+            size, memory, cold = row["bytes"] or {}, row["memory"] or {}, row["cold_start"] or {}
+            times = cold.get("times_reference")
+            table.add_row(
+                row["name"],
+                _mb(size.get("total"), 2),
+                _mb(size.get("graphs"), 2),
+                _mb(memory.get("peak_rss")),
+                _mb(memory.get("over_idle")),
+                f"{cold['seconds']:.2f}" if cold else "–",
+                f"{times:.2f}" if times else "–",
+                _mb(cold.get("rss_over_reference")),
+            )
+    return table
+
+
+def quality_table(record: Mapping[str, Any]) -> Table:
+    """Caption metrics, a row per subject; with more than one, CIDEr's difference to the first."""
+    rows = [row for row in record["rows"] if row["status"] == "ok" and row["quality"]]
+    compare = any("cider_over_first" in row["quality"] for row in rows)
+    table = Table(title="Captions", title_justify="left", box=None, pad_edge=False)
+    table.add_column("", overflow="fold", max_width=26)
+    table.add_column("CIDEr [95%]", justify="right")
+    if compare:
+        table.add_column("− first [95%]", justify="right")
+        table.add_column("same", justify="right")
+    else:
+        table.add_column("beam", justify="right")
+    for name in ("BLEU-4", "ROUGE-L", "distinct", "repeats", "length"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        q = row["quality"]
+        cells = [row["name"], _interval(q["cider_interval"], "mean", ".3f")]
+        if compare:
+            difference = q.get("cider_over_first")
+            cells.append(_interval(difference, "mean", "+.3f") if difference else "")
+            cells.append(f"{q['identical_to_first']:.0%}" if "identical_to_first" in q else "")
+        else:
+            cells.append(str(row["decoding"].get("beam", "–")))
+        cells += [
+            f"{q['bleu_4']:.3f}",
+            f"{q['rouge_l']:.3f}",
+            f"{q['distinct']:.2f}",
+            f"{q['repeated_ngrams']:.2f}",
+        ]
+        table.add_row(*cells, f"{q['mean_length']:.1f}")
+    return table
+
+
+def _notes(record: Mapping[str, Any]) -> Iterator[str]:
+    reference, rows = record["reference"], [row for row in record["rows"] if row["status"] == "ok"]
+    if reference["seconds"]:
+        imports = ", ".join(name.partition(".")[0] for name in reference["imports"])
+        peak = f" and {_mb(reference['peak_rss'])} MB" if reference["peak_rss"] else ""
+        yield f"imports: a process that only imports {imports}: {reference['seconds']:.2f} s{peak}"
+    beams = {row["name"]: row["decoding"].get("beam") for row in rows}
+    if len(set(beams.values())) > 1:
+        yield "beam: " + ", ".join(f"{name} {beam}" for name, beam in beams.items())
+    elif len(rows) > 1:
+        yield f"beam {next(iter(beams.values()))}; ratios are paired by round, 95% bootstrap intervals"

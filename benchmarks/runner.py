@@ -1,0 +1,170 @@
+"""Each system under test is a process that answers JSON lines: one that dies or hangs takes nothing along."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+MAX_LINE = 16 * 2**20  # bytes; an answer is never longer
+
+
+class WorkerFailed(Exception):
+    """A worker did not answer as it should; the text is the reason, in one line."""
+
+
+def worker_environment(threads: int) -> dict[str, str]:
+    """The environment of a measured process: `threads` for every thread pool, and pools that sleep when idle.
+
+    Spinning threads (OMP_WAIT_POLICY=active) on a core shared with other work make everything several times
+    slower.
+    """
+    pools = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
+    return (
+        os.environ
+        | dict.fromkeys(pools, str(threads))
+        | {
+            "OMP_WAIT_POLICY": "passive",
+            "TOKENIZERS_PARALLELISM": "false",
+            "PYTHONIOENCODING": "utf-8",
+        }
+    )
+
+
+class Worker:
+    """One running worker. `command` is its argv; requests and answers are one JSON object per line.
+
+    Use as a context manager: leaving it ends the process and everything it started.
+    """
+
+    def __init__(self, command: Sequence[str], *, threads: int = 1) -> None:
+        self._errors = tempfile.TemporaryFile()
+        self._lines: queue.Queue[bytes | None] = queue.Queue()
+        self.started = time.perf_counter()
+        try:
+            self._process = subprocess.Popen(
+                list(command),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._errors,
+                env=worker_environment(threads),
+                start_new_session=True,  # a Ctrl-C reaches us alone, and close() can end its children too
+            )
+        except OSError as error:
+            self._errors.close()
+            raise WorkerFailed(f"could not be started: {error}") from error
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        stream = self._process.stdout
+        assert stream is not None
+        try:
+            while line := stream.readline(MAX_LINE):
+                self._lines.put(line)
+        except (OSError, ValueError):
+            pass
+        self._lines.put(None)
+
+    def send(self, request: dict[str, Any]) -> None:
+        """Send a request without waiting for its answer."""
+        stream = self._process.stdin
+        assert stream is not None
+        try:
+            stream.write(json.dumps(request).encode() + b"\n")
+            stream.flush()
+        except (OSError, ValueError):
+            raise WorkerFailed(self._why_it_ended()) from None
+
+    def receive(self, timeout: float) -> dict[str, Any]:
+        """The next answer. Raises WorkerFailed when it says it failed, is no JSON object, or is not there in
+        `timeout` s.
+        """
+        try:
+            line = self._lines.get(timeout=timeout)
+        except queue.Empty:
+            self.kill()
+            raise WorkerFailed(f"gave no answer within {timeout:g} s") from None
+        if line is None:
+            self._lines.put(None)  # so that asking again fails the same way
+            raise WorkerFailed(self._why_it_ended())
+        try:
+            answer = json.loads(line)
+        except (ValueError, RecursionError):
+            answer = None
+        if not isinstance(answer, dict):
+            self.kill()
+            text = line[:60].decode(errors="replace").strip()
+            raise WorkerFailed(f"answered with something that is not a JSON object: {text!r}")
+        if not answer.get("ok"):
+            raise WorkerFailed(" ".join(str(answer.get("error", "failed without a reason")).split()))
+        return answer
+
+    def ask(self, op: str, *, timeout: float, **arguments: Any) -> dict[str, Any]:
+        """Send one request and wait for its answer."""
+        self.send({"op": op} | arguments)
+        return self.receive(timeout)
+
+    def _why_it_ended(self) -> str:
+        try:
+            code: int | None = self._process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            code = None
+        end = "closed its output" if code is None else f"ended with exit code {code}"
+        if code is not None and code < 0:
+            name = signal.Signals(-code).name if -code in iter(signal.Signals) else f"signal {-code}"
+            end = f"was ended by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
+        self._errors.seek(0, os.SEEK_END)
+        self._errors.seek(max(0, self._errors.tell() - 4096))
+        said = [
+            line.strip() for line in self._errors.read().decode(errors="replace").splitlines() if line.strip()
+        ]
+        return f"{end}: {said[-1][:300]}" if said else end
+
+    def kill(self) -> None:
+        """End the process and everything in its group, now."""
+        try:
+            if hasattr(os, "killpg"):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            else:
+                self._process.kill()
+        except (ProcessLookupError, PermissionError):
+            pass
+
+    def close(self) -> None:
+        """Let the worker finish (it ends when its input does), and make sure that it did."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        try:
+            self._process.stdin.close()
+        except OSError:
+            pass
+        try:
+            self._process.wait(timeout=2)
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            self.kill()
+            self._process.wait()
+            self._reader.join(timeout=2)
+            self._process.stdout.close()
+            self._errors.close()
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def python_module(module: str) -> list[str]:
+    """The argv that runs a module of this installation with this interpreter."""
+    return [sys.executable, "-m", module]

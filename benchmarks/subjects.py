@@ -1,0 +1,97 @@
+"""What can be put on the bench, a bundle or a peer, and which bundle is meant when none is named."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..runtime.errors import UsageError
+from .peers import PEERS
+from .runner import python_module
+
+MANIFEST = "bundle.json"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One system under test: how its worker is started, what it loads, and what the record says about it."""
+
+    name: str
+    kind: str  # "bundle", or the peer's kind
+    path: Path
+    command: tuple[str, ...]  # argv of the worker
+    decoding: Mapping[str, Any] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)  # sha256, bytes, target, precision, …
+
+    def load_request(self, threads: int) -> dict[str, Any]:
+        return {"path": str(self.path), "threads": threads, "decoding": dict(self.decoding)}
+
+
+def newest_bundle(folder: Path = Path("runs")) -> Path:
+    """The bundle written last under `folder`. Raises UsageError when there is none."""
+    found = [*folder.glob(f"*.edgecap/{MANIFEST}"), *folder.glob(f"*/*.edgecap/{MANIFEST}")]
+    if not found:
+        raise UsageError(f"no bundle under {folder}/ to measure: run edgecap export first, or name a bundle")
+    return max(found, key=lambda path: (path.stat().st_mtime_ns, str(path))).parent
+
+
+def bundle_subject(path: Path, *, beam: int | None = None) -> tuple[Subject, str | None]:
+    """The bundle at `path` as a subject, and the data spec in its lineage (None when it has none).
+
+    `beam` replaces the bundle's own. Raises EdgecapError where there is no sound bundle.
+    """
+    from ..runtime.bundle import Bundle
+
+    bundle = Bundle.open(path, verify="sizes")
+    manifest = bundle.manifest
+    graphs = {graph["file"] for graph in manifest.get("graphs", {}).values()}
+    facts = {
+        "sha256": bundle.sha256,
+        "bytes": {"total": bundle.bytes, "graphs": sum(manifest["files"][name]["bytes"] for name in graphs)},
+        "target": manifest.get("target"),
+        "precision": manifest.get("precision"),
+        "created_with": dict(manifest.get("created_with", {})),
+        "checkpoint_sha256": manifest.get("lineage", {}).get("checkpoint", {}).get("sha256"),
+    }
+    decoding = dict(manifest["decoding"]) | ({} if beam is None else {"beam": beam})
+    command = tuple(python_module("edgecap.benchmarks.worker"))
+    subject = Subject(path.name.removesuffix(".edgecap"), "bundle", path, command, decoding, facts)
+    return subject, manifest.get("lineage", {}).get("data")
+
+
+def peer_subject(spec: str, decoding: Mapping[str, Any]) -> Subject:
+    """The peer that `KIND:PATH` names, decoding as told. Raises UsageError for a kind that is unknown or a
+    missing path.
+    """
+    kind, colon, where = spec.partition(":")
+    if not colon or not where or kind not in PEERS:
+        usage = "; ".join(f"{name}:{peer.argument} ({peer.help})" for name, peer in PEERS.items())
+        raise UsageError(f"unknown peer {spec!r}; there are {usage}")
+    path = Path(where)
+    if not path.exists():
+        raise UsageError(f"peer {spec}: there is nothing at {path}")
+    command = tuple(python_module(PEERS[kind].module))
+    return Subject(f"{kind} {path.resolve().name}", kind, path, command, dict(decoding))
+
+
+def unique_names(subjects: Sequence[Subject]) -> list[Subject]:
+    """The same subjects, the path's folder put before names that occur twice and a number where that is not
+    enough.
+    """
+    from collections import Counter
+    from dataclasses import replace
+
+    count = Counter(s.name for s in subjects)
+    longer = [
+        replace(s, name=f"{s.path.resolve().parent.name}/{s.name}") if count[s.name] > 1 else s
+        for s in subjects
+    ]
+    seen: Counter[str] = Counter()
+    result = []
+    for subject in longer:
+        seen[subject.name] += 1
+        again = seen[subject.name]
+        result.append(subject if again == 1 else replace(subject, name=f"{subject.name} #{again}"))
+    return result

@@ -1,0 +1,190 @@
+"""The process that runs one bundle for the bench; peers share `serve` and differ only in what they load.
+
+Requests and answers are JSON lines on stdin and stdout:
+  {"op": "load", "path", "threads", "decoding"}  → {"import_s", "load_s", "facts"}
+  {"op": "time", "photos": [file, …]}            → {"runs": [{stage: seconds, "tokens": n}, …]}
+  {"op": "caption", "photos": [file, …]}         → {"captions": [{"text", "logprob", "tokens"}, …]}
+Each answer has "ok" (false comes with "error", one line) and "peak_rss" in bytes. The process ends with its
+input.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ..runtime.errors import EdgecapError
+from .rss import peak_rss
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+class Engine(Protocol):
+    """A loaded captioner, cut where the bench holds its clock."""
+
+    facts: dict[str, Any]  # what the record says about it: versions, and how it was loaded
+
+    def pixels(self, photo: str) -> np.ndarray:
+        """A JPEG file as uint8 [1, H, W, 3]."""
+
+    def session(self) -> Any:
+        """A new runtime Session."""
+
+    def decode(self, session: Any, pixels: np.ndarray) -> Any:
+        """Run the search; returns its best hypothesis."""
+
+    def caption(self, photo: str) -> dict[str, Any]:
+        """JPEG file to {"text", "logprob", "tokens"}, by the call an app would make."""
+
+
+Loader = Callable[[dict[str, Any]], Engine]
+
+
+class Clock:
+    """A Session that notes when each part of another one was done."""
+
+    def __init__(self, session: Any) -> None:
+        self.session = session
+        self.encoded: float | None = None
+        self.first = 0.0
+        self.steps = 0
+
+    def start(self, pixels: np.ndarray, prompt_ids: np.ndarray | None = None) -> np.ndarray:
+        if hasattr(self.session, "encode"):  # start, where the session has its halves
+            self.session.encode(pixels)
+            self.encoded = perf_counter()
+            logits = self.session.prefill(prompt_ids)
+        else:
+            logits = self.session.start(pixels, prompt_ids)
+        self.first = perf_counter()
+        return logits
+
+    def step(self, ids: np.ndarray, parents: np.ndarray) -> np.ndarray:
+        self.steps += 1
+        return self.session.step(ids, parents)
+
+
+def time_stages(engine: Engine, photo: str) -> dict[str, float]:
+    """Seconds of each part of captioning one photo; parts that do not apply are left out."""
+    begin = perf_counter()
+    pixels = engine.pixels(photo)
+    ready = perf_counter()
+    clock = Clock(engine.session())
+    engine.decode(clock, pixels)
+    end = perf_counter()
+    run = {"preprocess": ready - begin, "first_token": clock.first - (clock.encoded or ready)}
+    if clock.encoded is not None:
+        run["encode"] = clock.encoded - ready
+    if clock.steps:
+        run["next_token"] = (end - clock.first) / clock.steps
+    return run
+
+
+def time_whole(engine: Engine, photo: str) -> dict[str, float]:
+    """Seconds from file to text, and the caption's tokens."""
+    begin = perf_counter()
+    caption = engine.caption(photo)
+    return {"end_to_end": perf_counter() - begin, "tokens": caption["tokens"]}
+
+
+def time_photos(engine: Engine, photos: list[str]) -> list[dict[str, float]]:
+    """Time each photo in parts and whole; they take turns at going first, as the last is preempted more."""
+    engine.caption(photos[0])  # untimed: the caches still hold what ran before this turn
+    runs = []
+    for i, photo in enumerate(photos):
+        halves = (time_stages, time_whole) if i % 2 else (time_whole, time_stages)
+        runs.append({key: value for half in halves for key, value in half(engine, photo).items()})
+    return runs
+
+
+def answer(state: dict[str, Engine], load: Loader, request: dict[str, Any]) -> dict[str, Any]:
+    """Do what one request asks."""
+    op = request.get("op")
+    if op == "load":
+        engine = state["engine"] = load(request)
+        return {"facts": engine.facts}
+    if op == "time":
+        return {"runs": time_photos(state["engine"], request["photos"])}
+    if op == "caption":
+        return {"captions": [state["engine"].caption(photo) for photo in request["photos"]]}
+    raise ValueError(f"unknown request {op!r}")
+
+
+def serve(load: Loader) -> None:
+    """Answer requests until the input ends. What libraries print goes to stderr instead."""
+    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    state: dict[str, Engine] = {}
+    for line in sys.stdin:
+        try:
+            reply = {"ok": True} | answer(state, load, json.loads(line))
+        except EdgecapError as error:
+            reply = {"ok": False, "error": error.message}
+        except Exception as error:  # whatever it is, the bench must hear the reason
+            reply = {"ok": False, "error": f"{type(error).__name__}: {error}"}
+        out.write(json.dumps(reply | {"peak_rss": peak_rss()}) + "\n")
+        out.flush()
+
+
+class BundleEngine:
+    """A bundle, through the runtime alone."""
+
+    def __init__(self, request: dict[str, Any]) -> None:
+        begin = perf_counter()
+        from importlib import import_module
+
+        from ..runtime.backends import BACKENDS
+        from ..runtime.bundle import Bundle
+        from ..runtime.captioner import Captioner
+        from ..runtime.decode import DecodeOptions, decode
+        from ..runtime.preprocess import load_image
+
+        backend = BACKENDS.get(Bundle.open(request["path"], verify="sizes").manifest["backend"])
+        for package in ("tokenizers", *([backend.package] if backend else [])):
+            import_module(package)  # so that load_s is the bundle's part alone
+        imported = perf_counter()
+        self._captioner = Captioner.load(request["path"], threads=request["threads"])
+        loaded = perf_counter()
+        self.facts = {"import_s": imported - begin, "load_s": loaded - imported, "versions": versions()}
+        self._decoding = request["decoding"]
+        self._load_image, self._decode = load_image, decode
+        self._options = DecodeOptions.from_dict(self._decoding)
+        self._eos, self._suppress = special_ids(self._captioner.tokens)
+
+    def pixels(self, photo: str) -> np.ndarray:
+        return self._captioner.preprocess(self._load_image(photo))[None]  # [1, H, W, 3]
+
+    def session(self) -> Any:
+        return self._captioner.session()
+
+    def decode(self, session: Any, pixels: np.ndarray) -> Any:
+        return self._decode(session, pixels, self._options, eos_id=self._eos, suppress=self._suppress)[0][0]
+
+    def caption(self, photo: str) -> dict[str, Any]:
+        caption = self._captioner(photo, **self._decoding)
+        return {"text": caption.text, "logprob": float(caption.logprob), "tokens": len(caption.token_ids)}
+
+
+def special_ids(tokens: dict[str, int]) -> tuple[int, tuple[int, ...]]:
+    """A bundle's or checkpoint's "tokens" → (EOS, the ids never emitted)."""
+    return tokens["eos"], tuple(tokens[name] for name in ("bos", "pad", "unk") if name in tokens)
+
+
+def versions(*more: str) -> dict[str, str]:
+    """Versions of what did the work in this process."""
+    import platform
+
+    found = {"python": platform.python_version()}
+    for name in ("edgecap", "numpy", "PIL", "onnxruntime", "tokenizers", *more):
+        if name in sys.modules:
+            found[name] = str(getattr(sys.modules[name], "__version__", "unknown"))
+    return found
+
+
+if __name__ == "__main__":
+    serve(BundleEngine)

@@ -1,0 +1,103 @@
+"""Device profiles: one TOML file each, so that a new device is a new file and nothing else."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import MISSING, asdict, dataclass, fields
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from ..runtime.errors import EdgecapError, UsageError
+
+KINDS = {
+    "local": "this machine",
+    "ssh": "over ssh",
+    "browser": "a web page opened there",
+}
+# The ways to reach a device that `edgecap bench` has today.
+REACHABLE = frozenset({"local"})
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One device. `cores` and `memory_mb` (MiB) are None where the machine itself is asked."""
+
+    name: str
+    kind: str  # a key of KINDS
+    isa: str  # x86_64, aarch64, wasm32, or native: whatever this machine is
+    targets: tuple[str, ...]  # export targets, the one to try first in front
+    notes: str = ""
+    cores: int | None = None
+    memory_mb: int | None = None
+
+    @property
+    def reachable(self) -> bool:
+        """Whether `edgecap bench --device` can measure on it now."""
+        return self.kind in REACHABLE
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"targets": list(self.targets)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], source: str) -> Profile:
+        """Check a parsed TOML table; raises UsageError naming `source` and the key that is wrong."""
+        known = {f.name: f for f in fields(cls)}
+        if unknown := sorted(set(values) - set(known)):
+            raise UsageError(f"{source}: unknown key {', '.join(unknown)}; known are {', '.join(known)}")
+        if missing := [n for n, f in known.items() if f.default is MISSING and n not in values]:
+            raise UsageError(f"{source}: {', '.join(missing)} is missing")
+        for key, value in values.items():
+            if key == "targets":
+                good = isinstance(value, list) and value and all(isinstance(t, str) for t in value)
+                wanted = "a list of export targets"
+            elif key in ("cores", "memory_mb"):
+                good = isinstance(value, int) and not isinstance(value, bool) and value > 0
+                wanted = "a whole number above 0"
+            else:
+                good = isinstance(value, str)
+                wanted = "text"
+            if not good:
+                raise UsageError(f"{source}: {key} must be {wanted}, not {value!r}")
+        if values["kind"] not in KINDS:
+            raise UsageError(f"{source}: kind must be one of {', '.join(KINDS)}, not {values['kind']!r}")
+        return cls(**(values | {"targets": tuple(values["targets"])}))
+
+
+def load_profile(path: Path) -> Profile:
+    """Read one profile file. The file's name is the device's name."""
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UsageError(f"cannot read the device profile {path}: {error}") from error
+    profile = Profile.from_dict(values, str(path))
+    if profile.name != path.stem:
+        raise UsageError(f"{path}: name is {profile.name!r}; it must be the file's name, {path.stem!r}")
+    return profile
+
+
+def profiles() -> dict[str, Profile]:
+    """Every profile that ships with edgecap, by name; what can be measured now comes first."""
+    folder = Path(str(files(__package__) / "profiles"))
+    found = [load_profile(path) for path in sorted(folder.glob("*.toml"))]
+    if not found:
+        raise EdgecapError(f"no device profiles in {folder}: install edgecap again")
+    return {p.name: p for p in sorted(found, key=lambda p: (not p.reachable, p.name))}
+
+
+def get_profile(name: str) -> Profile:
+    """The profile called `name`; raises UsageError listing the names there are."""
+    known = profiles()
+    if name not in known:
+        raise UsageError(f"unknown device {name!r}; known are {', '.join(known)} (see edgecap devices)")
+    return known[name]
+
+
+def require_reachable(profile: Profile) -> None:
+    """Raise UsageError when the bench has no way to run on this device yet."""
+    if not profile.reachable:
+        here = ", ".join(p.name for p in profiles().values() if p.reachable)
+        raise UsageError(
+            f"device {profile.name} ({KINDS[profile.kind]}) is not reachable yet from this command; "
+            f"what can be measured here: --device {here}"
+        )
