@@ -16,8 +16,29 @@ from .runtime.errors import EdgecapError
 
 T = TypeVar("T")
 
+# command → (module of its room, name there, line in the list of commands)
+ROOMS = {
+    "train": ("train.commands", "train", "Train a captioner into a checkpoint folder."),
+    "eval": ("train.commands", "evaluate", "Score a checkpoint in torch."),
+}
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+
+class Rooms(click.Group):
+    """A group whose commands lie in their rooms and are imported when they are called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted({*super().list_commands(ctx), *ROOMS})
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in ROOMS:
+            return super().get_command(ctx, name)
+        from importlib import import_module
+
+        module, attribute, _ = ROOMS[name]
+        return getattr(import_module(f".{module}", __package__), attribute)
+
+
+@click.group(cls=Rooms, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="edgecap")
 def cli() -> None:
     """Train small image captioners, export them for the device, run them there, and measure every step.

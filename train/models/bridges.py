@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class LinearBridge(nn.Module):
-    """One projection: [N, L, encoder dim] → [N, L, dim], with dropout (share of features in [0, 1)) in front."""
+    """One projection: [N, L, encoder dim] → [N, L, dim], then dropout (share in [0, 1))."""
 
     def __init__(self, encoder_dim: int, dim: int = 320, dropout: float = 0.0) -> None:
         super().__init__()
@@ -18,7 +18,7 @@ class LinearBridge(nn.Module):
         self.project = nn.Linear(encoder_dim, dim)
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.project(self.dropout(features))
+        return self.dropout(self.project(features))
 
 
 BRIDGES: dict[str, Callable[..., Any]] = {"linear": LinearBridge}

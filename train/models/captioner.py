@@ -31,15 +31,24 @@ class GraphPair:
 class CaptionModel(nn.Module):
     """pixels uint8 [N, H, W, 3] and word ids → logits. `bos_id` starts every caption."""
 
-    def __init__(self, encoder: nn.Module, bridge: nn.Module, decoder: nn.Module, *, bos_id: int, size: tuple[int, int]) -> None:
+    def __init__(
+        self, encoder: nn.Module, bridge: nn.Module, decoder: nn.Module, *, bos_id: int, size: tuple[int, int]
+    ) -> None:
         super().__init__()
         self.encoder, self.bridge, self.decoder = encoder, bridge, decoder
         self.bos_id, self.size = bos_id, size
 
-    def forward(self, ids: Tensor, *, pixels: Tensor | None = None, features: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        ids: Tensor,
+        keep: Tensor | None = None,
+        *,
+        pixels: Tensor | None = None,
+        features: Tensor | None = None,
+    ) -> Tensor:
         """Teacher forcing: ids int64 [N, C, T] (BOS first, C captions a photo) with pixels uint8 [N, H, W, 3] or the
-        frozen encoder's features [N, L, dim] → logits [N, C, T, V]."""
-        return self.decoder(self.memory(pixels=pixels, features=features), ids)
+        frozen encoder's features [N, L, dim] → logits [N, C, T, V], or [K, V] for the positions where `keep` is true."""
+        return self.decoder(self.memory(pixels=pixels, features=features), ids, keep)
 
     def memory(self, *, pixels: Tensor | None = None, features: Tensor | None = None) -> Tensor:
         """What the decoder looks at: [N, L, bridge dim]."""
@@ -140,7 +149,10 @@ def build_model(
 
     `load_weights=False` builds the encoder's shape only (its weights come from a checkpoint).
     """
-    seen = _pick(ENCODERS, "encoder", encoder["kind"])(encoder.get("source") if load_weights else None, encoder["config"])
+    seen = _pick(ENCODERS, "encoder", encoder["kind"])(
+        encoder.get("source") if load_weights else None, encoder["config"]
+    )
+    seen.lay_out(size)
     across = _build(BRIDGES, "bridge", bridge, seen.dim)
     return CaptionModel(
         seen, across, _build(DECODERS, "decoder", decoder, across.dim, vocab_size), bos_id=bos_id, size=size

@@ -23,9 +23,23 @@ class Encoder(nn.Module):
         shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)]).view(1, 3, 1, 1)
         self.register_buffer("scale", scale, persistent=False)
         self.register_buffer("shift", shift, persistent=False)
+        self.channels_last = False
+
+    def lay_out(self, size: tuple[int, int]) -> None:
+        """Choose the memory format for photos of `size`: on CPUs channels last is twice as fast at 224 px, slower at 96."""
+        self.channels_last = min(size) >= 160
+        if self.channels_last:
+            self.body.to(memory_format=torch.channels_last)
+
+    def settings(self) -> dict[str, Any]:
+        """The body's configuration where it differs from the default: what rebuilds it without its source."""
+        labels = ("id2label", "label2id", "architectures", "transformers_version", "dtype", "model_type")
+        return {k: v for k, v in self.body.config.to_diff_dict().items() if k not in labels and v is not None}
 
     def forward(self, pixels: Tensor) -> Tensor:
         x = pixels.permute(0, 3, 1, 2).to(torch.float32) * self.scale + self.shift  # [N, 3, H, W]
+        if self.channels_last and not torch.compiler.is_exporting():
+            x = x.contiguous(memory_format=torch.channels_last)
         out = self.body(x).last_hidden_state
         return out.flatten(2).transpose(1, 2) if out.ndim == 4 else out  # [N, L, dim]
 
@@ -55,7 +69,9 @@ def _pretrained(cls: Any, source: str, **options: Any) -> nn.Module:
     looks_local = Path(source).is_absolute() or source.startswith((".", "~")) or source.count("/") > 1
     path = Path(source).expanduser()
     if looks_local and not (path / "config.json").is_file():
-        raise UsageError(f"encoder {source}: no config.json there; give a transformers model directory or a hub id")
+        raise UsageError(
+            f"encoder {source}: no config.json there; give a transformers model directory or a hub id"
+        )
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

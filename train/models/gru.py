@@ -21,7 +21,14 @@ class GRUDecoder(nn.Module):
     memory_kind = "grid"
 
     def __init__(
-        self, memory_dim: int, vocab_size: int, *, hidden: int = 512, embed: int = 256, heads: int = 4, dropout: float = 0.3
+        self,
+        memory_dim: int,
+        vocab_size: int,
+        *,
+        hidden: int = 512,
+        embed: int = 256,
+        heads: int = 4,
+        dropout: float = 0.3,
     ) -> None:
         super().__init__()
         if memory_dim % heads:
@@ -61,8 +68,9 @@ class GRUDecoder(nn.Module):
         new = torch.tanh(x_n + reset * h_n)
         return new + update * (hidden - new)
 
-    def logits(self, hidden: Tensor, context: Tensor, word: Tensor) -> Tensor:
-        out = self.out(self.dropout(torch.cat((hidden, context, word), dim=-1)))
+    def logits(self, features: Tensor) -> Tensor:
+        """features [..., H + D + E] (hidden, context, word) → [..., V]."""
+        out = self.out(self.dropout(features))
         return F.linear(self.dropout(out), self.embedding.weight, self.out_bias)
 
     def step(self, ids: Tensor, grid: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -70,21 +78,41 @@ class GRUDecoder(nn.Module):
         word = self.dropout(self.embedding(ids))
         context = self.attend(hidden, grid)
         hidden = self.cell(self.from_word(word), context, hidden)
-        return self.logits(hidden, context, word), hidden
+        return self.logits(torch.cat((hidden, context, word), dim=-1)), hidden
 
-    def forward(self, memory: Tensor, ids: Tensor) -> Tensor:
-        """Teacher forcing: memory [N, L, D], input ids [N, C, T] (BOS first) → logits [N, C, T, V]."""
-        photo = self.photo(memory)
+    def forward(self, memory: Tensor, ids: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Teacher forcing: memory [N, L, D], input ids [N, C, T] (BOS first) → logits [N, C, T, V].
+
+        With `keep` [N, C, T], true up to each caption's end, only those positions are computed: logits [K, V], in the
+        order of `keep.nonzero()`.
+        """
+        if keep is None:
+            keep = torch.ones_like(ids, dtype=torch.bool)
+            return self(memory, ids, keep).unflatten(0, ids.shape)
+        # Long captions first, photo by photo and inside each photo: the rows still active at any step are then a
+        # corner [photos, captions], and no time goes into padding.
+        lengths, by_length = keep.sum(2).sort(dim=1, descending=True, stable=True)  # [N, C]
+        order = lengths[:, 0].argsort(descending=True, stable=True)  # [N]
+        lengths, by_length = lengths[order], by_length[order]
+        ids = ids[order.unsqueeze(1), by_length]
+        photo = self.photo(memory[order])
         hidden = photo["h0"].unsqueeze(1).expand(-1, ids.shape[1], -1)  # [N, C, H]
         words = self.dropout(self.embedding(ids))  # [N, C, T, E]
-        gates = self.from_word(words)
-        states, contexts = [], []
-        for t in range(ids.shape[2]):
-            context = self.attend(hidden, photo["grid"])
-            hidden = self.cell(gates[:, :, t], context, hidden)
-            states.append(hidden)
-            contexts.append(context)
-        return self.logits(torch.stack(states, 2), torch.stack(contexts, 2), words)
+        outputs, places = [], []
+        for t in range(int(lengths.max())):
+            n, c = int((lengths[:, 0] > t).sum()), int((lengths > t).any(0).sum())
+            word, hidden = words[:n, :c, t], hidden[:n, :c]
+            context = self.attend(hidden, photo["grid"][:n])
+            hidden = self.cell(self.from_word(word), context, hidden)
+            active = lengths[:n, :c] > t
+            outputs.append(torch.cat((hidden, context, word), dim=-1)[active])  # [k, H + D + E]
+            places.append(
+                torch.cat((active.nonzero(), active.nonzero().new_full((len(outputs[-1]), 1), t)), 1)
+            )
+        place = torch.cat(places)  # [K, 3] in the sorted order
+        row = order[place[:, 0]]
+        flat = (row * ids.shape[1] + by_length[place[:, 0], place[:, 1]]) * ids.shape[2] + place[:, 2]
+        return self.logits(torch.cat(outputs)[flat.argsort()])
 
     # --- the two operations of a session, in torch -------------------------------------------------------------
 

@@ -52,15 +52,19 @@ class LlamaDecoder(nn.Module):
         """Everything that is computed once per photo: prefix [N, L, dim]."""
         return {"prefix": self.project(memory)}
 
-    def forward(self, memory: Tensor, ids: Tensor) -> Tensor:
-        """Teacher forcing: memory [N, L, D], input ids [N, C, T] → logits [N, C, T, V]."""
+    def forward(self, memory: Tensor, ids: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Teacher forcing: memory [N, L, D], input ids [N, C, T] → logits [N, C, T, V]; with `keep` [N, C, T], those
+        positions only: [K, V]."""
         n, captions, length = ids.shape
         prefix = self.photo(memory)["prefix"].repeat_interleave(captions, dim=0)  # [N·C, L, dim]
         words = self.lm.model.embed_tokens(ids.flatten(0, 1))  # [N·C, T, dim]
         hidden = self.lm.model(inputs_embeds=torch.cat((prefix, words), 1), use_cache=False).last_hidden_state
-        return self.lm.lm_head(hidden[:, prefix.shape[1] :]).unflatten(0, (n, captions))
+        hidden = hidden[:, prefix.shape[1] :].unflatten(0, (n, captions))  # [N, C, T, dim]
+        return self.lm.lm_head(hidden if keep is None else hidden[keep])
 
-    def run(self, prefix: Tensor, ids: Tensor, past: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    def run(
+        self, prefix: Tensor, ids: Tensor, past: list[tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """prefix [B, P, dim] (P may be 0), ids [B, T], past per layer (k, v) [B, kv_heads, length, head_dim]
         → logits of the last position [B, V], present."""
         from transformers import DynamicCache
@@ -110,7 +114,12 @@ class LlamaDecoder(nn.Module):
             "logits": "logits",
             "prefix": {"input": "prefix", "from": "prefix", "dim": self.dim},
             "kv": [
-                {"input": f"past_{part}_{i}", "output": f"present_{part}_{i}", "heads": self.kv_heads, "dim": self.head_dim}
+                {
+                    "input": f"past_{part}_{i}",
+                    "output": f"present_{part}_{i}",
+                    "heads": self.kv_heads,
+                    "dim": self.head_dim,
+                }
                 for i in range(self.layers)
                 for part in ("k", "v")
             ],

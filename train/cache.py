@@ -1,0 +1,100 @@
+"""Memory-mapped arrays computed once and kept on disk: photos as pixels, and the frozen encoder's features.
+
+A cache is three files beside each other: KEY.npy (the array), KEY.json (how many rows are done) and KEY.lock. Rows are
+flushed before the count is raised, so a killed run continues where it stopped and never trusts a half-written row.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..benchmarks.datasets import Example
+from ..runtime.errors import EdgecapError
+from ..runtime.preprocess import Preprocess
+
+CHUNK = 64
+
+
+def cache_folder() -> Path:
+    """Where caches live: $EDGECAP_CACHE, else the user's cache folder."""
+    base = os.environ.get("EDGECAP_CACHE")
+    return Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "edgecap"
+
+
+def cache_key(**parts: Any) -> str:
+    """A name for what the rows depend on: 20 hex digits over the sorted parts."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:20]
+
+
+def cached_rows(
+    key: str,
+    total: int,
+    shape: tuple[int, ...],
+    dtype: Any,
+    compute: Callable[[slice], np.ndarray],
+    *,
+    report: Callable[[int], None] = lambda rows: None,
+) -> np.ndarray:
+    """The array [total, *shape] as a read-only memory map; `compute(slice)` gives the missing rows, in chunks.
+
+    `report` is told how many rows are done. Raises EdgecapError when the disk is too small.
+    """
+    from filelock import FileLock
+
+    folder = cache_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    array, progress = folder / f"{key}.npy", folder / f"{key}.json"
+    with FileLock(folder / f"{key}.lock"):
+        done = _rows_done(array, progress, total, shape, dtype)
+        if done == 0:
+            needed = total * int(np.prod(shape)) * np.dtype(dtype).itemsize
+            free = shutil.disk_usage(folder).free
+            if needed > free:
+                raise EdgecapError(
+                    f"the cache needs {needed / 1e9:.1f} GB in {folder} and {free / 1e9:.1f} GB are free: "
+                    "make room or set EDGECAP_CACHE to another disk"
+                )
+            progress.unlink(missing_ok=True)
+            np.lib.format.open_memmap(array, "w+", dtype, (total, *shape)).flush()
+        report(done)
+        if done < total:
+            rows = np.load(array, mmap_mode="r+")
+            for start in range(done, total, CHUNK):
+                part = slice(start, min(start + CHUNK, total))
+                rows[part] = compute(part)
+                rows.flush()
+                _write_json(progress, {"rows": part.stop, "total": total})
+                report(part.stop)
+    return np.load(array, mmap_mode="r")
+
+
+def load_pixels(examples: Sequence[Example], preprocess: Preprocess, *, flip: bool = False) -> np.ndarray:
+    """Photos decoded and resized, on two threads: uint8 [N, H, W, 3]; `flip` mirrors them left to right."""
+    with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
+        pixels = np.stack(list(pool.map(lambda example: preprocess(example.load()), examples)))
+    return np.ascontiguousarray(pixels[:, :, ::-1]) if flip else pixels
+
+
+def _rows_done(array: Path, progress: Path, total: int, shape: tuple[int, ...], dtype: Any) -> int:
+    try:
+        count = int(json.loads(progress.read_text())["rows"])
+        rows = np.load(array, mmap_mode="r")
+        whole = rows.shape == (total, *shape) and rows.dtype == dtype
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+    return min(count, total) if whole else 0
+
+
+def _write_json(path: Path, value: Any) -> None:
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(value))
+    os.replace(temporary, path)

@@ -1,0 +1,306 @@
+"""The training loop: stages of epochs over batches, validated, saved whole, and continued exactly where they were killed.
+
+All randomness is a function of (seed, stage, epoch, step): nothing of a random generator has to be stored to resume.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from tokenizers import Tokenizer
+
+from ..benchmarks.datasets import Dataset
+from ..runtime.decode import DecodeOptions
+from .batches import Batch, EpochPlan, Photos, Progress, encode_captions
+from .cache import cache_key
+from .checkpoint import METRICS, PROGRESS, WEIGHTS, preprocess_for
+from .models import CaptionModel
+from .objectives import OBJECTIVES
+from .optim import WeightAverage, lr_factor, make_optimizer, set_modes
+from .recipe import Recipe, Stage
+from .report import TrainingLog
+from .state import (
+    load_model_tensors,
+    load_progress,
+    model_tensors,
+    read_tensors,
+    restore,
+    save_progress,
+    write_json,
+    write_tensors,
+)
+from .validate import caption_rows, score_captions
+
+SAVE_EVERY_S = 120.0  # within long epochs
+
+
+class Trainer:
+    """Trains `model` by `recipe` on `data` into the checkpoint directory `out`."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        model: CaptionModel,
+        tokenizer: Tokenizer,
+        data: Dataset,
+        out: Path,
+        accelerator: Accelerator,
+        progress: Progress,
+        log: TrainingLog,
+    ) -> None:
+        self.recipe, self.model, self.tokenizer, self.out = recipe, model, tokenizer, out
+        self.accelerator, self.progress, self.log = accelerator, progress, log
+        self.preprocess = preprocess_for(recipe)
+        self.train = Photos(data, "train", recipe, self.preprocess)
+        self.val = Photos(data, "val", recipe, self.preprocess, limit=recipe.data.val_photos)
+        settings = {"max_length": recipe.tokenizer.max_length, "captions": recipe.data.captions_per_photo}
+        self.ids = [encode_captions(self.train.examples, tokenizer, **settings)]
+        if recipe.data.flip:
+            self.ids.append(encode_captions(self.train.examples, tokenizer, mirrored=True, **settings))
+        self.state: dict[str, Any] = {
+            "stage": 0, "epoch": 0, "batch": 0, "loss": 0.0, "count": 0, "best": None, "waits": 0, "plateau": 1.0,
+            "history": [], "seconds": 0.0, "finished": False,
+        }  # fmt: skip
+
+    # --- the whole run -----------------------------------------------------------------------------------------
+
+    def run(self, resume: bool) -> dict[str, Any]:
+        """Train to the end; returns the metrics that were written."""
+        self.model.to(self.accelerator.device)
+        tensors = None
+        if resume and (self.out / PROGRESS).is_file():
+            tensors, self.state = load_progress(self.out / PROGRESS)
+        self.started = time.monotonic() - self.state["seconds"]
+        self.log.resume(self.state["history"])
+        while self.state["stage"] < len(self.recipe.stages):
+            self._stage(self.recipe.stages[self.state["stage"]], tensors)
+            tensors = None
+        self._end()
+        return self._write_metrics(finished=True)
+
+    def _stage(self, stage: Stage, tensors: dict[str, torch.Tensor] | None) -> None:
+        number = self.state["stage"]
+        if tensors is None and self.state["best"]:
+            best, _ = read_tensors(self.out / WEIGHTS)
+            load_model_tensors(self.model, best, str(self.out / WEIGHTS))
+        optimizer = make_optimizer(self.model, stage)
+        self.average = WeightAverage(self.model, stage.ema) if stage.ema else None
+        if tensors is not None:
+            restore(tensors, self.state, self.model, optimizer, self.average)
+        self._open_data(stage)
+        self.objective = OBJECTIVES[stage.objective](self.recipe, stage, self.tokenizer, self.train.examples)
+        forward, self.optimizer = self.accelerator.prepare(self.model, optimizer)
+        self.plan = EpochPlan(
+            len(self.train), stage.batch_size, (self.recipe.seed, number), flip=self.recipe.data.flip
+        )
+        while self.state["epoch"] < stage.epochs:
+            self._epoch(stage, forward)
+            self.state["epoch"] += 1
+            last = self.state["epoch"] == stage.epochs
+            if last or self.state["epoch"] % stage.validate_every == 0:
+                self._validate(stage)
+            self.state.update(batch=0, loss=0.0, count=0)
+            self._save()
+            if stage.patience and self.state["waits"] > stage.patience:
+                self.log.line(
+                    f"stage {stage.name}: no better CIDEr for {self.state['waits']} validations, stopping early"
+                )
+                break
+        self.state.update(stage=number + 1, epoch=0, waits=0, plateau=1.0)
+
+    # --- one epoch ---------------------------------------------------------------------------------------------
+
+    def _epoch(self, stage: Stage, forward: torch.nn.Module) -> None:
+        set_modes(self.model, stage, from_scratch=not self.recipe.encoder.source)
+        epoch, saved = self.state["epoch"], time.monotonic()
+        rewards = []
+        phase = f"{stage.name}, stage {self.state['stage'] + 1} of {len(self.recipe.stages)}"
+        for index, (places, mirrored) in enumerate(self.plan.epoch(epoch)):
+            if index < self.state["batch"]:
+                continue
+            step = epoch * self.plan.batches + index
+            loss, count, figures = self._step(stage, forward, step, places, mirrored)
+            self.state["loss"] += loss
+            self.state["count"] += count
+            self.state["batch"] = index + 1
+            rewards += [figures["reward"]] if "reward" in figures else []
+            self.log.step(
+                self.state["stage"], step, loss / count, self.optimizer.param_groups[-1]["lr"], figures
+            )
+            self.progress(phase, step + 1, stage.epochs * self.plan.batches)
+            if time.monotonic() - saved > SAVE_EVERY_S:
+                self._save()
+                saved = time.monotonic()
+        self.reward = float(np.mean(rewards)) if rewards else None
+
+    def _step(
+        self, stage: Stage, forward: torch.nn.Module, step: int, places: np.ndarray, mirrored: bool
+    ) -> tuple[float, int, dict[str, float]]:
+        """One optimizer step on the photos at `places`: (summed loss, what it is divided by, figures) over all processes."""
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        torch.manual_seed(_mix(self.recipe.seed, self.state["stage"], step, rank))
+        factor = lr_factor(stage, step, self.plan.batches, self.state["plateau"])
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor
+        ids = torch.from_numpy(self.ids[mirrored][places])
+        count = self.objective.count(ids)
+        mine = np.array_split(np.arange(len(places)), world)[rank]
+        pieces = [piece for piece in np.array_split(mine, stage.accumulate) if len(piece)]
+        # A process without photos (the last, small batch) still takes part in the gradient's exchange, with weight 0.
+        weight = 1.0 if pieces else 0.0
+        pieces = pieces or [np.arange(1)]
+        total = torch.zeros((), device=self.accelerator.device)
+        figures: dict[str, float] = {}
+        for i, piece in enumerate(pieces):
+            batch = self._batch(ids[piece], places[piece], mirrored)
+            sync = i == len(pieces) - 1
+            with _exchange(self.accelerator, forward, sync):
+                with self.accelerator.autocast():
+                    loss, figures = self.objective.loss(self.model, forward, batch)
+                # Gradients are averaged over processes; the loss is a mean over the whole batch.
+                self.accelerator.backward(loss * (weight * world / count))
+            total += loss.detach() * weight
+        if stage.clip:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), stage.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.average:
+            self.average.update(self.model)
+        return float(self.accelerator.reduce(total, "sum")), count, figures
+
+    def _batch(self, ids: torch.Tensor, places: np.ndarray, mirrored: bool) -> Batch:
+        rows = torch.from_numpy(np.array(self.rows[mirrored][places]))
+        features, pixels = (rows.float(), None) if self.frozen else (None, rows)
+        return Batch(ids, places, pixels, features).to(self.accelerator.device)
+
+    # --- data, validation, saving ------------------------------------------------------------------------------
+
+    def _open_data(self, stage: Stage) -> None:
+        """Features where the encoder is frozen, pixels elsewhere; the first process fills the cache, the rest wait."""
+        self.frozen = stage.encoder_lr == 0
+        digest = cache_key(weights=[_digest(t) for t in model_tensors(self.model.encoder).values()])
+        views = (False, True) if self.recipe.data.flip else (False,)
+
+        def rows(photos: Photos, flip: bool) -> np.ndarray:
+            if self.frozen:
+                return photos.features(self.model.encoder, digest, flip=flip, progress=self.progress)
+            return photos.pixels(flip=flip, progress=self.progress)
+
+        with self.accelerator.main_process_first():
+            self.rows = [rows(self.train, flip) for flip in views]
+            self.val_rows = rows(self.val, False)
+
+    def _validate(self, stage: Stage) -> None:
+        state = self.state
+        record: dict[str, Any] = {
+            "stage": stage.name,
+            "epoch": state["epoch"],
+            "loss": state["loss"] / max(1, state["count"]),
+        }
+        if self.reward is not None:
+            record["reward"] = self.reward
+        if self.accelerator.is_main_process:
+            # Beam size is the device's business; while training, greedy tells as much and is quicker.
+            options = DecodeOptions(**{**asdict(self.recipe.decoding), "beam": 1, "length_penalty": 0.0})
+            if self.average:
+                with self.average.applied(self.model):
+                    record |= self._score(options)
+            else:
+                record |= self._score(options)
+        record = self._from_main(record)
+        state["seconds"] = time.monotonic() - self.started
+        record["seconds"] = round(state["seconds"], 1)
+        state["history"].append(record)
+        better = state["best"] is None or record["cider"] > state["best"]["cider"]
+        state["waits"] = 0 if better else state["waits"] + 1
+        if stage.schedule == "plateau" and state["waits"] > stage.plateau_patience:
+            state["plateau"] *= stage.gamma
+        if better:
+            state["best"] = record
+            if self.average:
+                with self.average.applied(self.model):
+                    self._write_weights()
+            else:
+                self._write_weights()
+        self.log.validation(record, better, (state["stage"], state["epoch"] * self.plan.batches))
+
+    def _score(self, options: DecodeOptions) -> dict[str, float]:
+        n = len(self.val)
+        captions = caption_rows(
+            self.model, self.tokenizer, self.val_rows, n, options, features=self.frozen,
+            report=lambda done: self.progress(f"validation {self.state['epoch']}", done, n),
+        )  # fmt: skip
+        scores = score_captions(captions, self.val.examples)
+        return {
+            "cider": scores.cider, "bleu4": scores.bleu[3], "rouge_l": scores.rouge_l, "distinct": scores.distinct,
+            "repeated": scores.repeated_ngrams,
+        }  # fmt: skip
+
+    def _from_main(self, record: dict[str, Any]) -> dict[str, Any]:
+        if self.accelerator.num_processes == 1:
+            return record
+        from accelerate.utils import broadcast_object_list
+
+        return broadcast_object_list([record])[0]
+
+    def _write_weights(self) -> None:
+        if self.accelerator.is_main_process:
+            write_tensors(self.out / WEIGHTS, model_tensors(self.model), {"format": "pt"})
+        self.accelerator.wait_for_everyone()
+
+    def _save(self) -> None:
+        self.state["seconds"] = time.monotonic() - self.started
+        if self.accelerator.is_main_process:
+            # Unwrapped, so that the file's layout does not depend on how many processes wrote it.
+            plain = getattr(self.optimizer, "optimizer", self.optimizer)
+            save_progress(self.out / PROGRESS, self.model, plain, self.average, self.state)
+            self._write_metrics(finished=False)
+
+    def _end(self) -> None:
+        self.state.update(finished=True, seconds=time.monotonic() - self.started)
+        if self.accelerator.is_main_process:
+            best, _ = read_tensors(self.out / WEIGHTS)
+            load_model_tensors(self.model, best, str(self.out / WEIGHTS))
+            save_progress(self.out / PROGRESS, self.model, None, None, self.state)
+        self.accelerator.wait_for_everyone()
+
+    def _write_metrics(self, *, finished: bool) -> dict[str, Any]:
+        metrics = {
+            "finished": finished,
+            "best": self.state["best"],
+            "history": self.state["history"],
+            "seconds": round(self.state["seconds"], 1),
+            "train_photos": len(self.train),
+            "val_photos": len(self.val),
+            "parameters": {
+                part: sum(p.numel() for p in getattr(self.model, part).parameters())
+                for part in ("encoder", "bridge", "decoder")
+            },
+        }
+        if self.accelerator.is_main_process:
+            write_json(self.out / METRICS, metrics)
+            self.log.chart(self.state["history"])
+        return metrics
+
+
+def _mix(*parts: int) -> int:
+    """One 63-bit seed out of several numbers."""
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def _digest(tensor: torch.Tensor) -> str:
+    import hashlib
+
+    return hashlib.sha256(tensor.detach().cpu().contiguous().numpy().tobytes()).hexdigest()
+
+
+def _exchange(accelerator: Accelerator, forward: torch.nn.Module, sync: bool) -> Any:
+    from contextlib import nullcontext
+
+    return nullcontext() if sync else accelerator.no_sync(forward)

@@ -1,0 +1,98 @@
+"""What a run tells: a line per validation, a TensorBoard log, and the chart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+class TrainingLog:
+    """Writes `log/` (TensorBoard) and `chart.png` under the checkpoint; `say` prints a line. Silent where it is not the
+    main process (`out` None)."""
+
+    def __init__(self, out: Path | None, say: Callable[[str], None]) -> None:
+        self.out, self.say = out, say
+        self.writer: Any = None
+        self.offsets: dict[int, int] = {}
+        self.count = 0
+
+    def resume(self, history: list[dict[str, Any]]) -> None:
+        if self.out is None:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(self.out / "log"))
+        if history:
+            self.line(f"continuing after {len(history)} validations")
+
+    def line(self, text: str) -> None:
+        if self.out is not None:
+            self.say(text)
+
+    def step(self, stage: int, step: int, loss: float, lr: float, figures: dict[str, float]) -> None:
+        if self.writer is None:
+            return
+        for name, value in {"loss": loss, "lr": lr, **figures}.items():
+            self.writer.add_scalar(f"stage {stage + 1}/{name}", value, step)
+
+    def validation(self, record: dict[str, Any], better: bool, place: tuple[int, int]) -> None:
+        if self.writer is None:
+            return
+        stage, step = place
+        for name in ("cider", "bleu4", "rouge_l", "distinct", "repeated"):
+            self.writer.add_scalar(f"validation {stage + 1}/{name}", record[name], step)
+        self.writer.flush()
+        reward = f"  reward {record['reward']:.3f}" if "reward" in record else ""
+        self.line(
+            f"{record['stage']} epoch {record['epoch']}: loss {record['loss']:.3f}{reward}  CIDEr {record['cider']:.4f}"
+            f"  BLEU-4 {record['bleu4']:.3f}  distinct {record['distinct']:.0%}  repeats {record['repeated']:.1%}"
+            f"  {record['seconds']:.0f} s{'  best so far' if better else ''}"
+        )
+
+    def chart(self, history: list[dict[str, Any]]) -> None:
+        """Loss and validation CIDEr over the epochs, as chart.png."""
+        if self.out is None or not history:
+            return
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(8, 4.5), layout="constrained")
+        left = figure.add_subplot()
+        right = left.twinx()
+        places = list(range(1, len(history) + 1))
+        left.plot(
+            places,
+            [r["loss"] for r in history],
+            color="#8a8f98",
+            marker="o",
+            markersize=3,
+            label="training loss",
+        )
+        right.plot(
+            places,
+            [r["cider"] for r in history],
+            color="#0b6bcb",
+            marker="o",
+            markersize=4,
+            label="validation CIDEr",
+        )
+        for i, record in enumerate(history):
+            if i and record["stage"] != history[i - 1]["stage"]:
+                left.axvline(i + 0.5, color="#d0d4da", linewidth=1)
+        best = max(range(len(history)), key=lambda i: history[i]["cider"])
+        right.annotate(
+            f"{history[best]['cider']:.3f}", (places[best], history[best]["cider"]), xytext=(0, 6),
+            textcoords="offset points", ha="center", color="#0b6bcb",
+        )  # fmt: skip
+        left.set_xlabel("validations")
+        left.set_ylabel("training loss")
+        right.set_ylabel("validation CIDEr (greedy)", color="#0b6bcb")
+        right.set_ylim(0, max(r["cider"] for r in history) * 1.15 + 1e-6)
+        left.spines["top"].set_visible(False)
+        right.spines["top"].set_visible(False)
+        lines = left.get_lines()[:1] + right.get_lines()[:1]
+        left.legend(lines, [line.get_label() for line in lines], frameon=False, loc="lower center", ncols=2)
+        temporary = self.out / ".chart.tmp.png"
+        FigureCanvasAgg(figure).print_png(str(temporary))
+        temporary.replace(self.out / "chart.png")

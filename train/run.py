@@ -1,0 +1,192 @@
+"""`edgecap train` and `edgecap eval`: from a recipe, a data spec and a folder to a checkpoint, and its score."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from ..benchmarks.datasets import Dataset, open_dataset
+from ..runtime.decode import DecodeOptions
+from ..runtime.errors import UsageError
+from ..runtime.tokenizer import Tokenizer
+from .batches import Progress
+from .cache import load_pixels
+from .checkpoint import RECIPE, TOKENIZER, load_checkpoint, model_for, read_metrics, read_recipe
+from .loop import Trainer
+from .recipe import Recipe, load_recipe
+from .report import TrainingLog
+from .state import write_bytes
+from .tokenizer import caption_text, token_ids, train_tokenizer
+from .validate import caption_rows, score_captions
+
+RUNS = Path("runs")
+
+
+def prepare_recipe(
+    name: str,
+    *,
+    data: str | None,
+    encoder: str | None,
+    overrides: Sequence[str],
+    skip_bad: bool,
+    seed: int | None,
+) -> Recipe:
+    """The recipe with what the command line says on top."""
+    recipe = load_recipe(name, tuple(overrides))
+    if data:
+        recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, spec=data))
+    if skip_bad:
+        recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, skip_bad=True))
+    if encoder:
+        parts = dataclasses.replace(recipe.encoder, source=encoder, config={})
+        recipe = dataclasses.replace(recipe, encoder=parts)
+    return recipe if seed is None else dataclasses.replace(recipe, seed=seed)
+
+
+def new_run(name: str, folder: Path = RUNS) -> Path:
+    """The first free `runs/NAME`, `runs/NAME-2`, …"""
+    taken = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    number = 1
+    while (label := name if number == 1 else f"{name}-{number}") in taken:
+        number += 1
+    return folder / label
+
+
+def latest_run(folder: Path = RUNS, *, finished: bool | None = None) -> Path | None:
+    """The newest checkpoint directory under `folder`, only (un)finished ones if asked."""
+    runs = [path for path in folder.glob("*") if (path / RECIPE).is_file()] if folder.is_dir() else []
+    runs = [run for run in runs if finished is None or bool(read_metrics(run).get("finished")) == finished]
+    return max(runs, key=lambda run: ((run / RECIPE).stat().st_mtime_ns, run.name), default=None)
+
+
+def train(
+    recipe: Recipe | None,
+    out: Path | None,
+    *,
+    resume: bool = False,
+    progress: Progress = lambda phase, done, total: None,
+    say: Callable[[str], None] = lambda line: None,
+) -> tuple[Path, dict[str, Any]]:
+    """Train a captioner; returns the checkpoint directory and its metrics.
+
+    With `resume` the run in `out` (or the newest under runs/) goes on by its own recipe. Raises UsageError for bad
+    data, recipes and folders.
+    """
+    accelerator = Accelerator(mixed_precision=_precision(recipe))
+    if resume:
+        out = out or latest_run()
+        if out is None or not (out / RECIPE).is_file():
+            raise UsageError(f"nothing to resume in {out or RUNS}: start a run with edgecap train")
+        recipe = read_recipe(out)
+        if read_metrics(out).get("finished"):
+            raise UsageError(f"{out} has finished; train anew with edgecap train --out ANOTHER")
+    elif recipe is None:
+        raise ValueError("a recipe is needed to start a run")
+    else:
+        out = out or new_run(recipe.name)
+        if (out / RECIPE).exists():
+            raise UsageError(
+                f"{out} holds a run already: continue it with --resume --out {out}, or give another --out"
+            )
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise UsageError(f"{out} is not an empty folder: give another --out")
+    data = open_dataset(recipe.data.spec, skip_bad=recipe.data.skip_bad)
+    _tell_data(data, say if accelerator.is_main_process else lambda line: None)
+    torch.manual_seed(recipe.seed)
+    recipe, tokenizer = _open_run(recipe, data, out, accelerator)
+    tokens = token_ids(tokenizer.inner)
+    torch.manual_seed(recipe.seed)
+    model = model_for(recipe, tokens, load_weights=True)
+    log = TrainingLog(out if accelerator.is_main_process else None, say)
+    trainer = Trainer(recipe, model, tokenizer.inner, data, out, accelerator, progress, log)
+    return out, trainer.run(resume)
+
+
+def _open_run(recipe: Recipe, data: Dataset, out: Path, accelerator: Accelerator) -> tuple[Recipe, Tokenizer]:
+    """Write the resolved recipe and the tokenizer once; both are then read back, by every process alike."""
+    if accelerator.is_main_process and not (out / RECIPE).is_file():
+        captions = (caption_text(c) for example in data.splits["train"] for c in example.captions)
+        tokenizer = train_tokenizer(captions, recipe.tokenizer)
+        if recipe.encoder.source:
+            probe = model_for(recipe, token_ids(tokenizer), load_weights=True)
+            settings = dataclasses.replace(recipe.encoder, config=probe.encoder.settings())
+            recipe = dataclasses.replace(recipe, encoder=settings)
+        else:
+            model_for(
+                recipe, token_ids(tokenizer), load_weights=False
+            )  # a recipe that cannot be built leaves no run
+        write_bytes(out / TOKENIZER, tokenizer.to_str(pretty=True).encode())
+        write_bytes(out / RECIPE, recipe.to_toml().encode())  # last: a folder with a recipe can be resumed
+    accelerator.wait_for_everyone()
+    return read_recipe(out), Tokenizer.load(out / TOKENIZER)
+
+
+def _precision(recipe: Recipe | None) -> str:
+    setting = recipe.mixed_precision if recipe else "auto"
+    if setting != "auto":
+        return setting
+    if not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in (
+        "1",
+        "true",
+        "yes",
+    ):
+        return "no"
+    return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+
+
+def _tell_data(data: Dataset, say: Callable[[str], None]) -> None:
+    sizes = ", ".join(f"{split} {len(examples):,}" for split, examples in data.splits.items())
+    say(f"{data.spec}: {sizes} photos")
+    if data.skipped:
+        names = ", ".join(f"{name} ({why})" for name, why in data.skipped[:5])
+        more = f" and {len(data.skipped) - 5} more" if len(data.skipped) > 5 else ""
+        say(f"skipped {len(data.skipped)} photos: {names}{more}")
+
+
+def evaluate(
+    checkpoint: Path | None,
+    *,
+    spec: str | None,
+    split: str,
+    limit: int | None,
+    decoding: dict[str, Any],
+    unfinished_ok: bool = False,
+    progress: Progress = lambda phase, done, total: None,
+) -> dict[str, Any]:
+    """Score a checkpoint on a split in torch, with the metrics that `edgecap bench` gives for a bundle."""
+    checkpoint = checkpoint or latest_run(finished=None if unfinished_ok else True)
+    if checkpoint is None:
+        raise UsageError(f"no finished run under {RUNS}: train one with edgecap train, or name a checkpoint")
+    loaded = load_checkpoint(checkpoint, unfinished_ok=unfinished_ok)
+    data = open_dataset(spec or loaded.recipe.data.spec, skip_bad=loaded.recipe.data.skip_bad)
+    if split not in data.splits or not len(data.splits[split]):
+        raise UsageError(f"{data.spec} has no photos in split {split!r}; splits: {', '.join(data.splits)}")
+    examples = list(data.splits[split])[:limit]
+    defaults = dataclasses.asdict(loaded.recipe.decoding)
+    options = DecodeOptions.from_dict({**defaults, **{k: v for k, v in decoding.items() if v is not None}})
+    captions = caption_rows(
+        loaded.model,
+        loaded.tokenizer.inner,
+        lambda part: load_pixels(examples[part], loaded.preprocess),
+        len(examples),
+        options,
+        features=False,
+        report=lambda done: progress("captions", done, len(examples)),
+    )
+    scores = score_captions(captions, examples)
+    return {
+        "checkpoint": str(checkpoint),
+        "sha256": loaded.sha256,
+        "data": data.spec,
+        "split": split,
+        "photos": len(examples),
+        "decoding": dataclasses.asdict(options),
+        "scores": scores.to_dict(),
+        "captions": [{"id": e.id, "caption": c} for e, c in zip(examples, captions, strict=True)],
+    }

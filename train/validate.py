@@ -1,0 +1,55 @@
+"""Captions of a split from the torch model, by the same decoding and metrics as on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+
+from ..benchmarks.datasets import Example
+from ..benchmarks.metrics import CaptionScores, caption_metrics
+from ..runtime.decode import DecodeOptions, decode
+from .models import CaptionModel, TorchSession
+from .tokenizer import token_ids
+
+BATCH = 50
+
+
+class FeatureSession(TorchSession):
+    """A session that starts from the frozen encoder's features [N, L, dim] in the pixels' place."""
+
+    @torch.inference_mode()
+    def start(self, pixels: np.ndarray, prompt_ids: np.ndarray | None = None) -> np.ndarray:
+        return self.start_from(self.model.photo(features=self._tensor(pixels).float()), prompt_ids)
+
+
+def caption_rows(
+    model: CaptionModel,
+    tokenizer: Tokenizer,
+    rows: np.ndarray | Callable[[slice], np.ndarray],
+    total: int,
+    options: DecodeOptions,
+    *,
+    features: bool,
+    report: Callable[[int], None] = lambda done: None,
+) -> list[str]:
+    """Best caption for each row: pixels uint8 [N, H, W, 3], or features [N, L, dim]; an array, or a function of a slice."""
+    session = FeatureSession(model) if features else TorchSession(model)
+    special = token_ids(tokenizer)
+    suppress = [special[name] for name in ("pad", "bos", "unk")]
+    captions = []
+    for start in range(0, total, BATCH):
+        part = slice(start, min(start + BATCH, total))
+        batch = rows(part) if callable(rows) else np.array(rows[part])
+        for best in decode(session, batch, options, eos_id=special["eos"], suppress=suppress):
+            captions.append(tokenizer.decode(list(best[0].token_ids), skip_special_tokens=True).strip())
+        report(part.stop)
+    return captions
+
+
+def score_captions(captions: Sequence[str], examples: Sequence[Example]) -> CaptionScores:
+    """The metrics of one caption per example."""
+    said = {example.id: caption for example, caption in zip(examples, captions, strict=True)}
+    return caption_metrics(said, {example.id: example.captions for example in examples})
