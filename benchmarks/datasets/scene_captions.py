@@ -7,44 +7,44 @@ from random import Random
 
 from .scene_facts import Group, Scene, pick
 
-# The first word is what an object is usually called; the others turn up now and then.
+# The first of each is the usual wording; the others turn up now and then.
 NAMES: dict[str, Sequence[str]] = {
-    "circle": ("circle", "circle", "circle", "ball"),
-    "square": ("square", "square", "square", "box"),
+    "circle": ("circle", "ball"),
+    "square": ("square", "box"),
     "triangle": ("triangle",),
     "star": ("star",),
     "heart": ("heart",),
     "cross": ("cross",),
-    "ring": ("ring", "ring", "ring", "hoop"),
-    "diamond": ("diamond", "diamond", "diamond", "kite"),
+    "ring": ("ring", "hoop"),
+    "diamond": ("diamond", "kite"),
     "tree": ("tree",),
-    "house": ("house", "house", "house", "home"),
-    "car": ("car", "car", "car", "vehicle"),
-    "boat": ("boat", "boat", "boat", "ship"),
+    "house": ("house", "home"),
+    "car": ("car", "vehicle"),
+    "boat": ("boat", "ship"),
 }
 PLURALS = {"box": "boxes", "cross": "crosses"}
 NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four"}
-SIZES = {"small": ("small", "small", "little", "tiny"), "large": ("large", "large", "big", "huge")}
+SIZES = {"small": ("small", "little", "tiny"), "large": ("large", "big", "huge")}
 RELATIONS: dict[str, Sequence[str]] = {
-    "left": ("to the left of", "to the left of", "left of", "on the left of"),
-    "right": ("to the right of", "to the right of", "right of", "on the right of"),
-    "above": ("above", "above", "above", "over"),
-    "below": ("below", "below", "below", "under"),
-    "inside": ("inside", "inside", "in", "within"),
-    "around": ("around", "around", "surrounding"),
+    "left": ("to the left of", "left of", "on the left of"),
+    "right": ("to the right of", "right of", "on the right of"),
+    "above": ("above", "over"),
+    "below": ("below", "under"),
+    "inside": ("inside", "in", "within"),
+    "around": ("around", "surrounding"),
 }
 INVERSE = {"left": "right", "above": "below", "inside": "around"}
 PLACES: dict[str, Sequence[str]] = {
-    "grass": ("on the grass", "on the grass", "on green grass", "in a green field"),
-    "sky": ("in the sky", "in the sky", "in a cloudy sky", "among the clouds"),
-    "sand": ("on the sand", "on the sand", "on a beach", "in the desert"),
-    "night": ("at night", "at night", "in the dark", "in the night sky"),
-    "snow": ("in the snow", "in the snow", "on white snow", "on snowy ground"),
-    "water": ("on the water", "on the water", "on the sea", "on a blue lake"),
-    "wall": ("in front of a wall", "in front of a wall", "in front of a brick wall", "by a brick wall"),
-    "plain": ("on a gray background", "on a gray background", "against plain gray", "on a plain background"),
+    "grass": ("on the grass", "on green grass", "in a green field"),
+    "sky": ("in the sky", "in a cloudy sky", "among the clouds"),
+    "sand": ("on the sand", "on a beach", "in the desert"),
+    "night": ("at night", "in the dark", "in the night sky"),
+    "snow": ("in the snow", "on white snow", "on snowy ground"),
+    "water": ("on the water", "on the sea", "on a blue lake"),
+    "wall": ("in front of a wall", "in front of a brick wall", "by a brick wall"),
+    "plain": ("on a gray background", "against plain gray", "on a plain background"),
 }
-VERBS = ("", "", "can be seen", "standing")  # how a scene of one group may go on before the place
+VERBS = ("", "", "can be seen", "placed")  # how a scene of one group may go on before the place
 
 
 def object_phrase(
@@ -76,9 +76,14 @@ def draw_captions(random: Random, scene: Scene) -> tuple[str, ...]:
     return tuple(" ".join(make(random, scene).split()) for make in makers)
 
 
+def _usual(random: Random, words: Sequence[str], share: float) -> str:
+    """The first of `words` with the given probability, else any of the others."""
+    return words[0] if len(words) == 1 or random.random() < share else pick(random, words[1:])
+
+
 def _say(random: Random, group: Group, *, colour: bool = True) -> str:
-    size = group.size and (pick(random, SIZES[group.size]) if random.random() < 0.6 else "")
-    return object_phrase(group, name=pick(random, NAMES[group.object]), size=size, colour=colour)
+    size = group.size and (_usual(random, SIZES[group.size], 0.65) if random.random() < 0.6 else "")
+    return object_phrase(group, name=_usual(random, NAMES[group.object], 0.85), size=size, colour=colour)
 
 
 def _vague(random: Random, group: Group) -> str:
@@ -94,7 +99,7 @@ def _be(group: Group) -> str:
 
 
 def _place(random: Random, scene: Scene) -> str:
-    return pick(random, PLACES[scene.background])
+    return _usual(random, PLACES[scene.background], 0.65)
 
 
 # One group. The five differ by construction: place last, "there is", picture of, place first, vague.
@@ -109,7 +114,7 @@ _SINGLE: tuple[Callable[[Random, Scene], str], ...] = (
 
 def _related(r: Random, s: Scene, *, inverse: bool = False, verb: bool = False) -> str:
     first, second = reversed(s.groups) if inverse else s.groups
-    relation = pick(r, RELATIONS[INVERSE[s.relation] if inverse else s.relation])
+    relation = _usual(r, RELATIONS[INVERSE[s.relation] if inverse else s.relation], 0.7)
     return f"{_say(r, first)} {_be(first) if verb else ''} {relation} {_say(r, second)}"
 
 

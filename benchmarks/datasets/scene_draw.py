@@ -198,21 +198,21 @@ def _layout(scene: Scene, random: Random) -> list[tuple[Group, Placed]]:
         share = {"ring": 0.42, "diamond": 0.38}.get(groups[1].object, 0.48)
         return [(groups[1], [(x, y, radius)]), (groups[0], [(x, y, radius * share)])]
     # Two cells side by side (or one over the other): apart along the relation, about level across it.
-    low, high = _between(random, 0.22, 0.28), _between(random, 0.72, 0.78)
+    low, high = _between(random, 0.23, 0.27), _between(random, 0.73, 0.77)
     placed = []
     for group, along in zip(groups, (low, high), strict=True):
         across = _between(random, 0.42, 0.58)
         if scene.relation == "left":
-            placed.append((group, _fill_cell(group, (along, across), (0.47, 0.62), random)))
+            placed.append((group, _fill_cell(group, (along, across), (0.49, 0.66), random)))
         else:
-            placed.append((group, _fill_cell(group, (across, along), (0.62, 0.47), random)))
+            placed.append((group, _fill_cell(group, (across, along), (0.66, 0.49), random)))
     return placed
 
 
 def _fill_cell(group: Group, centre: Point, cell: Point, random: Random) -> Placed:
     narrow = min(cell)
     if group.count == 1:
-        share = {"small": (0.15, 0.19), "": (0.29, 0.34), "large": (0.42, 0.47)}[group.size]
+        share = {"small": (0.16, 0.2), "": (0.31, 0.35), "large": (0.45, 0.49)}[group.size]
         radius = narrow * _between(random, *share)
         # In a picture of its own a small object may stand anywhere.
         slack = max(0.0, cell[0] / 2 - radius) if cell[0] > 0.8 else 0.01
@@ -259,9 +259,9 @@ def _texture(name: str, size: int) -> np.ndarray:
     side = size * 3 // 2
     random = np.random.RandomState(sum(map(ord, name)))
     unit = size / 128
-    grain = random.randn(side, side, 1) * 5
+    grain = random.randn(side, side, 1) * 4
     if name == "grass":
-        grain = grain + _smooth(random.randn(side, side), 1.2 * unit, 0.4 * unit)[..., None] * 14
+        grain = grain + _smooth(random.randn(side, side), 1.2 * unit, 0.4 * unit)[..., None] * 10
     elif name == "sky":
         clouds = _smooth(random.randn(side, side), 9 * unit, 20 * unit)
         grain = grain * 0.3 + np.clip(clouds - 0.5, 0, 1.2)[..., None] * np.array([70, 48, 20])
@@ -273,7 +273,7 @@ def _texture(name: str, size: int) -> np.ndarray:
     elif name == "snow":
         grain = grain * 0.5 + _smooth(random.randn(side, side), 8 * unit, 16 * unit)[..., None] * 7
     elif name == "water":
-        grain = grain * 0.4 + _smooth(random.randn(side, side), 1.2 * unit, 9 * unit)[..., None] * 18
+        grain = grain * 0.4 + _smooth(random.randn(side, side), 1.2 * unit, 9 * unit)[..., None] * 13
     elif name == "wall":
         row = max(6, round(11 * unit))
         y, x = np.mgrid[0:side, 0:side]
@@ -281,7 +281,7 @@ def _texture(name: str, size: int) -> np.ndarray:
         x = x + (y // row % 2) * row  # every other row is shifted by half a brick
         mortar = (y % row < joint) | (x % (2 * row) < joint)
         brick = random.randn(side // row + 1, side // (2 * row) + 2)[y // row, x // (2 * row)]
-        grain = grain * 0.8 + np.where(mortar, 46, brick * 8)[..., None]
+        grain = grain * 0.8 + np.where(mortar, 34, brick * 6)[..., None]
     else:
         grain = grain * 0.4
     return np.broadcast_to(grain, (side, side, 3)).astype(np.int16)
@@ -303,10 +303,10 @@ def _noise(size: int) -> np.ndarray:
 
 def _spoil(image: Image.Image, random: Random) -> Image.Image:
     """What a cheap camera does: now and then a little blur, always some noise and another brightness."""
-    if random.random() < 0.25:
+    if random.random() < 0.2:
         image = image.filter(ImageFilter.GaussianBlur(_between(random, 0.3, 0.9) * image.width / 128))
     gain, offset = _between(random, 0.85, 1.12), _between(random, -8, 8)
-    strength = _between(random, 1, 7)
+    strength = _between(random, 1, 5)
     x, y = (int(random.random() * image.width / 2) for _ in range(2))
     noise = _noise(image.width)[y : y + image.height, x : x + image.width]  # [size, size, 3]
     pixels = np.asarray(image) * np.float32(gain) + (noise * np.float32(strength) + np.float32(offset))

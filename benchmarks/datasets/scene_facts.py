@@ -87,14 +87,14 @@ def draw_scene(random: Random, split: str, index: int) -> Scene:
 
 def _draw_any(random: Random) -> Scene:
     kind = random.random()
-    relation = "" if kind < 0.35 else "inside" if kind < 0.47 else "left" if kind < 0.735 else "above"
+    relation = "" if kind < 0.45 else "inside" if kind < 0.54 else "left" if kind < 0.77 else "above"
     if relation == "":
         groups = [_draw_group(random, OBJECTS, counts=(1, 1, 2, 2, 3, 3, 4))]
     elif relation == "inside":
         groups = [Group(pick(random, CONTENTS), pick(random, COLOURS), 1, "")]
         groups.append(Group(pick(random, CONTAINERS), pick(random, COLOURS), 1, ""))
     else:
-        groups = [_draw_group(random, OBJECTS, counts=(1, 1, 1, 1, 2, 2, 3, 4)) for _ in range(2)]
+        groups = [_draw_group(random, OBJECTS, counts=(1, 1, 1, 1, 1, 2, 2, 2, 3, 4)) for _ in range(2)]
     colours = [group.colour for group in groups]
     if len(groups) == 2 and (
         # Two groups must be two: not of one kind, and something inside needs another colour to be seen.
