@@ -1,4 +1,4 @@
-"""A trained captioner on disk: recipe.toml, model.safetensors, tokenizer.json, metrics.json. Nothing in it can run code."""
+"""A trained captioner on disk: recipe.toml, model.safetensors, tokenizer.json, metrics.json; no code, no pickle."""
 
 from __future__ import annotations
 

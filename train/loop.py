@@ -1,4 +1,4 @@
-"""The training loop: stages of epochs over batches, validated, saved whole, and continued exactly where they were killed.
+"""The training loop: stages of epochs over batches, validated, saved whole, continued exactly where they were killed.
 
 All randomness is a function of (seed, stage, epoch, step): nothing of a random generator has to be stored to resume.
 """
@@ -142,7 +142,7 @@ class Trainer:
     def _step(
         self, stage: Stage, forward: torch.nn.Module, step: int, places: np.ndarray, mirrored: bool
     ) -> tuple[float, int, dict[str, float]]:
-        """One optimizer step on the photos at `places`: (summed loss, what it is divided by, figures) over all processes."""
+        """One optimizer step on the photos at `places`: (summed loss, its divisor, figures), over all processes."""
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         torch.manual_seed(_mix(self.recipe.seed, self.state["stage"], step, rank))
         factor = lr_factor(stage, step, self.plan.batches, self.state["plateau"])

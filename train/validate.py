@@ -35,7 +35,7 @@ def caption_rows(
     features: bool,
     report: Callable[[int], None] = lambda done: None,
 ) -> list[str]:
-    """Best caption for each row: pixels uint8 [N, H, W, 3], or features [N, L, dim]; an array, or a function of a slice."""
+    """Best caption per row: pixels uint8 [N, H, W, 3] or features [N, L, dim], an array or a function of a slice."""
     session = FeatureSession(model) if features else TorchSession(model)
     special = token_ids(tokenizer)
     suppress = [special[name] for name in ("pad", "bos", "unk")]

@@ -1,4 +1,4 @@
-"""Image encoders through transformers, by hub id, local directory, or from scratch: pixels in, a grid of features out."""
+"""Image encoders through transformers, by hub id, directory or from scratch: pixels in, a grid of features out."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Encoder(nn.Module):
         self.channels_last = False
 
     def lay_out(self, size: tuple[int, int]) -> None:
-        """Choose the memory format for photos of `size`: on CPUs channels last is twice as fast at 224 px, slower at 96."""
+        """Choose the memory format for `size`: on CPUs channels last is twice as fast at 224 px, slower at 96."""
         self.channels_last = min(size) >= 160
         if self.channels_last:
             self.body.to(memory_format=torch.channels_last)
@@ -45,7 +45,7 @@ class Encoder(nn.Module):
 
 
 def mobilenet_v2(source: str | None, config: dict[str, Any]) -> Encoder:
-    """MobileNetV2 (Sandler et al. 2018, arXiv:1801.04381). `source`: hub id or directory; None builds it from `config`."""
+    """MobileNetV2 (Sandler et al. 2018, arXiv:1801.04381) by hub id or directory; `source` None builds it from `config`."""
     from transformers import MobileNetV2Config, MobileNetV2Model
 
     if source:

@@ -74,7 +74,7 @@ class GRUDecoder(nn.Module):
         return F.linear(self.dropout(out), self.embedding.weight, self.out_bias)
 
     def step(self, ids: Tensor, grid: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """One word for R rows per photo: ids [N, R], grid [N, L, D], hidden [N, R, H] → logits [N, R, V], new hidden."""
+        """One word for R rows per photo: ids [N, R], grid [N, L, D], hidden [N, R, H] → logits [N, R, V], hidden."""
         word = self.dropout(self.embedding(ids))
         context = self.attend(hidden, grid)
         hidden = self.cell(self.from_word(word), context, hidden)
