@@ -354,6 +354,43 @@ def devices(as_json: bool) -> None:
     show(profiles().values(), facts)
 
 
+@cli.command()
+@click.option("--results", required=True, type=click.Path(), help='Captions: [{"image_id": 1, "caption": "..."}, ...].')
+@click.option("--references", required=True, type=click.Path(), help="COCO annotations, or {id: [caption, ...]}.")
+@click.option("--meteor", is_flag=True, help="METEOR too (needs Java and the extra `metrics`).")
+@click.option("--spice", is_flag=True, help="SPICE too (needs Java, the extra `metrics`, and a download of its own).")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+def score(results: str, references: str, meteor: bool, spice: bool, as_json: bool) -> None:
+    """Compute the caption metrics of any system, as the COCO caption evaluation does.
+
+    Every photo with references needs one caption. CIDEr comes with a 95% bootstrap interval over photos. Equal to
+    pycocoevalcap's CIDEr, BLEU and ROUGE-L, without Java.
+
+    \b
+    Examples:
+      edgecap score --results captions.json --references captions_val2014.json
+      edgecap score --results captions.json --references references.json --meteor --json
+    """
+    import json
+
+    from .benchmarks.metrics import caption_metrics
+    from .benchmarks.metrics.coco import read_references, read_results
+    from .benchmarks.metrics.external import java_metric, require_java
+
+    extras = [name for name, wanted in (("meteor", meteor), ("spice", spice)) if wanted]
+    for name in extras:
+        require_java(name)
+    captions, wanted = read_results(results), read_references(references)
+    figures = caption_metrics(captions, wanted).to_dict()
+    figures |= {name: java_metric(name, captions, wanted) for name in extras}
+    if as_json:
+        click.echo(json.dumps(figures))
+        return
+    from .benchmarks.metrics.table import show
+
+    show(figures)
+
+
 def main() -> None:
     """Run the command line; an EdgecapError is one line on stderr and its exit code."""
     try:

@@ -38,9 +38,7 @@ def bootstrap_mean(a: np.ndarray, *, rounds: int = 2000, seed: int = 0, level: f
     step = max(1, CHUNK // size)
     for start in range(0, rounds, step):
         stop = min(start + step, rounds)
-        means[start:stop] = values[random.integers(0, size, (stop - start, size))].mean(
-            axis=1
-        )  # [rounds, photos]
+        means[start:stop] = values[random.integers(0, size, (stop - start, size))].mean(axis=1)  # [rounds, photos]
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(values.mean()), float(low), float(high), level)
 
@@ -48,11 +46,9 @@ def bootstrap_mean(a: np.ndarray, *, rounds: int = 2000, seed: int = 0, level: f
 def paired_bootstrap(
     a: np.ndarray, b: np.ndarray, *, rounds: int = 2000, seed: int = 0, level: float = 0.95
 ) -> Interval:
-    """Interval of mean(a − b), where a[i] and b[i] are two systems' scores of the same photo: pairing takes out how hard
-    the photos are. Raises UsageError when the lengths differ."""
+    """Interval of mean(a − b), where a[i] and b[i] are two systems' scores of the same photo: pairing takes out how
+    hard the photos are. Raises UsageError when the lengths differ."""
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if a.shape != b.shape:
-        raise UsageError(
-            f"a paired bootstrap needs scores of the same photos, got shapes {a.shape} and {b.shape}"
-        )
+        raise UsageError(f"a paired bootstrap needs scores of the same photos, got shapes {a.shape} and {b.shape}")
     return bootstrap_mean(a - b, rounds=rounds, seed=seed, level=level)

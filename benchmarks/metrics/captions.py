@@ -60,9 +60,7 @@ class CaptionScores:
         }
 
 
-def caption_metrics(
-    candidates: Mapping[Hashable, str], references: Mapping[Hashable, Sequence[str]]
-) -> CaptionScores:
+def caption_metrics(candidates: Mapping[Hashable, str], references: Mapping[Hashable, Sequence[str]]) -> CaptionScores:
     """Score one caption per photo against the photo's references, as the COCO caption evaluation does.
 
     candidates: id → caption; references: id → captions. Both must hold the same ids, each with ≥ 1 reference: CIDEr's
@@ -72,10 +70,12 @@ def caption_metrics(
     ids = tuple(candidates)
     said = [ptb_tokenize(candidates[i]) for i in ids]
     wanted = [[ptb_tokenize(caption) for caption in references[i]] for i in ids]
+    words = [_words(tokens) for tokens in said]
+    reference_words = [[_words(tokens) for tokens in captions] for captions in wanted]
     return CaptionScores(
         ids=ids,
-        bleu=bleu(said, wanted),
-        per_photo_cider=cider(said, wanted),
+        bleu=bleu(words, reference_words),
+        per_photo_cider=cider(words, reference_words),
         per_photo_rouge_l=rouge_l(said, wanted),
         distinct=distinct_share(said),
         repeated_ngrams=repeated_share(said),
@@ -83,9 +83,12 @@ def caption_metrics(
     )
 
 
-def check_same_photos(
-    candidates: Mapping[Hashable, str], references: Mapping[Hashable, Sequence[str]]
-) -> None:
+def _words(tokens: list[str]) -> list[str]:
+    """The tokens as pycocoevalcap's CIDEr and BLEU see them: they part "1\u00a01/2", which is one token to ROUGE."""
+    return " ".join(tokens).split() if any("\u00a0" in token for token in tokens) else tokens
+
+
+def check_same_photos(candidates: Mapping[Hashable, str], references: Mapping[Hashable, Sequence[str]]) -> None:
     """Raise UsageError naming a photo with a caption and no reference, or the other way round."""
     if not candidates:
         raise UsageError("there are no captions to score")

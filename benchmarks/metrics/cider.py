@@ -27,11 +27,13 @@ Occurrences = tuple[tuple[int, int], ...]
 
 def ngram_counts(tokens: Tokens) -> Counter:
     """How often each n-gram of 1 to 4 tokens (a tuple, for one token too) occurs in `tokens`."""
-    b, c, d = tokens[1:], tokens[2:], tokens[3:]
-    grams = [*zip(tokens)]
-    grams += zip(tokens, b)  # zip stops at the shorter, which is what is wanted
-    grams += zip(tokens, b, c)
-    grams += zip(tokens, b, c, d)
+    b, c, d = tokens[1:], tokens[2:], tokens[3:]  # zip ends with the shortest
+    grams = [
+        *zip(tokens, strict=False),
+        *zip(tokens, b, strict=False),
+        *zip(tokens, b, c, strict=False),
+        *zip(tokens, b, c, d, strict=False),
+    ]
     return Counter(grams)
 
 
@@ -121,5 +123,5 @@ class CiderD:
 
 
 def cider(candidates: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> np.ndarray:
-    """CIDEr of each candidate, float64 [photos], document frequencies from these references; its mean is the corpus'."""
+    """CIDEr of each candidate, float64 [photos]; document frequencies are of these references."""
     return CiderD(references).score(range(len(references)), candidates)

@@ -5,10 +5,11 @@ tokens. This module was written from what that program is observed to do; each r
 does. Equal on all 40,000 Flickr8k captions and on the hard strings of tests/benchmarks/test_metrics_ptb.py.
 
 Known differences, none of which captions are likely to hold:
-- telephone numbers with an area code in brackets, which it joins; web and file addresses beyond the plain ones;
-- emoticons beyond the common ones; abbreviations beyond the list below ("Okla.", "Aug." are there, "Nfld." is not);
-- markup tags with quoted attributes; letters of scripts it does not know (those since Unicode 6.0);
-- a line break inside a caption counts as a space: pycocoevalcap does so for \\n, and others shift all its lines.
+- telephone numbers with an area code in brackets, which it makes one token; unusual web and e-mail addresses;
+- emoticons and abbreviations beyond those below; two quotation marks run together (“”);
+- a typographic apostrophe within a word (B’scan), n't or 'n glued to what no English has (1@n't, more'n.);
+- letters and signs newer than its Unicode tables, which it deletes;
+- a line break within a caption is a space here, as \\n is there; any other line break shifts all its later lines.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
-# Dropped after tokenising. Brackets are in capitals there, but lower-cased by then: "-lrb-" stays, as do "?!" and "!!".
+# Dropped after tokenising. Brackets are listed in capitals, but lower-cased by then: "-lrb-" stays; so do "?!", "!!".
 PUNCTUATION = frozenset("'' ' `` ` -LRB- -RRB- -LCB- -RCB- . ? ! , : - -- ... ;".split())
 
 # Characters it deletes, which end a word as a space does: control and private use, rare signs, all beyond 16 bits.
@@ -67,8 +68,9 @@ TOKEN = re.compile(
   | (?P<elided> (?:{A}+-)*[dlonDLON]{Q}{L}+ | [Yy]{Q}(?={L})
       | (?i:ma{Q}am|{L}*[eo]{Q}er|c{Q}mon|s{Q}mores|cap{Q}n|li'l|ol{Q})(?!{A}) )
   | (?P<slashed> {A}+(?:-{A}+)*(?:/{A}+(?:-{A}+)*){{1,2}} )
-  | (?P<hyphened> (?:[A-Za-z]\.)+-(?:[A-Za-z]\.)+ | {L}{A}*(?:\.{L}{A}*)*[.,]?(?:-{PART})+ )
-  | (?P<initials> (?:[A-Za-z]\.)+[A-Za-z]?(?![\w.]|{L}) )
+  | (?P<hyphened> (?:[A-Za-z]\.)+-(?:[A-Za-z]\.)+
+      | {L}{A}*(?:\.{L}{A}*)*[.,]?(?:-{PART})+ )
+  | (?P<initials> (?:[A-Za-z]\.)+(?:[A-Za-z](?![\w.]))?(?!{L}) )
   | (?P<abbreviation> (?:(?i:{ABBREVIATIONS})|(?=[A-Z])(?i:{CAPITAL}))\.(?!{L})
       | (?i:{NUMBERED})\.(?=\s*\d) | {L}{A}*\.(?=[,;]) )
   | (?P<company> [A-Z]+(?:&[A-Z]+)+ )

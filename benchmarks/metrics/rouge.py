@@ -12,7 +12,7 @@ BETA = 1.2
 
 
 def lcs_length(a: Tokens, b: Tokens) -> int:
-    """Length of the longest common subsequence, a row of the table at a time as the bits of one integer (Hyyrö 2004)."""
+    """Length of the longest common subsequence; a row of the table is the bits of one integer (Hyyrö 2004)."""
     positions: dict[Hashable, int] = {}
     for i, token in enumerate(a):
         positions[token] = positions.get(token, 0) | 1 << i
