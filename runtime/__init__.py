@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .backends import BACKENDS, load_model
     from .bundle import Bundle, write_bundle
     from .captioner import Caption, Captioner
-    from .decode import DecodeOptions, Hypothesis, decode
+    from .decode import DecodeOptions, Hypothesis
     from .preprocess import Preprocess, load_image
     from .session import Model, Session
     from .tokenizer import Tokenizer
@@ -39,7 +39,6 @@ __all__ = [
     "Tokenizer",
     "UsageError",
     "Verification",
-    "decode",
     "load_image",
     "load_model",
     "verify_golden",
@@ -47,11 +46,12 @@ __all__ = [
 ]
 
 # Imported when first asked for: `edgecap --help` needs the errors, and neither numpy nor Pillow.
+# A name that is also a module's (the function decode.decode) cannot be here: the module would win.
 _MODULES = {
     "backends": ("BACKENDS", "load_model"),
     "bundle": ("Bundle", "write_bundle"),
     "captioner": ("Caption", "Captioner"),
-    "decode": ("DecodeOptions", "Hypothesis", "decode"),
+    "decode": ("DecodeOptions", "Hypothesis"),
     "preprocess": ("Preprocess", "load_image"),
     "session": ("Model", "Session"),
     "tokenizer": ("Tokenizer",),
@@ -64,5 +64,5 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f".{_HOME[name]}", __name__), name)
-    globals()[name] = value  # also over a submodule of the same name: `decode` is the function
+    globals()[name] = value
     return value

@@ -107,9 +107,7 @@ def _check_folder(folder: Path, files: Mapping[str, Any], verify: str) -> None:
     for name, entry in files.items():
         total += entry["bytes"]
         if entry["bytes"] > MAX_FILE_BYTES or total > MAX_BUNDLE_BYTES:
-            raise EdgecapError(
-                f"{folder}: {name} makes it larger than a bundle may be ({MAX_BUNDLE_BYTES:,} bytes)"
-            )
+            raise EdgecapError(f"{folder}: {name} makes it larger than a bundle may be ({MAX_BUNDLE_BYTES:,} bytes)")
     with os.scandir(folder) as entries:
         present = {entry.name: entry for entry in entries if entry.name not in _IGNORED}
     for name, entry in present.items():
@@ -144,9 +142,7 @@ def _may_run_code(path: Path, size: int) -> bool:
         head = file.read(4)
         if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
             file.seek(size - 1)
-            return (
-                file.read(1) == b"."
-            )  # the pickle STOP opcode: raw weights may begin with the same two bytes
+            return file.read(1) == b"."  # the pickle STOP opcode: raw weights may begin with the same two bytes
     return head == b"PK\x03\x04"
 
 
@@ -160,9 +156,7 @@ def _sha256(path: Path) -> str:
 _writing: set[str] = set()  # unfinished folders of this process
 
 
-def write_bundle(
-    out: str | os.PathLike[str], manifest: Mapping[str, Any], files: Mapping[str, Path | bytes]
-) -> Bundle:
+def write_bundle(out: str | os.PathLike[str], manifest: Mapping[str, Any], files: Mapping[str, Path | bytes]) -> Bundle:
     """Write a bundle folder atomically and return it, opened.
 
     manifest: without "files", which is filled in here with the size and SHA-256 of each of `files` (name →
@@ -217,9 +211,7 @@ def _replaceable(out: Path) -> bool:
 
 def _alive(pid: int) -> bool:
     if pid == os.getpid():
-        return (
-            False  # this process lists what it is writing; the rest is from an earlier one with the same id
-        )
+        return False  # this process lists what it is writing; the rest is from an earlier one with the same id
     if os.name != "posix":
         return True  # no harmless way to ask
     try:

@@ -121,11 +121,7 @@ class Captioner:
         """Caption preprocessed photos uint8 [N, H, W, 3] in one batch; options as in a call."""
         shape = (*self.preprocess.size, 3)
         if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.shape[1:] != shape:
-            found = (
-                f"{pixels.dtype} {list(pixels.shape)}"
-                if isinstance(pixels, np.ndarray)
-                else type(pixels).__name__
-            )
+            found = f"{pixels.dtype} {list(pixels.shape)}" if isinstance(pixels, np.ndarray) else type(pixels).__name__
             raise UsageError(f"pixels must be uint8 [photos, {', '.join(map(str, shape))}], not {found}")
         return self._caption(pixels, *self.settings(prompt=prompt, beam=beam, **options))
 
@@ -144,9 +140,7 @@ class Captioner:
 
     def _caption(self, pixels: Pixels, options: DecodeOptions, prompt_ids: Ids | None) -> list[Caption]:
         eos = self.tokens["eos"]
-        found = decode(
-            self.session(), pixels, options, eos_id=eos, suppress=self._suppress, prompt_ids=prompt_ids
-        )
+        found = decode(self.session(), pixels, options, eos_id=eos, suppress=self._suppress, prompt_ids=prompt_ids)
         before = () if prompt_ids is None else tuple(prompt_ids.tolist())
         return [self._to_caption(hypotheses, before) for hypotheses in found]
 

@@ -241,9 +241,7 @@ def _cut_off(tokens: Ids, totals: np.ndarray, options: DecodeOptions) -> list[Hy
     """Live hypotheses [beams, length] that nothing may follow, as unfinished ones."""
     length = tokens.shape[1]
     return [
-        Hypothesis(
-            tuple(row.tolist()), float(total), _score(float(total), length, options.length_penalty), False
-        )
+        Hypothesis(tuple(row.tolist()), float(total), _score(float(total), length, options.length_penalty), False)
         for row, total in zip(tokens, totals, strict=True)
         if total > -np.inf
     ]

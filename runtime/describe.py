@@ -63,9 +63,7 @@ def print_description(bundle: Bundle, console: Console) -> None:
         console.print(Text(text + (f" ({metrics})" if metrics else "")))
     passes = Table("pass", "parameters", "cost", title="passes", title_justify="left")
     for each in lineage.get("passes", []):
-        passes.add_row(
-            Text(each["name"]), Text(_pairs(each.get("params", {}))), Text(_pairs(each.get("cost", {})))
-        )
+        passes.add_row(Text(each["name"]), Text(_pairs(each.get("params", {}))), Text(_pairs(each.get("cost", {}))))
     if passes.row_count:
         console.print(passes)
     if measured := manifest.get("measured"):

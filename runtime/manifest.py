@@ -269,9 +269,7 @@ def _check_session(manifest: dict[str, Any]) -> None:
     (pixels,) = encoder["inputs"].values()
     shape = [*manifest["preprocess"]["size"], 3]
     if pixels["dtype"] != "uint8" or len(pixels["shape"]) != 4 or pixels["shape"][1:] != shape:
-        raise _Bad(
-            f"graphs.encoder must take uint8 pixels [batch, {', '.join(map(str, shape))}], as preprocess says"
-        )
+        raise _Bad(f"graphs.encoder must take uint8 pixels [batch, {', '.join(map(str, shape))}], as preprocess says")
 
     roles = decoder_inputs(session)
     _same_names(roles, decoder["inputs"], "session", "graphs.decoder.inputs")
@@ -287,9 +285,7 @@ def _check_session(manifest: dict[str, Any]) -> None:
             if name not in manifest["graphs"][graph]["outputs"]:
                 raise _Bad(f"session names {name}, which is not among graphs.{graph}.outputs")
     if session.get("photo") and "photo_index" not in session:
-        raise _Bad(
-            "session.photo needs session.photo_index, the input that says which photo a row belongs to"
-        )
+        raise _Bad("session.photo needs session.photo_index, the input that says which photo a row belongs to")
 
 
 def decoder_inputs(session: dict[str, Any]) -> list[str]:

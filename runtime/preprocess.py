@@ -65,9 +65,7 @@ def load_image(source: ImageSource, *, name: str | None = None) -> Image.Image:
     except EdgecapError:
         raise
     except TypeError:
-        raise UsageError(
-            f"a photo is a path, bytes, a PIL image or an array, not {type(source).__name__}"
-        ) from None
+        raise UsageError(f"a photo is a path, bytes, a PIL image or an array, not {type(source).__name__}") from None
     except UnidentifiedImageError:
         raise EdgecapError(f"{name}: not an image, or of a format that is not supported") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -76,9 +74,7 @@ def load_image(source: ImageSource, *, name: str | None = None) -> Image.Image:
         raise EdgecapError(f"{name}: not enough memory to decode it") from None
     except PermissionError:
         raise EdgecapError(f"{name}: no permission to read it") from None
-    except (
-        Exception
-    ) as error:  # Pillow's decoders raise anything from OSError to struct.error on broken files
+    except Exception as error:  # Pillow's decoders raise anything from OSError to struct.error on broken files
         raise EdgecapError(f"{name}: broken image ({_reason(error)})") from None
 
 
@@ -95,11 +91,7 @@ def _check_bytes(size: int, name: str) -> None:
 
 
 def _from_array(array: np.ndarray, name: str) -> Image.Image:
-    if (
-        array.dtype != np.uint8
-        or array.ndim not in (2, 3)
-        or (array.ndim == 3 and array.shape[2] not in (3, 4))
-    ):
+    if array.dtype != np.uint8 or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)):
         shape = list(array.shape)
         raise UsageError(f"{name}: an array must be uint8 [height, width, 3], not {array.dtype} {shape}")
     if array.size == 0:
@@ -110,9 +102,7 @@ def _from_array(array: np.ndarray, name: str) -> Image.Image:
 def _finish(image: Image.Image, name: str) -> Image.Image:
     width, height = image.size
     if width * height > MAX_PIXELS:
-        raise EdgecapError(
-            f"{name}: {width}×{height} pixels, more than {MAX_PIXELS:,}; make it smaller first"
-        )
+        raise EdgecapError(f"{name}: {width}×{height} pixels, more than {MAX_PIXELS:,}; make it smaller first")
     orientation = _orientation(image)
     image.load()
     image = _to_rgb(image)
@@ -172,9 +162,7 @@ class Preprocess:
             raise UsageError(f"preprocessing resample must be 'bilinear' or 'bicubic', not {self.resample!r}")
         good = len(self.size) == 2 and all(type(side) is int and 1 <= side <= MAX_SIDE for side in self.size)
         if not good:
-            raise UsageError(
-                f"preprocessing size must be (height, width) from 1 to {MAX_SIDE}, not {self.size!r}"
-            )
+            raise UsageError(f"preprocessing size must be (height, width) from 1 to {MAX_SIDE}, not {self.size!r}")
 
     def __call__(self, image: Image.Image) -> Pixels:
         """RGB image of any size → uint8 [H, W, 3]."""

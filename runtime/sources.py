@@ -139,9 +139,7 @@ def fetch(url: str) -> bytes:
     except TimeoutError:
         raise EdgecapError(f"{url}: no answer within {URL_TIMEOUT:.0f} s") from None
     except (OSError, http.client.HTTPException, ValueError) as problem:
-        raise EdgecapError(
-            f"{url}: cannot be fetched ({getattr(problem, 'reason', None) or problem})"
-        ) from None
+        raise EdgecapError(f"{url}: cannot be fetched ({getattr(problem, 'reason', None) or problem})") from None
     return b"".join(parts)
 
 

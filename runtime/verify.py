@@ -82,9 +82,7 @@ def _reference(captioner: Captioner, golden: dict[str, Any], rows: int) -> np.nd
         # Never pickles: an array of objects would run code.
         reference = np.load(io.BytesIO(captioner.bundle.read(golden["logits"])), allow_pickle=False)
     except (ValueError, EOFError, MemoryError, OverflowError) as error:
-        raise EdgecapError(
-            f"{where} is not a NumPy array ({str(error)[:80]}); export the bundle again"
-        ) from None
+        raise EdgecapError(f"{where} is not a NumPy array ({str(error)[:80]}); export the bundle again") from None
     shape = (rows, captioner.tokens["vocab_size"])
     if not isinstance(reference, np.ndarray) or reference.dtype.kind != "f" or reference.shape != shape:
         raise EdgecapError(f"{where} must be floats {list(shape)}; export the bundle again")

@@ -46,16 +46,12 @@ def load_model(bundle: Bundle, *, threads: int | None = None) -> Model:
     except ImportError:
         if backend.extra:
             raise MissingExtra(f"the {name} backend", backend.package, backend.extra) from None
-        raise EdgecapError(
-            f"{backend.package} cannot be imported: pip install --force-reinstall edgecap"
-        ) from None
+        raise EdgecapError(f"{backend.package} cannot be imported: pip install --force-reinstall edgecap") from None
     required = bundle.manifest["requires"].get(backend.package)
     found = getattr(engine, "__version__", "0")
     if required and _version(found) < _version(required):
         need = f"{backend.package} {required} or newer"
-        raise EdgecapError(
-            f"{bundle.path} needs {need}, {found} is installed: pip install -U {backend.package}"
-        )
+        raise EdgecapError(f"{bundle.path} needs {need}, {found} is installed: pip install -U {backend.package}")
     module, _, attribute = backend.code.partition(":")
     return getattr(import_module(f".{module}", __package__), attribute).load(bundle, threads=threads)
 

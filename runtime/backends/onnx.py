@@ -29,9 +29,7 @@ _EXTERNAL = re.compile(rb"\n(?:\x08|\x88[\x80]*\x00)location")
 class OnnxModel:
     """Encoder and decoder graphs in ONNX Runtime, shared by all sessions (its `run` is thread-safe)."""
 
-    def __init__(
-        self, manifest: dict[str, Any], encoder: ort.InferenceSession, decoder: ort.InferenceSession
-    ) -> None:
+    def __init__(self, manifest: dict[str, Any], encoder: ort.InferenceSession, decoder: ort.InferenceSession) -> None:
         self.manifest = manifest
         self.encoder = encoder
         self.decoder = decoder
@@ -55,9 +53,7 @@ class OnnxModel:
         if "session" not in manifest:
             raise EdgecapError(f"{bundle.path}/bundle.json: session is missing; export the bundle again")
         options = _options(threads)
-        return cls(
-            manifest, *(_load(bundle, manifest["graphs"][name], options) for name in ("encoder", "decoder"))
-        )
+        return cls(manifest, *(_load(bundle, manifest["graphs"][name], options) for name in ("encoder", "decoder")))
 
     def session(self) -> OnnxSession:
         return OnnxSession(self)
@@ -67,7 +63,7 @@ class OnnxModel:
         return dict(
             zip(
                 self.encoder_outputs,
-                self.encoder.run(self.encoder_outputs, {self.pixels: pixels}),
+                _run(self.encoder, self.encoder_outputs, {self.pixels: pixels}),
                 strict=True,
             )
         )
@@ -105,9 +101,7 @@ class OnnxSession:
         if "photo_index" in roles:
             self._rows[roles["photo_index"]] = np.arange(photos)
 
-        first = np.concatenate(
-            [[model.bos], np.asarray(prompt_ids if prompt_ids is not None else [], np.int64)]
-        )
+        first = np.concatenate([[model.bos], np.asarray(prompt_ids if prompt_ids is not None else [], np.int64)])
         ids = np.tile(first.astype(np.int64), (photos, 1))  # [photos, 1 + prompt]
         prefix = encoded[roles["prefix"]["from"]] if "prefix" in roles else None
         if roles["ids"]["rank"] == 2:
@@ -131,10 +125,18 @@ class OnnxSession:
         if "prefix" in roles:
             name, dim = roles["prefix"]["input"], roles["prefix"]["dim"]
             feed[name] = prefix if prefix is not None else np.zeros((len(ids), 0, dim), model.dtypes[name])
-        logits, *carried = model.decoder.run(model.decoder_outputs, feed)
+        logits, *carried = _run(model.decoder, model.decoder_outputs, feed)
         for entry, value in zip(model.carried, carried, strict=True):
             self._rows[entry["input"]] = value
         return logits.astype(np.float32, copy=False)  # [rows, vocab]
+
+
+def _run(graph: ort.InferenceSession, outputs: list[str], feed: dict[str, np.ndarray]) -> list[np.ndarray]:
+    try:
+        return graph.run(outputs, feed)
+    except Exception as error:  # onnxruntime's exceptions share no base class
+        reason = " ".join(str(error).split())[:300]
+        raise EdgecapError(f"ONNX Runtime {ort.__version__} failed in the bundle's graph: {reason}") from None
 
 
 def _options(threads: int | None) -> ort.SessionOptions:
@@ -159,9 +161,7 @@ def _load(bundle: Bundle, graph: dict[str, Any], options: ort.SessionOptions) ->
     try:
         session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's exceptions share no base class
-        raise EdgecapError(
-            f"{where} cannot be loaded by ONNX Runtime {ort.__version__}: {str(error)[:300]}"
-        ) from None
+        raise EdgecapError(f"{where} cannot be loaded by ONNX Runtime {ort.__version__}: {str(error)[:300]}") from None
     for role, found in (("inputs", session.get_inputs()), ("outputs", session.get_outputs())):
         _compare(where, role, graph[role], {each.name: (each.type, each.shape) for each in found})
     return session
@@ -179,6 +179,4 @@ def _compare(where: str, role: str, said: dict[str, Any], found: dict[str, tuple
         if _DTYPES.get(kind) != spec["dtype"] or (shape and len(shape) != len(spec["shape"])) or not fits:
             wrong.append(name)
     if wrong:
-        raise EdgecapError(
-            f"{where}: its {role} are not what bundle.json says ({', '.join(wrong)}); export it again"
-        )
+        raise EdgecapError(f"{where}: its {role} are not what bundle.json says ({', '.join(wrong)}); export it again")

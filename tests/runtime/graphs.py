@@ -8,13 +8,27 @@ from typing import Any
 
 import numpy as np
 import onnx
+from edgecap.runtime import Bundle, write_bundle
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
-from edgecap.runtime import Bundle, write_bundle
-
 SIZE, PATCH, DIM, HIDDEN = 16, 8, 6, 10
-WORDS = ["<pad>", "<bos>", "<eos>", "<unk>", "a", "red", "blue", "circle", "square", "on", "the", "left", "of", "."]
+WORDS = [
+    "<pad>",
+    "<bos>",
+    "<eos>",
+    "<unk>",
+    "a",
+    "red",
+    "blue",
+    "circle",
+    "square",
+    "on",
+    "the",
+    "left",
+    "of",
+    ".",
+]
 TOKENS = {"pad": 0, "bos": 1, "eos": 2, "unk": 3, "vocab_size": len(WORDS)}
 TYPES = {"uint8": TensorProto.UINT8, "int64": TensorProto.INT64, "float32": TensorProto.FLOAT}
 
@@ -94,7 +108,10 @@ def gru_graphs(seed: int = 0, vocab: int = TOKENS["vocab_size"], scale: float = 
         "encoder": {
             "file": "encoder.onnx",
             "inputs": {"pixels": tensor("uint8", "batch", SIZE, SIZE, 3)},
-            "outputs": {"grid": tensor("float32", "batch", cells, DIM), "h0": tensor("float32", "batch", HIDDEN)},
+            "outputs": {
+                "grid": tensor("float32", "batch", cells, DIM),
+                "h0": tensor("float32", "batch", HIDDEN),
+            },
         },
         "decoder": {
             "file": "decoder.onnx",
@@ -104,7 +121,10 @@ def gru_graphs(seed: int = 0, vocab: int = TOKENS["vocab_size"], scale: float = 
                 "grid": tensor("float32", "photos", cells, DIM),
                 "h": tensor("float32", "rows", HIDDEN),
             },
-            "outputs": {"logits": tensor("float32", "rows", vocab), "h_next": tensor("float32", "rows", HIDDEN)},
+            "outputs": {
+                "logits": tensor("float32", "rows", vocab),
+                "h_next": tensor("float32", "rows", HIDDEN),
+            },
         },
     }
     session = {
@@ -156,7 +176,13 @@ def manifest(parts: dict[str, Any], **changes: Any) -> dict[str, Any]:
         "requires": {"onnxruntime": "1.17"},
         "preprocess": {"size": [SIZE, SIZE], "mode": "squash", "resample": "bilinear"},
         "tokens": TOKENS,
-        "decoding": {"beam": 1, "max_length": 12, "min_length": 0, "length_penalty": 0.0, "no_repeat_ngram": 0},
+        "decoding": {
+            "beam": 1,
+            "max_length": 12,
+            "min_length": 0,
+            "length_penalty": 0.0,
+            "no_repeat_ngram": 0,
+        },
         **parts,
         "golden": {
             "image": "golden.png",
@@ -169,7 +195,13 @@ def manifest(parts: dict[str, Any], **changes: Any) -> dict[str, Any]:
             "data": "scenes",
             "passes": [{"name": "export", "params": {"opset": 18}, "cost": {"cosine": 1.0}}],
         },
-        "measured": {"bytes": 1234, "identical_captions": 1.0, "data": "scenes", "split": "val", "photos": 10},
+        "measured": {
+            "bytes": 1234,
+            "identical_captions": 1.0,
+            "data": "scenes",
+            "split": "val",
+            "photos": 10,
+        },
         **changes,
     }
 
@@ -178,7 +210,8 @@ def write_gru_bundle(out: Path, seed: int = 0, **changes: Any) -> Bundle:
     """A bundle of the random GRU whose golden pair is what it computes itself."""
     import dataclasses
 
-    from edgecap.runtime import DecodeOptions, decode, load_model
+    from edgecap.runtime import DecodeOptions, load_model
+    from edgecap.runtime.decode import decode
 
     files, parts = gru_graphs(seed)
     image = photo(99)
