@@ -57,9 +57,7 @@ def bench(
     subjects, lineage = choose(bundles, peers, beam=beam, runs=runs)
     spec = data or lineage
     if spec is None:
-        raise UsageError(
-            f"{subjects[0].path} does not say what data it was trained on: name some with --data"
-        )
+        raise UsageError(f"{subjects[0].path} does not say what data it was trained on: name some with --data")
     dataset = open_dataset(spec)
     settings, load = settings or Settings(), machine_load()
     with tempfile.TemporaryDirectory(prefix="edgecap-bench-") as folder:

@@ -75,9 +75,7 @@ def speedup(
     """
     a, b = np.asarray(baseline, dtype=np.float64), np.asarray(times, dtype=np.float64)
     if a.shape != b.shape or a.ndim != 1 or a.size < 2:
-        raise UsageError(
-            f"a ratio needs the same rounds, two or more, on both sides, got {a.size} and {b.size}"
-        )
+        raise UsageError(f"a ratio needs the same rounds, two or more, on both sides, got {a.size} and {b.size}")
     if not (np.isfinite(a).all() and np.isfinite(b).all() and (a > 0).all() and (b > 0).all()):
         raise UsageError("a ratio needs times above 0")
     logs = np.log(a) - np.log(b)  # [rounds]

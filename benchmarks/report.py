@@ -50,9 +50,7 @@ def _head(record: Mapping[str, Any]) -> Iterator[str]:
     cpu, settings, data = record["device"]["cpu"], record["settings"], record["data"]
     yield f"{cpu['model']}, {cpu['cores']} cores ({', '.join(cpu['flags']) or 'no flags known'})"
     threads = settings["threads"]
-    versions = " · ".join(
-        f"{name} {record['versions'][name]}" for name in ("edgecap", "onnxruntime", "python")
-    )
+    versions = " · ".join(f"{name} {record['versions'][name]}" for name in ("edgecap", "onnxruntime", "python"))
     runs = f"{settings['rounds']} interleaved rounds"
     yield f"{threads} thread{'s' * (threads != 1)} · {runs} · {versions}"
     yield f"{data['spec']}, {data['split']} split, {data['photos']:,} photos"
@@ -78,9 +76,7 @@ def _interval(figures: Mapping[str, float], middle: str, digits: str = ".2f") ->
 
 
 def latency_table(record: Mapping[str, Any]) -> Table:
-    """Stages of every subject, with percentiles, and the ratio to the first subject where there is more than
-    one.
-    """
+    """Stages of every subject, with percentiles, and with more than one the ratio to the first subject."""
     rows = [row for row in record["rows"] if row["latency"]]
     first = next((row["name"] for row in rows if row["status"] == "ok"), None)
     compare = any(row["speedup"] for row in rows)
@@ -92,18 +88,22 @@ def latency_table(record: Mapping[str, Any]) -> Table:
     if compare:
         table.add_column("times faster than\nthe first [95%]", justify="right")
     for row in rows:
-        name = row["name"]
+        name = Text(row["name"])  # as text: a name is no markup
         for stage in ("load", *STAGES):
             figures = row["latency"].get(stage)
             if figures is None:
                 continue
-            cells = [name, LABELS[stage], *(_milliseconds(figures[p]) for p in ("p50", "p90", "p99", "min"))]
+            cells: list[str | Text] = [
+                name,
+                LABELS[stage],
+                *(_milliseconds(figures[p]) for p in ("p50", "p90", "p99", "min")),
+            ]
             if compare:
                 ratio = (row["speedup"] or {}).get(first, {}).get(stage)
                 cells.append(_interval(ratio, "ratio") if ratio else "")
             end = stage == "end_to_end"
             table.add_row(*cells, style="bold" if end else None, end_section=end)
-            name = ""
+            name = Text()
     return table
 
 
@@ -114,10 +114,10 @@ def ratio_table(record: Mapping[str, Any]) -> Table:
     table.add_column("", overflow="fold", max_width=26)
     shown = [row["name"] for row in rows[:4]]
     for name in shown:
-        table.add_column(f"than {name}", justify="right", overflow="fold")
+        table.add_column(Text(f"than {name}"), justify="right", overflow="fold")
     for row in rows:
         ratios = [row["speedup"].get(name, {}).get("end_to_end") for name in shown]
-        table.add_row(row["name"], *(_interval(ratio, "ratio") if ratio else "" for ratio in ratios))
+        table.add_row(Text(row["name"]), *(_interval(ratio, "ratio") if ratio else "" for ratio in ratios))
     return table
 
 
@@ -132,7 +132,7 @@ def artifact_table(record: Mapping[str, Any]) -> Table:
             size, memory, cold = row["bytes"] or {}, row["memory"] or {}, row["cold_start"] or {}
             times = cold.get("times_reference")
             table.add_row(
-                row["name"],
+                Text(row["name"]),
                 _mb(size.get("total"), 2),
                 _mb(size.get("graphs"), 2),
                 _mb(memory.get("peak_rss")),
@@ -160,7 +160,7 @@ def quality_table(record: Mapping[str, Any]) -> Table:
         table.add_column(name, justify="right")
     for row in rows:
         q = row["quality"]
-        cells = [row["name"], _interval(q["cider_interval"], "mean", ".3f")]
+        cells: list[str | Text] = [Text(row["name"]), _interval(q["cider_interval"], "mean", ".3f")]
         if compare:
             difference = q.get("cider_over_first")
             cells.append(_interval(difference, "mean", "+.3f") if difference else "")

@@ -125,9 +125,7 @@ class Worker:
             end = f"was ended by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
         self._errors.seek(0, os.SEEK_END)
         self._errors.seek(max(0, self._errors.tell() - 4096))
-        said = [
-            line.strip() for line in self._errors.read().decode(errors="replace").splitlines() if line.strip()
-        ]
+        said = [line.strip() for line in self._errors.read().decode(errors="replace").splitlines() if line.strip()]
         return f"{end}: {said[-1][:300]}" if said else end
 
     def kill(self) -> None:

@@ -84,10 +84,7 @@ def unique_names(subjects: Sequence[Subject]) -> list[Subject]:
     from dataclasses import replace
 
     count = Counter(s.name for s in subjects)
-    longer = [
-        replace(s, name=f"{s.path.resolve().parent.name}/{s.name}") if count[s.name] > 1 else s
-        for s in subjects
-    ]
+    longer = [replace(s, name=f"{s.path.resolve().parent.name}/{s.name}") if count[s.name] > 1 else s for s in subjects]
     seen: Counter[str] = Counter()
     result = []
     for subject in longer:

@@ -59,9 +59,7 @@ class Row:
             self.error = f"{what}: {failure}"
 
 
-def run(
-    subjects: Sequence[Subject], photos: Sequence[Photo], settings: Settings, progress: Progress
-) -> dict[str, Any]:
+def run(subjects: Sequence[Subject], photos: Sequence[Photo], settings: Settings, progress: Progress) -> dict[str, Any]:
     """Measure every subject on the same photos. Returns {"reference": …, "rows": […]} of a record (see
     record.py).
 
@@ -235,18 +233,13 @@ def _results(rows: Sequence[Row], photos: Sequence[Photo], reference: dict[str, 
     first = next(iter(_alive(rows)), None)
     scores = {id(row): score([c["text"] for c in row.captions], photos) for row in _alive(rows)}
     captions = {
-        id(row): {
-            p.id: {"text": c["text"], "logprob": c["logprob"]}
-            for p, c in zip(photos, row.captions, strict=True)
-        }
+        id(row): {p.id: {"text": c["text"], "logprob": c["logprob"]} for p, c in zip(photos, row.captions, strict=True)}
         for row in _alive(rows)
     }
     results = []
     for row in rows:
         against = first if row is not first else None
-        facts = dict(row.subject.facts) | {
-            k: v for k, v in row.facts.items() if k not in ("import_s", "load_s")
-        }
+        facts = dict(row.subject.facts) | {k: v for k, v in row.facts.items() if k not in ("import_s", "load_s")}
         quality = speedups = None
         if row.error is None:
             quality = quality_record(scores[id(row)], scores[id(first)])

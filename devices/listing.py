@@ -35,6 +35,4 @@ def show(profiles: Iterable[Profile], facts: CpuFacts) -> None:
         )
     console.print(table, highlight=False)
     console.print("\n● can be measured now: edgecap bench --device NAME", highlight=False)
-    console.print(
-        f"This machine: {facts.model} ({', '.join(facts.flags) or 'no flags known'})", highlight=False
-    )
+    console.print(f"This machine: {facts.model} ({', '.join(facts.flags) or 'no flags known'})", highlight=False)

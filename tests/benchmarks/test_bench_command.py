@@ -1,0 +1,383 @@
+"""`edgecap bench` whole, on a tiny bundle: what it chooses, the record, the tables, and how it stops."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from click.testing import CliRunner, Result
+from edgecap.benchmarks import record as records
+from edgecap.benchmarks.bench import bench, choose
+from edgecap.benchmarks.report import render
+from edgecap.benchmarks.subjects import newest_bundle
+from edgecap.benchmarks.suite import Settings
+from edgecap.cli import cli
+from edgecap.runtime.errors import EdgecapError, UsageError
+from rich.console import Console
+
+from ..runtime.graphs import write_gru_bundle
+
+DATA = "scenes:train=1,val=1,test=12,size=32"
+QUICK = Settings(rounds=3, min_runs=6, min_seconds=0.01, warmup=2, cold_starts=1, timeout=120)
+
+STATS = {"runs": int, "p50": float, "p90": float, "p99": float, "min": float, "mean": float}
+RATIO = {"ratio": float, "low": float, "high": float, "rounds": int, "level": float}
+INTERVAL = {"mean": float, "low": float, "high": float, "level": float}
+STAGES = ("preprocess", "encode", "first_token", "next_token", "end_to_end")
+MAYBE = (int, float, type(None))
+QUALITY = {
+    "photos": int,
+    "cider": float,
+    "cider_interval": INTERVAL,
+    "cider_d": float,
+    **{f"bleu_{n}": float for n in range(1, 5)},
+    "rouge_l": float,
+    "distinct": float,
+    "repeated_ngrams": float,
+    "mean_length": float,
+}
+ROW = {
+    "name": str,
+    "kind": str,
+    "status": str,
+    "error": type(None),
+    "sha256": str,
+    "bytes": {"total": int, "graphs": int},
+    "decoding": dict,
+    "facts": dict,
+    "latency": {"load": STATS, **dict.fromkeys(STAGES, STATS), "tokens_per_caption": float},
+    "speedup": dict,
+    "memory": {"peak_rss": MAYBE, "over_idle": MAYBE},
+    "cold_start": {
+        "seconds": float,
+        "runs": list,
+        "import_s": float,
+        "load_s": float,
+        "peak_rss": MAYBE,
+        "times_reference": float,
+        "rss_over_reference": MAYBE,
+    },
+    "quality": QUALITY,
+    "captions": dict,
+}
+RECORD = {
+    "format": str,
+    "version": int,
+    "created": str,
+    "device": {
+        "name": str,
+        "kind": str,
+        "load": MAYBE,
+        "cpu": {"model": str, "isa": str, "flags": list, "cores": int, "memory_mb": MAYBE, "system": str},
+    },
+    "versions": {"python": str, "edgecap": str, "numpy": str, "pillow": str, "onnxruntime": str, "tokenizers": str},
+    "settings": {
+        "threads": int,
+        "rounds": int,
+        "min_runs": int,
+        "min_seconds": float,
+        "warmup": int,
+        "cold_starts": int,
+        "memory_photos": int,
+        "timeout": (int, float),
+        "omp_wait_policy": str,
+    },
+    "data": {"spec": str, "fingerprint": str, "split": str, "photos": int},
+    "reference": {"imports": list, "error": type(None), "seconds": float, "peak_rss": MAYBE, "idle_rss": MAYBE},
+    "rows": list,
+}
+
+
+def check(value: Any, schema: Any, at: str = "record") -> None:
+    """Exactly these keys, of these types, all the way down."""
+    if isinstance(schema, dict):
+        assert isinstance(value, dict) and set(value) == set(schema), f"{at}: {sorted(set(value) ^ set(schema))}"
+        for key, inner in schema.items():
+            check(value[key], inner, f"{at}.{key}")
+    else:
+        assert isinstance(value, schema), f"{at} is {value!r}"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working folder with runs/first.edgecap and, written later, runs/second.edgecap."""
+    path = tmp_path_factory.mktemp("bench")
+    lineage = {"lineage": {"data": DATA, "passes": []}}
+    write_gru_bundle(path / "runs" / "first.edgecap", 0, **lineage)
+    write_gru_bundle(path / "runs" / "second.edgecap", 1, **lineage)
+    later = time.time_ns() + 10**9
+    os.utime(path / "runs" / "second.edgecap" / "bundle.json", ns=(later, later))
+    return path
+
+
+@pytest.fixture(scope="module")
+def record(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """One run over both bundles and a peer whose checkpoint is none."""
+    nothing = tmp_path_factory.mktemp("no-checkpoint")
+    bundles = [folder / "runs" / "first.edgecap", folder / "runs" / "second.edgecap"]
+    return bench(bundles, beam=2, peers=[f"torch:{nothing}"], settings=QUICK)
+
+
+def invoke(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(cli, ["bench", *map(str, arguments)])
+
+
+def text(found: dict[str, Any]) -> str:
+    stream = io.StringIO()
+    Console(file=stream, width=100).print(render(found), highlight=False)
+    return stream.getvalue()
+
+
+# --- what is measured ---------------------------------------------------------------------------------
+
+
+def test_without_a_bundle_the_newest_is_meant(folder: Path) -> None:
+    assert newest_bundle(folder / "runs").name == "second.edgecap"
+    ((subject,), data) = choose([], [], runs=folder / "runs")
+    assert subject.name == "second" and data == DATA
+
+
+def test_a_folder_without_a_manifest_is_no_bundle(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "runs" / "half.edgecap").mkdir(parents=True)
+    with pytest.raises(UsageError, match="run edgecap export first"):
+        newest_bundle(tmp_path / "runs")
+
+
+def test_the_beam_that_is_asked_for_replaces_every_bundle_s_own(folder: Path) -> None:
+    path = folder / "runs" / "first.edgecap"
+    (own,), _ = choose([path], [])
+    (asked,), _ = choose([path], [], beam=3)
+    assert own.decoding["beam"] == 1
+    assert asked.decoding == {**own.decoding, "beam": 3}
+
+
+def test_peers_decode_as_the_first_bundle_does(folder: Path) -> None:
+    subjects, _ = choose([folder / "runs" / "first.edgecap"], [f"torch:{folder}"], beam=2)
+    assert subjects[1].decoding == subjects[0].decoding
+
+
+def test_the_same_bundle_twice_has_two_names(folder: Path) -> None:
+    path = folder / "runs" / "first.edgecap"
+    subjects, _ = choose([path, path], [])
+    assert len({subject.name for subject in subjects}) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--device", "toaster"], "unknown device 'toaster'"),
+        (["--device", "raspberry-pi-5"], "raspberry-pi-5 .* is not reachable yet"),
+        (["nowhere.edgecap"], "nowhere.edgecap: there is no such bundle"),
+        (["--peer", "pigeon:x", "BUNDLE"], "unknown peer 'pigeon:x'; there are torch:CHECKPOINT"),
+        (["--peer", "torch:nowhere", "BUNDLE"], "there is nothing at nowhere"),
+        (["--data", "sunsets", "BUNDLE"], "unknown data set 'sunsets'"),
+        (["--split", "best", "BUNDLE"], "no split 'best'"),
+        (["--json", "BUNDLE", "BUNDLE"], "cannot write to"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_line(folder: Path, arguments: list[str], said: str) -> None:
+    bundle = str(folder / "runs" / "first.edgecap")
+    result = invoke(*(bundle if argument == "BUNDLE" else argument for argument in arguments))
+    assert isinstance(result.exception, EdgecapError) and result.exception.exit_code == 2
+    assert re.search(said, result.exception.message) and "\n" not in result.exception.message
+
+
+def test_a_bundle_that_was_changed_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    write_gru_bundle(tmp_path / "x.edgecap")
+    (tmp_path / "x.edgecap" / "decoder.onnx").write_bytes(b"other")
+    with pytest.raises(EdgecapError, match="decoder.onnx has 5 bytes instead"):
+        choose([tmp_path / "x.edgecap"], [])
+
+
+def test_a_bundle_without_data_in_its_lineage_needs_data(tmp_path: Path) -> None:
+    write_gru_bundle(tmp_path / "x.edgecap", lineage={"passes": []})
+    with pytest.raises(UsageError, match="name some with --data"):
+        bench([tmp_path / "x.edgecap"], settings=QUICK)
+
+
+# --- the record ---------------------------------------------------------------------------------------
+
+
+def test_the_record_has_the_promised_shape(record: dict[str, Any], folder: Path) -> None:
+    record = json.loads(records.dumps(record))
+    check(record, RECORD)
+    first, second, peer = record["rows"]
+    check(first, ROW)
+    check(second, ROW | {"quality": QUALITY | {"cider_over_first": INTERVAL, "identical_to_first": float}})
+    check(second["speedup"], {"first": dict.fromkeys(STAGES, RATIO)})
+    check(first["speedup"], {"second": dict.fromkeys(STAGES, RATIO)})
+    assert record["settings"]["omp_wait_policy"] == "passive"
+    assert record["data"]["spec"] == DATA and record["data"]["photos"] == 12 == len(first["captions"])
+    assert first["decoding"]["beam"] == 2
+    for row in (first, second):
+        manifest = (folder / "runs" / f"{row['name']}.edgecap" / "bundle.json").read_bytes()
+        files = json.loads(manifest)["files"]
+        assert row["sha256"] == hashlib.sha256(manifest).hexdigest()
+        assert row["bytes"]["total"] == sum(f["bytes"] for f in files.values()) + len(manifest)
+        assert row["bytes"]["graphs"] == files["encoder.onnx"]["bytes"] + files["decoder.onnx"]["bytes"]
+        assert row["facts"]["versions"]["onnxruntime"] == record["versions"]["onnxruntime"]
+
+
+def test_a_peer_that_cannot_run_is_a_row_that_says_so(record: dict[str, Any]) -> None:
+    peer = record["rows"][2]
+    assert peer["status"] == "failed" and peer["kind"] == "torch"
+    assert peer["error"].startswith("cold start: ") and "not a checkpoint" in peer["error"]
+    assert peer["quality"] is peer["captions"] is peer["latency"] is None
+
+
+def test_captions_are_the_runtime_s_own(record: dict[str, Any], folder: Path, tmp_path: Path) -> None:
+    from edgecap.benchmarks.datasets import open_dataset
+    from edgecap.benchmarks.metrics import caption_metrics
+    from edgecap.runtime import Captioner
+
+    captioner = Captioner.load(folder / "runs" / "second.edgecap")
+    examples = open_dataset(DATA).splits["test"]
+    row = record["rows"][1]
+    for example in examples:
+        caption = captioner(example.jpeg_path(tmp_path), beam=2)
+        assert row["captions"][example.id] == {"text": caption.text, "logprob": pytest.approx(caption.logprob)}
+    said = {i: caption["text"] for i, caption in row["captions"].items()}
+    scores = caption_metrics(said, {e.id: e.captions for e in examples})
+    assert row["quality"]["cider"] == scores.cider and row["quality"]["bleu_4"] == scores.bleu[3]
+
+
+def test_the_stages_are_parts_of_the_whole(record: dict[str, Any]) -> None:
+    for row in record["rows"][:2]:
+        minimum = {stage: row["latency"][stage]["min"] for stage in STAGES}
+        assert all(value > 0 for value in minimum.values())
+        assert minimum["preprocess"] + minimum["encode"] + minimum["first_token"] < row["latency"]["end_to_end"]["p99"]
+
+
+def test_memory_and_cold_start_stand_over_their_references(record: dict[str, Any]) -> None:
+    reference, row = record["reference"], record["rows"][0]
+    cold = row["cold_start"]
+    assert cold["times_reference"] == pytest.approx(cold["seconds"] / reference["seconds"])
+    assert cold["import_s"] + cold["load_s"] < cold["seconds"]
+    if reference["idle_rss"] is not None:
+        assert reference["idle_rss"] < reference["peak_rss"] < row["memory"]["peak_rss"]
+        assert row["memory"]["over_idle"] == row["memory"]["peak_rss"] - reference["idle_rss"]
+
+
+def test_a_record_is_written_whole_or_not_at_all(record: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "out.json"
+    records.write(record, path)
+    assert json.loads(path.read_text()) == json.loads(records.dumps(record))
+    broken = dict(record) | {"rows": [{"time": float("nan")}]}
+    with pytest.raises(ValueError):
+        records.write(broken, path)
+    assert json.loads(path.read_text()) == json.loads(records.dumps(record))
+    assert [p.name for p in path.parent.iterdir()] == ["out.json"]
+
+
+def test_a_history_grows_by_a_line_without_captions(record: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "runs" / "bench.jsonl"
+    records.append(record, path)
+    records.append(record, path)
+    one, two = map(json.loads, path.read_text().splitlines())
+    assert one == two and all("captions" not in row for row in one["rows"])
+    assert one["rows"][0]["quality"] == json.loads(records.dumps(record))["rows"][0]["quality"]
+
+
+# --- the tables ---------------------------------------------------------------------------------------
+
+
+def test_the_tables_fit_100_columns_and_show_what_was_measured(record: dict[str, Any]) -> None:
+    shown = text(record)
+    assert max(map(len, shown.splitlines())) <= 100
+    for stage in ("load", "preprocess", "encode", "first token", "per further token", "JPEG → text"):
+        assert len(re.findall(rf"^.*{stage} +[\d.,]+ ", shown, re.M)) >= 2, stage
+    assert f"{record['rows'][1]['quality']['cider']:.3f}" in shown
+    assert "than first" in shown and "1 thread" in shown and record["device"]["cpu"]["model"] in shown
+    assert "not a checkpoint" in " ".join(shown.split())
+
+
+def test_one_subject_alone_is_compared_with_nothing(record: dict[str, Any]) -> None:
+    alone = copy.deepcopy(record) | {"rows": [copy.deepcopy(record["rows"][0]) | {"speedup": {}}]}
+    shown = text(alone)
+    assert "faster" not in shown and "− first" not in shown
+
+
+def test_a_record_of_failures_alone_can_be_shown(record: dict[str, Any]) -> None:
+    shown = text(dict(record) | {"rows": [record["rows"][2]]})
+    assert "not a checkpoint" in " ".join(shown.split()) and "Time" not in shown
+
+
+def test_other_work_on_the_machine_is_told(record: dict[str, Any]) -> None:
+    device = record["device"]
+    quiet = text(dict(record) | {"device": device | {"load": 0.0}})
+    busy = text(dict(record) | {"device": device | {"load": device["cpu"]["cores"] * 2.0}})
+    assert "other work was running" in busy and "other work was running" not in quiet
+
+
+def test_names_that_look_like_markup_are_shown_as_they_are(record: dict[str, Any]) -> None:
+    odd = copy.deepcopy(record)
+    odd["rows"][0]["name"] = "[red]x[/]"
+    odd["rows"][2]["error"] = "no [bold]such[/bold] thing"
+    shown = text(odd)
+    assert "[red]x[/]" in shown and "no [bold]such[/bold] thing" in shown
+
+
+# --- the command --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def command(folder: Path) -> subprocess.CompletedProcess[str]:
+    arguments = ["--device", "cpu", "--rounds", "10", "--limit", "4", "--json", "-", "--history", "runs/bench.jsonl"]
+    return subprocess.run(
+        [sys.executable, "-m", "edgecap", "bench", *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def test_json_on_stdout_is_the_record_alone(command: subprocess.CompletedProcess[str], folder: Path) -> None:
+    assert command.returncode == 0, command.stderr
+    found = json.loads(command.stdout)
+    assert [row["name"] for row in found["rows"]] == ["second"] and found["data"]["photos"] == 4
+    latency = found["rows"][0]["latency"]
+    assert latency["end_to_end"]["runs"] >= 30
+    line = json.loads((folder / "runs" / "bench.jsonl").read_text())
+    assert line["rows"][0]["sha256"] == found["rows"][0]["sha256"]
+
+
+def test_progress_goes_to_stderr(command: subprocess.CompletedProcess[str]) -> None:
+    assert command.stderr.split() == "photos: 4 cold start: 12 latency: 10 captions: 4".split()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="SIGINT")
+def test_ctrl_c_leaves_nothing_behind(folder: Path, tmp_path: Path) -> None:
+    """Interrupted while workers run: no record, no history line, no temporary file, no process."""
+    temporary, out = tmp_path / "tmp", tmp_path / "out"
+    temporary.mkdir()
+    out.mkdir()
+    command = [sys.executable, "-m", "edgecap", "bench", "--rounds", "2000"]
+    command += ["--json", str(out / "r.json"), "--history", str(out / "h.jsonl")]
+    environment = os.environ | {"TMPDIR": str(temporary)}
+    with subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith("latency"):
+                break
+        workers = psutil.Process(process.pid).children(recursive=True)
+        assert workers
+        process.send_signal(signal.SIGINT)
+        said = process.stderr.read()
+        assert process.wait(timeout=60) == 1
+    assert "Traceback" not in said
+    assert not any(worker.is_running() for worker in workers)
+    assert not list(temporary.glob("edgecap*")) and not list(out.iterdir())

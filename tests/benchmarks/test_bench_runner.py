@@ -1,0 +1,206 @@
+"""Workers that misbehave: each becomes a reason in one line, soon, and leaves no process behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from edgecap.benchmarks.quality import Photo
+from edgecap.benchmarks.runner import Worker, WorkerFailed, worker_environment
+from edgecap.benchmarks.subjects import Subject
+from edgecap.benchmarks.suite import Settings, run
+
+FAKE = Path(__file__).with_name("fake_worker.py")
+PHOTOS = [Photo(f"p{k}", f"p{k}.jpg", ("a dog runs fast", "a cat")) for k in range(6)]
+QUICK = Settings(rounds=3, min_runs=6, min_seconds=0.01, warmup=2, cold_starts=1, timeout=60)
+
+
+def fake(name: str, mode: str = "ok") -> Subject:
+    return Subject(name, "fake", Path("nowhere"), (sys.executable, str(FAKE), mode), {"beam": 1}, {"sha256": "f" * 64})
+
+
+def python(code: str, **options: Any) -> Worker:
+    return Worker([sys.executable, "-c", code], **options)
+
+
+def bench(*subjects: Subject, settings: Settings = QUICK) -> list[dict[str, Any]]:
+    return run(subjects, PHOTOS, settings, lambda phase, done, total: None)["rows"]
+
+
+def test_questions_and_answers() -> None:
+    with Worker([sys.executable, str(FAKE), "ok"]) as worker:
+        facts = worker.ask("load", timeout=60)["facts"]
+        assert facts["versions"] == {"fake": "1"}
+        runs = worker.ask("time", photos=["a", "b", "c"], timeout=60)["runs"]
+        assert len(runs) == 3
+        for found in runs:
+            assert set(found) == {"preprocess", "encode", "first_token", "next_token", "end_to_end", "tokens"}
+            assert all(value > 0 for value in found.values())
+        answer = worker.ask("caption", photos=["a"], timeout=60)
+        assert answer["captions"] == [{"text": "a dog runs", "logprob": -1.0, "tokens": 3}]
+        if sys.platform == "linux":
+            assert answer["peak_rss"] > 2**20
+
+
+def test_a_request_nobody_knows_is_answered_and_the_worker_goes_on() -> None:
+    with Worker([sys.executable, str(FAKE), "ok"]) as worker:
+        with pytest.raises(WorkerFailed, match="unknown request 'dance'"):
+            worker.ask("dance", timeout=60)
+        assert worker.ask("load", timeout=60)["ok"]
+
+
+def test_what_a_library_prints_does_not_get_between_the_answers() -> None:
+    code = (
+        "import os, ctypes\n"
+        "from edgecap.benchmarks.worker import serve\n"
+        "class E:\n"
+        "    facts = {}\n"
+        "    def __init__(self, request): print('hello from python'); os.system('echo hello from a child')\n"
+        "serve(E)\n"
+    )
+    with python(code) as worker:
+        assert worker.ask("load", timeout=60)["facts"] == {}
+
+
+def test_threads_and_waiting_policy_reach_the_worker() -> None:
+    code = "import json, os; print(json.dumps({'ok': True} | dict(os.environ)), flush=True)"
+    with python(code, threads=3) as worker:
+        found = worker.receive(60)
+    assert found["OMP_NUM_THREADS"] == "3" and found["OMP_WAIT_POLICY"] == "passive"
+    assert set(os.environ) <= set(worker_environment(1))
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("raise SystemExit(7)", "exit code 7"),
+        ("import sys; print('no such engine', file=sys.stderr); sys.exit(2)", "exit code 2: no such engine"),
+        ("import os; os.kill(os.getpid(), 9)", r"SIGKILL \(out of memory\?\)"),
+        ("print('hi there', flush=True); import time; time.sleep(600)", "not a JSON object: 'hi there'"),
+        ("print('[1, 2]', flush=True)", "not a JSON object"),
+        ("print('[' * 100000, flush=True)", "not a JSON object"),
+        ("import os; os.write(1, b'\\xff\\xfe\\n')", "not a JSON object"),
+        ("import json; print(json.dumps({'ok': False, 'error': 'a\\nb'}), flush=True)", "^a b$"),
+        ("import json; print(json.dumps({'ok': False}), flush=True)", "failed without a reason"),
+        ("import os, time; os.close(1); time.sleep(600)", "closed its output"),
+    ],
+)
+def test_a_worker_that_misbehaves_gives_a_reason(code: str, said: str) -> None:
+    with python(code) as worker, pytest.raises(WorkerFailed, match=said):
+        worker.receive(60)
+
+
+def test_a_silent_worker_is_given_up_and_ended() -> None:
+    with python("import time; time.sleep(600)") as worker:
+        with pytest.raises(WorkerFailed, match="no answer within 0.3 s"):
+            worker.receive(0.3)
+        with pytest.raises(WorkerFailed):
+            worker.receive(60)  # it is dead by now: no second wait for the time limit
+
+
+def test_a_program_that_is_not_there() -> None:
+    with pytest.raises(WorkerFailed, match="could not be started"):
+        Worker(["/no/such/program"])
+
+
+def test_workers_that_do_not_want_to_end_are_ended() -> None:
+    code = (
+        "import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "print('{\"ok\": 1}', flush=True)\ntime.sleep(600)"
+    )
+    with python(code) as worker:
+        worker.receive(60)
+        process = psutil.Process(worker._process.pid)
+    assert not process.is_running()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="process groups")
+def test_nothing_a_worker_started_outlives_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_CHILD_FILE", str(tmp_path / "children"))
+    with Worker([sys.executable, str(FAKE), "load:child"]) as worker:
+        worker.ask("load", timeout=60)
+    child = int((tmp_path / "children").read_text())
+    deadline = time.monotonic() + 10
+    while psutil.pid_exists(child) and psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline, "the worker's child is still running"
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("mode", "phase", "said"),
+    [
+        ("load:die", "cold start", "exit code 3: the engine fell over"),
+        ("load:error", "cold start", "RuntimeError: two lines of reason"),
+        ("pixels:die", "warm-up", "exit code 3: the engine fell over"),
+        ("pixels:oom", "warm-up", "SIGKILL"),
+        ("pixels:garbage", "warm-up", "not a JSON object"),
+        ("caption:error", "cold start", "RuntimeError: two lines of reason"),
+        ("caption:flood", "cold start", "not a JSON object"),
+    ],
+)
+def test_one_that_fails_is_a_row_with_the_reason_and_the_bench_goes_on(mode: str, phase: str, said: str) -> None:
+    bad, good = bench(fake("bad", mode), fake("good"))
+    assert bad["status"] == "failed" and bad["quality"] is None and bad["speedup"] is None
+    assert bad["error"].startswith(f"{phase}: ") and said in bad["error"] and "\n" not in bad["error"]
+    assert good["status"] == "ok" and good["error"] is None
+    assert good["quality"]["photos"] == len(PHOTOS) and good["speedup"] == {}
+
+
+def test_one_that_hangs_costs_one_time_limit(tmp_path: Path) -> None:
+    settings = Settings(rounds=2, min_runs=2, min_seconds=0, warmup=1, cold_starts=1, timeout=4)
+    bad, good = bench(fake("bad", "load:hang"), fake("good"), settings=settings)
+    assert bad["error"] == "cold start: gave no answer within 4 s"
+    assert good["status"] == "ok"
+
+
+def test_rounds_are_interleaved_and_complete() -> None:
+    """Two equal subjects: as many rounds as asked for, ratios both ways, the runs the protocol promises."""
+    one, two = bench(fake("one"), fake("two"))
+    for row, other in ((one, two), (two, one)):
+        assert row["latency"]["end_to_end"]["runs"] >= QUICK.min_runs
+        ratios = row["speedup"][other["name"]]
+        assert set(ratios) == {"preprocess", "encode", "first_token", "next_token", "end_to_end"}
+        assert all(r["rounds"] == QUICK.rounds and r["low"] <= r["ratio"] <= r["high"] for r in ratios.values())
+    a, b = one["speedup"]["two"]["end_to_end"], two["speedup"]["one"]["end_to_end"]
+    assert a["ratio"] * b["ratio"] == pytest.approx(1)
+    assert two["quality"]["identical_to_first"] == 1.0
+    assert two["quality"]["cider_over_first"]["mean"] == 0.0
+
+
+def test_the_order_of_turns_is_a_b_a_b(monkeypatch: pytest.MonkeyPatch) -> None:
+    turns = []
+    ask = Worker.ask
+
+    def noted(self: Worker, op: str, **arguments: Any) -> dict[str, Any]:
+        if op == "time":
+            turns.append(self)
+        return ask(self, op, **arguments)
+
+    monkeypatch.setattr(Worker, "ask", noted)
+    bench(fake("one"), fake("two"))
+    first, second = turns[:2]
+    assert first is not second
+    assert turns[2:] == [first, second] * QUICK.rounds  # the first two are the warm-up
+
+
+def test_memory_is_read_from_the_process_itself_not_its_parent() -> None:
+    """A process that a big one started must not be charged for it (getrusage would)."""
+    code = (
+        "import subprocess, sys\nfrom edgecap.benchmarks import rss\nballast = bytearray(300 * 2**20)\n"
+        "ballast[::4096] = b'x' * len(ballast[::4096])\n"
+        "print(rss.peak_rss(), flush=True)\nsubprocess.run([sys.executable, rss.__file__], check=True)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    big, small = done.stdout.splitlines()
+    if big == "None":
+        pytest.skip("this system does not tell")
+    assert int(big) > 300 * 2**20
+    if sys.platform == "linux":
+        assert json.loads(small)["peak_rss"] < 100 * 2**20
