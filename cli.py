@@ -84,9 +84,12 @@ def caption(
       find / -name '*.jpg' | edgecap caption runs/x.edgecap -
     """
     import json
+    import warnings
 
     from .runtime.captioner import Captioner
     from .runtime.sources import caption_sources, find_photos
+
+    warnings.simplefilter("ignore")  # Pillow's, about odd files: whether a photo can be read is told below
 
     alone = len(photos) == 1 and photos[0] != "-" and not os.path.isdir(photos[0])
     failed: list[str] = []

@@ -103,8 +103,8 @@ def _finish(image: Image.Image, name: str) -> Image.Image:
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise EdgecapError(f"{name}: {width}×{height} pixels, more than {MAX_PIXELS:,}; make it smaller first")
-    orientation = _orientation(image)
     image.load()
+    orientation = _orientation(image)  # after loading: Pillow turns TIFFs itself, and then drops the tag
     image = _to_rgb(image)
     return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -24,3 +25,13 @@ def bundle_copy(bundle_path: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def captioner(bundle_path: Path) -> Captioner:
     return Captioner.load(bundle_path, threads=1)
+
+
+@pytest.fixture(scope="session")
+def data_folder() -> Path:
+    """Photographs, which are no part of the repository."""
+    root = Path(__file__).resolve().parents[2]
+    folder = Path(os.environ.get("EDGECAP_DATA", root.parent / "shared")) / "data"
+    if not (folder / "photos").is_dir():
+        pytest.skip(f"no photographs in {folder}; set EDGECAP_DATA to the folder that holds data/")
+    return folder

@@ -1,0 +1,53 @@
+"""What importing and using the runtime pulls in: a phone waits for every module."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from .graphs import photo
+
+HEAVY = {"torch", "transformers", "click", "rich", "urllib.request", "http.client", "onnx", "scipy", "PIL.ImageOps"}
+
+
+def loaded(code: str, *arguments: str) -> set[str]:
+    code += "\nimport sys, json; print(json.dumps(sorted(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+def test_importing_the_room_imports_no_engine():
+    modules = loaded("import edgecap.runtime")
+    assert not modules & (HEAVY | {"numpy", "PIL", "onnxruntime", "tokenizers"})
+
+
+def test_importing_all_of_it():
+    names = "captioner, bundle, decode, preprocess, tokenizer, sources, verify, describe, backends"
+    modules = loaded(f"from edgecap.runtime import {names}")
+    assert "numpy" in modules and not modules & HEAVY
+
+
+def test_captioning_a_photo(bundle_path, tmp_path):
+    photo(0).save(tmp_path / "x.png")
+    code = "import sys; from edgecap.runtime import Captioner; Captioner.load(sys.argv[1])(sys.argv[2])"
+    modules = loaded(code, str(bundle_path), str(tmp_path / "x.png"))
+    assert "onnxruntime" in modules and not modules & HEAVY
+
+
+@pytest.mark.parametrize("name", ["Captioner", "Bundle", "DecodeOptions", "Session", "load_image"])
+def test_public_names(name):
+    import edgecap.runtime as runtime
+
+    assert name in runtime.__all__ and getattr(runtime, name).__name__ == name
+
+
+def test_every_public_name_is_there():
+    import edgecap.runtime as runtime
+
+    for name in runtime.__all__:
+        getattr(runtime, name)
+    with pytest.raises(AttributeError):
+        getattr(runtime, "nothing")  # noqa: B009
