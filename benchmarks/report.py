@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -70,9 +71,20 @@ def _mb(value: float | None, digits: int = 1) -> str:
     return "–" if value is None else f"{value / 1e6:,.{digits}f}"
 
 
-def _interval(figures: Mapping[str, float], middle: str, digits: str = ".2f") -> str:
-    low, high = format(figures["low"], digits), format(figures["high"], digits)
-    return f"{format(figures[middle], digits)} [{low}, {high}]"
+def _times(value: float) -> str:
+    return f"{value:.2f}" if 0.1 <= value < 100 else f"{value:.2g}" if value < 0.1 else f"{value:,.0f}"
+
+
+def _ratio(figures: Mapping[str, float] | None) -> str:
+    if not figures:
+        return ""
+    return f"{_times(figures['ratio'])} [{_times(figures['low'])}, {_times(figures['high'])}]"
+
+
+def _interval(figures: Mapping[str, float], sign: str = "") -> str:
+    """0.473 [.452, .495]: without the zeros, so that two of these fit in a row."""
+    low, high = (re.sub(r"^(-?)0\.", r"\1.", f"{figures[bound]:.3f}") for bound in ("low", "high"))
+    return f"{figures['mean']:{sign}.3f} [{low}, {high}]"
 
 
 def latency_table(record: Mapping[str, Any]) -> Table:
@@ -99,8 +111,7 @@ def latency_table(record: Mapping[str, Any]) -> Table:
                 *(_milliseconds(figures[p]) for p in ("p50", "p90", "p99", "min")),
             ]
             if compare:
-                ratio = (row["speedup"] or {}).get(first, {}).get(stage)
-                cells.append(_interval(ratio, "ratio") if ratio else "")
+                cells.append(_ratio((row["speedup"] or {}).get(first, {}).get(stage)))
             end = stage == "end_to_end"
             table.add_row(*cells, style="bold" if end else None, end_section=end)
             name = Text()
@@ -117,7 +128,7 @@ def ratio_table(record: Mapping[str, Any]) -> Table:
         table.add_column(Text(f"than {name}"), justify="right", overflow="fold")
     for row in rows:
         ratios = [row["speedup"].get(name, {}).get("end_to_end") for name in shown]
-        table.add_row(Text(row["name"]), *(_interval(ratio, "ratio") if ratio else "" for ratio in ratios))
+        table.add_row(Text(row["name"]), *map(_ratio, ratios))
     return table
 
 
@@ -150,20 +161,20 @@ def quality_table(record: Mapping[str, Any]) -> Table:
     compare = any("cider_over_first" in row["quality"] for row in rows)
     table = Table(title="Captions", title_justify="left", box=None, pad_edge=False)
     table.add_column("", overflow="fold", max_width=26)
-    table.add_column("CIDEr [95%]", justify="right")
+    table.add_column("CIDEr [95%]", justify="right", no_wrap=True)
     if compare:
-        table.add_column("− first [95%]", justify="right")
+        table.add_column("− first [95%]", justify="right", no_wrap=True)
         table.add_column("same", justify="right")
     else:
         table.add_column("beam", justify="right")
-    for name in ("BLEU-4", "ROUGE-L", "distinct", "repeats", "length"):
+    for name in ("BLEU-4", "ROUGE-L", "distinct", "repeats", *([] if compare else ["length"])):
         table.add_column(name, justify="right")
     for row in rows:
         q = row["quality"]
-        cells: list[str | Text] = [Text(row["name"]), _interval(q["cider_interval"], "mean", ".3f")]
+        cells: list[str | Text] = [Text(row["name"]), _interval(q["cider_interval"])]
         if compare:
             difference = q.get("cider_over_first")
-            cells.append(_interval(difference, "mean", "+.3f") if difference else "")
+            cells.append(_interval(difference, "+") if difference else "")
             cells.append(f"{q['identical_to_first']:.0%}" if "identical_to_first" in q else "")
         else:
             cells.append(str(row["decoding"].get("beam", "–")))
@@ -173,7 +184,8 @@ def quality_table(record: Mapping[str, Any]) -> Table:
             f"{q['distinct']:.2f}",
             f"{q['repeated_ngrams']:.2f}",
         ]
-        table.add_row(*cells, f"{q['mean_length']:.1f}")
+        cells += [] if compare else [f"{q['mean_length']:.1f}"]
+        table.add_row(*cells)
     return table
 
 
