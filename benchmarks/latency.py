@@ -88,4 +88,6 @@ def speedup(
         t = (draws.mean(axis=1)[usable] - mean) / errors[usable]
         t_low, t_high = np.quantile(t, [(1 - level) / 2, (1 + level) / 2])
         low, high = mean - t_high * error, mean - t_low * error
-    return Speedup(float(np.exp(mean)), float(np.exp(low)), float(np.exp(high)), n, level)
+    # A handful of very different rounds bounds nothing: say 10⁶ rather than infinity, which JSON cannot hold.
+    mean, low, high = np.exp(np.clip([mean, low, high], -np.log(1e6), np.log(1e6)))
+    return Speedup(float(mean), float(low), float(high), n, level)

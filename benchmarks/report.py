@@ -95,8 +95,8 @@ def latency_table(record: Mapping[str, Any]) -> Table:
     table = Table(title="Time, ms", title_justify="left", box=None, pad_edge=False)
     table.add_column("", overflow="fold", max_width=26)
     table.add_column("stage")
-    for name in ("p50", "p90", "p99", "min"):
-        table.add_column(name, justify="right")
+    for column in ("p50", "p90", "p99", "min"):
+        table.add_column(column, justify="right")
     if compare:
         table.add_column("times faster than\nthe first [95%]", justify="right")
     for row in rows:
@@ -123,7 +123,7 @@ def ratio_table(record: Mapping[str, Any]) -> Table:
     rows = [row for row in record["rows"] if row["status"] == "ok" and row["speedup"]]
     table = Table(title="JPEG → text, times faster [95%]", title_justify="left", box=None, pad_edge=False)
     table.add_column("", overflow="fold", max_width=26)
-    shown = [row["name"] for row in rows[:4]]
+    shown: list[str] = [row["name"] for row in rows[:4]]
     for name in shown:
         table.add_column(Text(f"than {name}"), justify="right", overflow="fold")
     for row in rows:

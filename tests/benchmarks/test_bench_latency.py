@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from edgecap.benchmarks.latency import speedup, stats
@@ -49,6 +51,14 @@ def test_one_wild_round_widens_the_interval() -> None:
     a[7] = 5.0
     wild = speedup(a, b)
     assert wild.high - wild.low > 3 * (calm.high - calm.low)
+
+
+def test_too_few_rounds_give_bounds_that_json_can_hold() -> None:
+    """Draws of nearly equal rounds divide by almost nothing: the bounds run away, but not to infinity."""
+    found = speedup([5.0, 1.0, 1.0 + 1e-9], [1.0, 1.0, 1.0])
+    assert 1e-6 <= found.low * (1 + 1e-9) and found.high <= 1e6 * (1 + 1e-9)
+    assert found.low < 1e-3 or found.high > 1e3
+    assert json.loads(json.dumps(found.to_dict(), allow_nan=False)) == found.to_dict()
 
 
 def test_ratios_are_reciprocal() -> None:
