@@ -20,6 +20,7 @@ T = TypeVar("T")
 ROOMS = {
     "train": ("train.commands", "train", "Train a captioner into a checkpoint folder."),
     "eval": ("train.commands", "evaluate", "Score a checkpoint in torch."),
+    "export": ("export.commands", "export", "Turn a checkpoint into a bundle, and measure what that cost."),
 }
 
 

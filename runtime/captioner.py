@@ -13,7 +13,7 @@ from .backends import load_model
 from .bundle import Bundle
 from .decode import DecodeOptions, Hypothesis, decode
 from .errors import UsageError
-from .preprocess import Preprocess, load_image
+from .preprocess import Preprocess
 from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ class Captioner:
         batch: list[Pixels] = []
         settings = self.settings(prompt=prompt, beam=beam, **options)
         for image in images:
-            batch.append(self.preprocess(load_image(image)))
+            batch.append(self.preprocess.load(image))
             if len(batch) == BATCH:
                 captions += self._caption(np.stack(batch), *settings)
                 batch = []

@@ -12,11 +12,9 @@ import numpy as np
 
 from .captioner import BATCH, Caption, Captioner
 from .errors import EdgecapError
-from .preprocess import load_image
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
+    from .preprocess import Preprocess
     from .session import Pixels
 
 SUFFIXES = {
@@ -57,13 +55,12 @@ class Source:
         """The location as text that can be printed: file names need not be valid Unicode."""
         return os.fsencode(self.location).decode("utf-8", "replace")
 
-    def load(self) -> Image:
-        """Upright RGB. Raises EdgecapError naming the photo."""
+    def load(self, preprocess: Preprocess) -> Pixels:
+        """Pixels uint8 [H, W, 3]. Raises EdgecapError naming the photo."""
         if self.problem:
             raise EdgecapError(f"{self.name}: {self.problem}")
-        if is_url(self.location):
-            return load_image(fetch(self.location), name=self.name)
-        return load_image(self.location, name=self.name)
+        photo = fetch(self.location) if is_url(self.location) else self.location
+        return preprocess.load(photo, name=self.name)
 
 
 def is_url(location: str) -> bool:
@@ -154,7 +151,7 @@ def caption_sources(
     waiting: list[tuple[Source, Pixels | EdgecapError]] = []
     for source in sources:
         try:
-            waiting.append((source, captioner.preprocess(source.load())))
+            waiting.append((source, source.load(captioner.preprocess)))
         except EdgecapError as error:
             waiting.append((source, error))
         if source.alone or len(waiting) == BATCH:

@@ -10,7 +10,6 @@ import numpy as np
 
 from .captioner import Captioner
 from .errors import EdgecapError
-from .preprocess import load_image
 
 
 @dataclass(frozen=True)
@@ -51,12 +50,16 @@ def verify_golden(captioner: Captioner) -> Verification:
     bundle = captioner.bundle
     golden = bundle.manifest["golden"]
     expected = golden["token_ids"]
-    image = load_image(bundle.read(golden["image"]), name=str(bundle.path / golden["image"]))
-    pixels = captioner.preprocess(image)
+    pixels = captioner.preprocess.load(bundle.read(golden["image"]), name=str(bundle.path / golden["image"]))
     reference = _reference(captioner, golden, len(expected) + 1)
 
-    (caption,) = captioner.caption_arrays(pixels[None], beam=1)
+    # The reference's caption is plain greedy, whatever the bundle's own decoding. One token more than it has is asked
+    # for, so that a missing EOS shows, unless the reference was itself cut off there.
+    plain = {"beam": 1, "min_length": 0, "length_penalty": 0.0, "no_repeat_ngram": 0}
+    (caption,) = captioner.caption_arrays(pixels[None], max_length=len(expected) + 1, **plain)
     found = list(caption.token_ids)
+    if reference[-1].argmax() != captioner.tokens["eos"]:
+        found = found[: len(expected)]
     longest = max(len(found), len(expected))
     differ = next((i for i in range(longest) if found[i : i + 1] != expected[i : i + 1]), None)
 

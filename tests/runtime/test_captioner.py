@@ -166,6 +166,28 @@ def test_golden_tokens_differ(bundle_copy, captioner):
     assert check(bundle_copy).ok
 
 
+def test_golden_is_plain_greedy_whatever_the_decoding(bundle_copy):
+    from .test_bundle import change_manifest
+
+    decoding = {"beam": 3, "max_length": 2, "min_length": 1, "length_penalty": 1.0, "no_repeat_ngram": 1}
+    change_manifest(bundle_copy, lambda values: {**values, "decoding": decoding})
+    assert check(bundle_copy).ok
+
+
+def test_golden_caption_that_ends_must_end(bundle_copy, captioner):
+    golden = captioner.bundle.manifest["golden"]
+    tokens = golden["token_ids"][:2]
+    logits = np.load(bundle_copy / "golden.npy")[:3]
+    np.save(bundle_copy / "golden.npy", logits)
+    replace_golden(bundle_copy, token_ids=tokens)
+    assert check(bundle_copy).ok  # cut off at two tokens: what comes next is open
+    logits[2, TOKENS["eos"]] = logits[2].max() + 1e-3  # ended there: this bundle goes on
+    np.save(bundle_copy / "golden.npy", logits)
+    replace_golden(bundle_copy, tolerance={"same_tokens": True, "min_cosine": -1})
+    result = check(bundle_copy)
+    assert not result.ok and result.tokens_differ_at == 2
+
+
 def test_golden_logits_differ(bundle_copy):
     logits = np.load(bundle_copy / "golden.npy")
     logits[2] = -logits[2]

@@ -317,6 +317,25 @@ def test_extreme_shapes(size):
         assert Preprocess((16, 20), mode)(Image.new("RGB", size, RED)).shape == (16, 20, 3)
 
 
+@pytest.mark.parametrize("mode", ["squash", "crop"])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_large_jpegs_are_decoded_small(mode, orientation):
+    # Smooth with a few hard edges, as photographs are.
+    y, x = np.mgrid[0:1200, 0:1800] / 1800
+    waves = np.stack([np.sin(9 * x + 5 * y), np.cos(14 * y - 3 * x), np.sin(20 * x * y)], axis=2)
+    image = Image.fromarray((127 + 120 * waves).astype(np.uint8))
+    image.paste(BLUE, (300, 200, 900, 700))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(image, "JPEG", quality=92, exif=exif)
+    chosen = Preprocess((96, 128), mode)
+    small = load_image(data, target=chosen.size)
+    assert min(small.size) >= 2 * 128 and max(small.size) <= 900
+    assert (small.width > small.height) == (orientation == 1)
+    difference = np.abs(chosen.load(data).astype(int) - chosen(load_image(data)))
+    assert difference.max() <= 4 and difference.mean() < 0.5
+
+
 def test_round_trip():
     chosen = Preprocess((192, 224), "crop", "bicubic")
     assert Preprocess.from_dict(chosen.to_dict()) == chosen

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator
 
 import pytest
-from edgecap.runtime import Caption, EdgecapError
+from edgecap.runtime import Caption, EdgecapError, Preprocess
 from edgecap.runtime import sources as module
 from edgecap.runtime.sources import Source, caption_sources, fetch, find_photos
 
@@ -44,7 +44,7 @@ def test_folder_is_recursive_and_sorted(album):
 def test_folder_without_images(tmp_path):
     (source,) = find_photos([str(tmp_path)])
     with pytest.raises(EdgecapError, match="no images in this folder"):
-        source.load()
+        source.load(Preprocess((8, 8)))
 
 
 def test_a_stream_is_read_line_by_line(album):
@@ -164,7 +164,7 @@ def test_web(site, captioner):
 )
 def test_web_refusals(site, page, says):
     with pytest.raises(EdgecapError, match=says) as caught:
-        Source(site + page).load()
+        Source(site + page).load(Preprocess((8, 8)))
     assert f"{site}{page}: " in caught.value.message
 
 
