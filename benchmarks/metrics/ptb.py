@@ -60,6 +60,7 @@ TOKEN = re.compile(
       | (?:\#(?={L})|@(?={L}|_))\w+ )
   | (?P<entity> &(?:amp|lt|gt|quot|apos|nbsp);|&\#\d+; )
   | (?P<smile> :o\) | [:;=]-?[()DPpOo](?!\w) | \^_\^ | -_- | [cC]\+\+ | [cC]\#(?!\w) | (?:US|A|C)\$ )
+  | (?P<quotes> ''|`` )
   | (?P<joined> (?i:cannot|gonna|gotta|wanna|lemme|gimme)(?![\w\-/]|[.!?]{L}|{Q}{L})
       | (?i:more'n)(?!\S) | '[Tt](?:is|was)(?!{L}(?<!n)) )
   | (?P<not> {L}+?(?<![Nn])(?=[Nn]{Q}[Tt]) | [Nn]{Q}[Tt](?!{A}) )
@@ -68,7 +69,7 @@ TOKEN = re.compile(
   | (?P<elided> (?:{A}+-)*[dlonDLON]{Q}{L}+ | [Yy]{Q}(?={L})
       | (?i:ma{Q}am|{L}*[eo]{Q}er|c{Q}mon|s{Q}mores|cap{Q}n|li'l|ol{Q})(?!{A}) )
   | (?P<slashed> {A}+(?:-{A}+)*(?:/{A}+(?:-{A}+)*){{1,2}} )
-  | (?P<hyphened> (?:[A-Za-z]\.)+-(?:[A-Za-z]\.)+
+  | (?P<hyphened> (?:{PART}|(?:[A-Za-z]\.)+)-(?:[A-Za-z]\.){{2,}}
       | {L}{A}*(?:\.{L}{A}*)*[.,]?(?:-{PART})+ )
   | (?P<initials> (?:[A-Za-z]\.)+(?:[A-Za-z](?![\w.]))?(?!{L}) )
   | (?P<abbreviation> (?:(?i:{ABBREVIATIONS})|(?=[A-Z])(?i:{CAPITAL}))\.(?!{L})
