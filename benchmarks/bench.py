@@ -58,7 +58,14 @@ def bench(
     spec = data or lineage
     if spec is None:
         raise UsageError(f"{subjects[0].path} does not say what data it was trained on: name some with --data")
-    dataset = open_dataset(spec)
+    try:
+        dataset = open_dataset(spec)
+    except UsageError as error:
+        if data:
+            raise
+        # Lineage names the kind of data, never a folder of whoever trained.
+        where = subjects[0].path
+        raise UsageError(f"{where} was trained on {spec}; name the data with --data ({error.message})") from None
     settings, load = settings or Settings(), machine_load()
     with tempfile.TemporaryDirectory(prefix="edgecap-bench-") as folder:
         photos: list[Photo] = []

@@ -207,6 +207,12 @@ def test_a_bundle_without_data_in_its_lineage_needs_data(tmp_path: Path) -> None
         bench([tmp_path / "x.edgecap"], settings=QUICK)
 
 
+def test_data_whose_folder_the_bundle_does_not_know_must_be_named(tmp_path: Path) -> None:
+    write_gru_bundle(tmp_path / "x.edgecap", lineage={"data": "flickr8k", "passes": []})
+    with pytest.raises(UsageError, match=r"was trained on flickr8k; name the data with --data \(.*flickr8k:DIR"):
+        bench([tmp_path / "x.edgecap"], settings=QUICK)
+
+
 # --- the record ---------------------------------------------------------------------------------------
 
 
