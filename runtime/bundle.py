@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -185,7 +184,7 @@ def write_bundle(out: str | os.PathLike[str], manifest: Mapping[str, Any], files
             Bundle.open(temporary, verify="sizes")
             _swap(temporary, out)
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            _remove(temporary)
             _writing.discard(temporary.name)
     except OSError as error:
         raise EdgecapError(f"{out}: the bundle cannot be written ({error.strerror or error})") from None
@@ -202,7 +201,7 @@ def recover(out: Path) -> None:
         if match[1] == "old" and not out.exists():
             path.rename(out)
         else:
-            shutil.rmtree(path, ignore_errors=True)
+            _remove(path)
 
 
 def _replaceable(out: Path) -> bool:
@@ -241,6 +240,12 @@ def _write(path: Path, content: Path | bytes) -> dict[str, Any]:
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 
+def _remove(folder: Path) -> None:
+    import shutil  # with its compressors a noticeable part of the import, and only writers need it
+
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 def _sync_folder(path: Path) -> None:
     if os.name != "posix":
         return
@@ -263,5 +268,5 @@ def _swap(new: Path, out: Path) -> None:
             old.rename(out)
         raise
     _sync_folder(out.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    _remove(old)
     _writing.discard(old.name)
