@@ -30,8 +30,8 @@ Q = "['’\x92]"  # apostrophe
 # A letter (or a mark that belongs to one), and a letter or digit: \w but for signs such as ½, ² and ①, and "_".
 SIGNS = "²³¹¼-¾⁰⁴-⁹₀-₉⅐-⅟①-⒛⓪-⓿❶-➓"
 MARKS = "\u00ad\u0300-\u036f\u0900-\u0903\u093c-\u094e\u0e31\u0e34-\u0e3a\u0e47-\u0e4e\u2010\u2011"
-L = rf"(?:[^\W\d_{SIGNS}]|[{MARKS}])"
-A = rf"(?:[^\W_{SIGNS}]|[{MARKS}])"
+L = rf"(?:[^\W\d_{SIGNS}]|(?=\W)[{MARKS}])"
+A = rf"(?:[^\W_{SIGNS}]|(?=\W)[{MARKS}])"
 PART = rf"{A}+(?:_{A}+)*"
 
 # Abbreviations that keep their full stop: always, in capitals ("Wash." but "a wash."), and before a number.

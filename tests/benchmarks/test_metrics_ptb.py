@@ -6,6 +6,7 @@ import json
 import random
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,13 @@ def test_recorded_answers(caption: str) -> None:
 
 def test_line_breaks_are_spaces() -> None:
     assert ptb_tokenize("a dog\nruns\r\nfast\u2028now") == ["a", "dog", "runs", "fast", "now"]
+
+
+@pytest.mark.parametrize("text", ["ऽ!", "\u0301!", "a-", "a.", "ab.c-", "a'", "<a ", "1,", "a@", "e'er", "n't"])
+def test_long_nonsense_takes_no_long_time(text: str) -> None:
+    start = time.process_time()
+    ptb_tokenize(text[:-1] * 60 + text[-1:] * 200 + text * 200)
+    assert time.process_time() - start < 2  # milliseconds, unless a pattern backtracks without end
 
 
 def test_the_result_may_be_changed_by_its_owner() -> None:
