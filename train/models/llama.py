@@ -71,7 +71,8 @@ class LlamaDecoder(nn.Module):
 
         embeds = torch.cat((prefix, self.lm.model.embed_tokens(ids)), dim=1)  # [B, P + T, dim]
         start = past[0][0].shape[2]
-        positions = torch.arange(embeds.shape[1], device=embeds.device).unsqueeze(0) + start
+        # One row of positions per caption: ONNX Runtime's RotaryEmbedding does not broadcast.
+        positions = (torch.arange(embeds.shape[1], device=embeds.device) + start).expand(embeds.shape[0], -1)
         mask = torch.ones(embeds.shape[0], start + embeds.shape[1], dtype=torch.long, device=embeds.device)
         out = self.lm.model(
             inputs_embeds=embeds,

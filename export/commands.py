@@ -1,0 +1,80 @@
+"""`edgecap export`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from ..runtime.errors import EdgecapError, need
+
+
+@click.command()
+@click.argument("checkpoint", required=False, type=click.Path(path_type=Path))
+@click.option("--target", required=True, metavar="TARGET", help="onnx-fp32, onnx-fp16 or onnx-int8.")
+@click.option("--data", metavar="SPEC", help="Photos for calibration and gate; default: what it was trained on.")
+@click.option(
+    "--max-cider-drop",
+    type=click.FloatRange(0),
+    default=0.02,
+    show_default=True,
+    help="CIDEr against fp32 that the export may cost; the 95% interval must lie within it.",
+)
+@click.option("--limit", type=click.IntRange(1), metavar="N", help="Use only N validation photos for the gate.")
+@click.option(
+    "--calibration", type=click.IntRange(1), default=128, show_default=True, help="Training photos to calibrate on."
+)
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="The bundle; default: runs/RUN-TARGET.edgecap.")
+@click.option("--force", is_flag=True, help="Write the bundle even if the gate refuses it (it says so inside).")
+@click.option("--unfinished-ok", is_flag=True, help="Take a run whose training has not finished.")
+@click.option("--json", "as_json", is_flag=True, help="Print the verdict and what was measured as JSON.")
+def export(
+    checkpoint: Path | None,
+    target: str,
+    data: str | None,
+    max_cider_drop: float,
+    limit: int | None,
+    calibration: int,
+    out: Path | None,
+    force: bool,
+    unfinished_ok: bool,
+    as_json: bool,
+) -> None:
+    """Turn a checkpoint into a bundle for the device, and measure what that cost.
+
+    Without CHECKPOINT, the newest finished run under runs/. The gate captions the validation split with the
+    finished graphs: if CIDEr drops by more than allowed, or may have, no bundle is written and the exit code
+    is 1.
+
+    \b
+    Examples:
+      edgecap export --target onnx-int8
+      edgecap export runs/a --target onnx-int8 --max-cider-drop 0.01 -o a.edgecap
+      edgecap export runs/a --target onnx-fp32 --data flickr8k:DIR --json
+    """
+    for module in ("torch", "transformers", "accelerate", "onnx", "onnxscript"):
+        need(module, extra="export", command="edgecap export")
+    from ..benchmarks.progress import PhaseBars
+    from .listing import show
+    from .pipeline import export as run_export
+
+    with PhaseBars() as bars:
+        result = run_export(
+            checkpoint,
+            target=target,
+            data=data,
+            max_cider_drop=max_cider_drop,
+            limit=limit,
+            calibration=calibration,
+            out=out,
+            force=force,
+            unfinished_ok=unfinished_ok,
+            progress=bars,
+        )
+    if as_json:
+        click.echo(json.dumps(result.to_dict(), indent=1))
+    else:
+        show(result)
+    if result.path is None:
+        raise EdgecapError(f"no bundle written: {result.gate.reason} (or --force)")

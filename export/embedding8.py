@@ -1,0 +1,55 @@
+"""Pass: read word embeddings from the int8 weights that the quantized output layer already stores."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+from .graph import Graph, PassResult, attribute
+from .rounding import round_nearest
+
+NAME = "int8_embedding"
+
+
+def quantize_embeddings(model: onnx.ModelProto) -> PassResult:
+    """Let each Gather over a constant float table read int8 and scale only the rows it fetched.
+
+    A table that is also a quantized layer's weights (DequantizeLinear of int8) is shared with it; any other one is
+    rounded here, with one scale a word.
+    """
+    graph = Graph(model)
+    shared = separate = 0
+    for gather in [node for node in model.graph.node if node.op_type == "Gather"]:
+        source, axis = gather.input[0], attribute(gather, "axis", 0)
+        producer = graph.producer.get(source)
+        if producer is not None and producer.op_type == "DequantizeLinear" and producer.input[0] in graph.initializers:
+            table, scales = producer.input[0], producer.input[1]
+            if graph.constant(scales).size != graph.constant(table).shape[axis]:
+                continue  # scaled along the other axis: fetched rows would need every scale
+            shared += 1
+        else:
+            value = graph.constant(source)
+            if value is None or value.dtype != np.float32 or value.ndim != 2:
+                continue
+            rows = value if axis == 0 else value.T
+            rounded = round_nearest(rows[None], pairs=False)
+            whole = rounded.weights[0] if axis == 0 else rounded.weights[0].T
+            table = graph.set_constant(f"{source}_int8", whole)
+            scales = graph.set_constant(f"{source}_scales", rounded.scales[0])
+            separate += 1
+        out = gather.output[0]
+        new = [
+            helper.make_node("Gather", [table, gather.input[1]], [f"{out}_int8"], name=f"{out}_gather", axis=axis),
+            helper.make_node("Cast", [f"{out}_int8"], [f"{out}_steps"], name=f"{out}_cast", to=TensorProto.FLOAT),
+            helper.make_node("Gather", [scales, gather.input[1]], [f"{out}_scale"], name=f"{out}_scales", axis=0),
+        ]
+        scale = f"{out}_scale"
+        if axis == 0:  # fetched [*ids, dim], scales [*ids]
+            minus = graph.set_constant("last_axis", np.array([-1], np.int64))
+            new.append(helper.make_node("Unsqueeze", [scale, minus], [f"{scale}s"], name=f"{out}_unsqueeze"))
+            scale = f"{scale}s"
+        new.append(helper.make_node("Mul", [f"{out}_steps", scale], [out], name=f"{out}_scaled"))
+        graph.replace([gather], new)
+    graph.prune()
+    return PassResult(NAME, cost={"shared_with_output_layer": shared, "rounded": separate})

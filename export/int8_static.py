@@ -1,0 +1,264 @@
+"""Static int8: QDQ per channel, u8 activations and s8 weights, calibrated on training photos.
+
+This is the form every engine's fast path reads: ONNX Runtime fuses it to QLinearConv and MatMulIntegerToFloat on x86,
+ARM and WASM. Unlike dynamic int8, whose scales depend on the whole batch, a photo gets the same caption in any batch.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+from onnxruntime.quantization import CalibrationMethod, QuantType
+from onnxruntime.quantization.calibrate import TensorData, TensorsData
+from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
+
+from .graph import Graph, PassResult, attribute
+from .rounding import Rounded, round_weights, worst_pair
+from .statistics import Feeds, Layer, Statistics, layers_of
+
+SHAPE_ONLY = ("Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze")
+
+
+@dataclass(frozen=True)
+class StaticOptions:
+    """range: "mse" or "minmax"; rounding: "covariance" or "nearest"; pairs: keep clear of int16 saturation."""
+
+    range: str = "mse"
+    rounding: str = "covariance"
+    pairs: bool = True
+    damping: float = 0.01
+    seed: int = 0
+
+
+def quantize_static(
+    model: onnx.ModelProto,
+    feeds: Iterable[Feeds],
+    *,
+    options: StaticOptions = StaticOptions(),
+    progress: Callable[[int], None] = lambda done: None,
+) -> PassResult:
+    """Quantize in place: Conv (with the Clip or Relu behind it), MatMul and Gemm with constant weights, residual Adds.
+
+    feeds: the graph's inputs for each calibration run, from the training split; a convolutional graph takes one photo a
+    run. progress is called with the runs done. Everything downstream is deterministic for the same feeds and seed.
+    """
+    graph = Graph(model)
+    del model.graph.value_info[:]  # stale shapes make the quantizer fail
+    layers = layers_of(graph)
+    nodes = [layer.node for layer in layers]
+    activations = _activations(graph, nodes)
+    nodes += activations + _residuals(graph, layers, activations)
+    tensors = _tensors(graph, nodes)
+    statistics = Statistics(model, tensors, layers, seed=options.seed)
+    for each in feeds:
+        statistics.add(each)
+        progress(statistics.runs)
+    overrides = {name: [_fixed(graph, name)] for name in tensors if _fixed(graph, name)}
+    ranges = {}
+    for name in tensors:
+        low, high = statistics.range(name, method=options.range)
+        ranges[name] = TensorData(lowest=np.float32(low), highest=np.float32(high))
+    _share_ranges(graph, ranges)
+
+    worst = 0
+    for layer in layers:
+        rounded = _round(graph, layer, statistics, ranges, options)
+        if not layer.depthwise:
+            worst = max(worst, worst_pair(rounded.weights))
+        overrides[layer.node.input[1]] = _apply(graph, layer, rounded)
+
+    quantizer = QDQQuantizer(
+        model,
+        per_channel=True,
+        reduce_range=False,
+        weight_qType=QuantType.QInt8,
+        activation_qType=QuantType.QUInt8,
+        tensors_range=TensorsData(CalibrationMethod.MinMax, ranges),
+        nodes_to_quantize=[node.name for node in nodes],
+        nodes_to_exclude=[],
+        op_types_to_quantize=sorted({node.op_type for node in nodes}),
+        extra_options={
+            "TensorQuantOverrides": overrides,
+            "OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"],  # what leaves the encoder stays float
+            "DedicatedQDQPair": False,
+        },
+    )
+    with _quiet():
+        quantizer.quantize_model()
+    model.CopyFrom(quantizer.model.model)
+    _drop_second_pixels(model)
+    _keep_float_readers(model, {node.name for node in nodes})
+    del model.graph.value_info[:]
+    return PassResult(
+        "static_int8",
+        {
+            "format": "QDQ",
+            "activations": "uint8",
+            "weights": "int8 per channel",
+            "range": options.range,
+            "rounding": options.rounding,
+            "calibration_runs": statistics.runs,
+            "seed": options.seed,
+        },
+        {"layers": len(layers), "worst_weight_pair": worst},
+    )
+
+
+def _activations(graph: Graph, nodes: list[onnx.NodeProto]) -> list[onnx.NodeProto]:
+    found = []
+    for node in nodes:
+        reader = graph.only_reader(node.output[0])
+        if node.op_type == "Conv" and reader is not None and reader.op_type in ("Clip", "Relu"):
+            found.append(reader)
+    return found
+
+
+def _residuals(graph: Graph, layers: list[Layer], activations: list[onnx.NodeProto]) -> list[onnx.NodeProto]:
+    """Adds of two computed tensors of which at least one comes from a Conv."""
+    ends = {node.output[0] for node in activations}
+    ends |= {layer.node.output[0] for layer in layers if layer.node.op_type == "Conv"}
+    found = []
+    for node in graph.graph.node:
+        if (
+            node.op_type == "Add"
+            and not any(name in graph.initializers for name in node.input)
+            and ends & set(node.input)
+        ):
+            found.append(node)
+            ends.add(node.output[0])
+    return found
+
+
+def _tensors(graph: Graph, nodes: list[onnx.NodeProto]) -> list[str]:
+    """Float tensors that get a range: inputs and outputs of the quantized nodes, constants aside."""
+    names = []
+    for node in nodes:
+        inputs = node.input[:1] if node.op_type in ("Conv", "MatMul", "Gemm", "Clip", "Relu") else node.input
+        outputs = [] if node.op_type in ("MatMul", "Gemm") else node.output
+        names += [name for name in (*inputs, *outputs) if name not in graph.initializers]
+    return list(dict.fromkeys(names))
+
+
+def _fixed(graph: Graph, name: str) -> dict | None:
+    """Scale and zero point of a tensor that was stored quantized (the pixels)."""
+    node = graph.producer.get(name)
+    if node is None or node.op_type != "DequantizeLinear":
+        return None
+    return {"scale": graph.constant(node.input[1]).reshape(()), "zero_point": graph.constant(node.input[2]).reshape(())}
+
+
+def _share_ranges(graph: Graph, ranges: dict[str, TensorData]) -> None:
+    """One range where values are the same: no requantization through reshapes, and no work left for a Clip.
+
+    A Conv whose output is clipped takes the clipped range: the clip is then what saturation does anyway.
+    """
+    for node in graph.graph.node:
+        if node.op_type in ("Clip", "Relu") and node.output[0] in ranges and node.input[0] in ranges:
+            ranges[node.input[0]] = ranges[node.output[0]]
+    for name in ranges:
+        source = name
+        while (node := graph.producer.get(source)) is not None and node.op_type in SHAPE_ONLY:
+            source = node.input[0]
+        if source in ranges:
+            ranges[name] = ranges[source]
+
+
+def _round(
+    graph: Graph, layer: Layer, statistics: Statistics, ranges: dict[str, TensorData], options: StaticOptions
+) -> Rounded:
+    covariance = mean = None
+    if options.rounding == "covariance":
+        covariance, mean = statistics.covariance(layer)
+    low, high = (float(ranges[layer.input].range_value[i]) for i in (0, 1))
+    bias = graph.constant(layer.node.input[2]) if len(layer.node.input) > 2 and layer.node.input[2] else None
+    floor: np.ndarray | float = 1e-9
+    if bias is not None:  # the int32 bias, in steps of input scale × weight scale, must not overflow
+        shape = layer.weights.shape[:2]
+        floor = np.maximum(np.abs(bias).reshape(shape) / (2**30 * max((high - low) / 255, 1e-9)), 1e-9)
+    # Depthwise kernels widen to int32 first and cannot saturate; kernels larger than 1×1 are laid out
+    # channels-first or -last by engine, so their neighbours are unknown: 7 bits keep any pair in range.
+    wide = not layer.depthwise and not layer.pointwise
+    if options.pairs and wide:
+        floor = np.maximum(floor, np.abs(layer.weights).max(-1) / 64)
+    return round_weights(
+        layer.weights,
+        covariance,
+        mean,
+        pairs=options.pairs and not layer.depthwise,
+        floor=floor,
+        damping=options.damping,
+    )
+
+
+def _apply(graph: Graph, layer: Layer, rounded: Rounded) -> list[dict]:
+    """Write the rounded weights back as reals, correct the bias, and return the quantizer's overrides for them."""
+    name = layer.node.input[1]
+    shape = graph.constant(name).shape
+    graph.set_constant(name, layer.to_tensor(rounded.real, shape).astype(np.float32))
+    shift = rounded.shift.reshape(-1)
+    if layer.node.op_type != "MatMul":
+        bias = graph.constant(layer.node.input[2]) if len(layer.node.input) > 2 and layer.node.input[2] else 0.0
+        if len(layer.node.input) < 3:
+            layer.node.input.append("")
+        layer.node.input[2] = graph.set_constant(f"{layer.node.output[0]}_bias", (bias + shift).astype(np.float32))
+    else:
+        reader = graph.only_reader(layer.node.output[0])
+        other = (
+            [n for n in reader.input if n != layer.node.output[0]]
+            if reader is not None and reader.op_type == "Add"
+            else []
+        )
+        if other and (bias := graph.constant(other[0])) is not None and bias.shape == shift.shape:
+            graph.set_constant(other[0], (bias + shift).astype(np.float32))
+    axis = 0 if layer.node.op_type == "Conv" or attribute(layer.node, "transB", 0) else 1
+    channels = [{"scale": np.float32(scale), "zero_point": np.int8(0)} for scale in rounded.scales.reshape(-1)]
+    channels[0]["axis"] = axis
+    return channels
+
+
+def _drop_second_pixels(model: onnx.ModelProto) -> None:
+    """The quantizer wraps the already quantized pixels once more; let the first layer read them directly."""
+    graph = Graph(model)
+    for node in list(model.graph.node):
+        source = graph.producer.get(node.input[0]) if node.op_type == "QuantizeLinear" else None
+        if source is not None and source.op_type == "DequantizeLinear" and source.name == "pixels_dequantize":
+            for reader in graph.consumers[node.output[0]]:
+                graph.reroute(reader.output[0], source.output[0])
+    graph.refresh()
+    graph.prune()
+
+
+def _keep_float_readers(model: onnx.ModelProto, quantized: set[str]) -> None:
+    """The quantizer lets every reader of a tensor read its int8 form; those that compute in float keep the float."""
+    graph = Graph(model)
+    for node in list(model.graph.node):
+        source = node.input[0] if node.op_type == "QuantizeLinear" else None
+        producer = graph.producer.get(source) if source else None
+        if source is None or (
+            producer is not None and (producer.name in quantized or producer.op_type == "DequantizeLinear")
+        ):
+            continue
+        for dequantize in graph.consumers[node.output[0]]:
+            for reader in graph.consumers.get(dequantize.output[0], []):
+                if reader.name not in quantized and reader.op_type not in SHAPE_ONLY:
+                    for index, name in enumerate(reader.input):
+                        if name == dequantize.output[0]:
+                            reader.input[index] = source
+    graph.refresh()
+    graph.prune()
+
+
+@contextmanager
+def _quiet():
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        root.setLevel(level)

@@ -1,0 +1,81 @@
+"""Pass: let uint8 pixels be the first layer's quantized input, so that no float image is ever made."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+from onnx import helper
+
+from .graph import Graph, PassResult, attribute
+
+NAME = "pixels_as_quantized_input"
+
+
+def fold_pixels(model: onnx.ModelProto, pixels: str = "pixels") -> PassResult:
+    """Replace Cast and the normalisation's Mul, Div, Sub, Add up to the first Conv by one DequantizeLinear.
+
+    pixel p → x = a·p + b per channel becomes d = s·(p - z) with z whole; a/s goes into the Conv's weights and a·z + b
+    into its bias. Exact but for the padding at the picture's border, where d = 0 stands for pixel z instead of x = 0
+    (half a grey level where mean = 0.5). Leaves any other graph as it is.
+    """
+    graph = Graph(model)
+    chain, tensor = [], pixels
+    scale, shift = np.ones(1), np.zeros(1)
+    transpose = None
+    while (node := graph.only_reader(tensor)) is not None and node.op_type != "Conv":
+        if node.op_type == "Transpose" and not chain:
+            transpose = node
+        elif node.op_type == "Cast" and attribute(node, "to") == onnx.TensorProto.FLOAT:
+            chain.append(node)
+        elif node.op_type in ("Mul", "Div", "Sub", "Add") and (value := _per_channel(graph, node, tensor)) is not None:
+            if node.op_type in ("Mul", "Div"):
+                factor = value if node.op_type == "Mul" else 1 / value
+                scale, shift = scale * factor, shift * factor
+            else:
+                shift = shift + (value if node.op_type == "Add" else -value)
+            chain.append(node)
+        else:
+            return PassResult(NAME, cost={"changed": False})
+        tensor = node.output[0]
+    conv = graph.only_reader(tensor)
+    weights = graph.constant(conv.input[1]) if conv is not None and transpose is not None and chain else None
+    if weights is None or attribute(conv, "group", 1) != 1 or len(graph.consumers[conv.input[1]]) != 1:
+        return PassResult(NAME, cost={"changed": False})
+
+    channels = weights.shape[1]
+    scale, shift = np.broadcast_to(scale, channels), np.broadcast_to(shift, channels)
+    step = float(np.abs(scale).mean())
+    zero = int(np.clip(np.rint(np.mean(-shift / scale)), 0, 255))
+    offset = scale * zero + shift  # [C]
+    new_bias = np.einsum("oihw,i->o", weights.astype(np.float64), offset)
+    if len(conv.input) > 2 and conv.input[2]:
+        new_bias = new_bias + graph.constant(conv.input[2])
+    graph.set_constant(conv.input[1], (weights * (scale / step)[None, :, None, None]).astype(np.float32))
+    bias = graph.set_constant(f"{conv.output[0]}_bias", new_bias.astype(np.float32))
+    dequantize = helper.make_node(
+        "DequantizeLinear",
+        [
+            transpose.output[0],
+            graph.set_constant("pixels_scale", np.float32(step)),
+            graph.set_constant("pixels_zero", np.uint8(zero)),
+        ],
+        ["pixels_real"],
+        name="pixels_dequantize",
+    )
+    inputs = [conv.input[0], conv.input[1], bias]
+    del conv.input[:]
+    conv.input.extend(["pixels_real", *inputs[1:]])
+    graph.replace(chain, [dequantize])
+    graph.prune()
+    return PassResult(NAME, {"scale": step, "zero_point": zero}, {"changed": True})
+
+
+def _per_channel(graph: Graph, node: onnx.NodeProto, tensor: str) -> np.ndarray | None:
+    """The constant operand as [1] or [C], where `tensor` is the first operand (or the op commutes); else None."""
+    index = list(node.input).index(tensor)
+    if index and node.op_type in ("Div", "Sub"):
+        return None
+    value = graph.constant(node.input[1 - index])
+    if value is None or value.size not in (1, value.shape[-3] if value.ndim >= 3 else 1):
+        return None
+    return value.astype(np.float64).reshape(-1)

@@ -1,0 +1,173 @@
+"""What calibration says about a graph: the range of each tensor and the covariance of each layer's inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+
+from .graph import Graph, attribute
+
+SAMPLES_PER_RUN = 1500  # of each tensor, for its range
+POSITIONS_PER_RUN = 96  # of each layer, for its covariance
+
+Feeds: TypeAlias = Mapping[str, np.ndarray]
+
+
+@dataclass
+class Layer:
+    """A Conv, MatMul or Gemm with constant weights, seen as groups of outputs: weights [G, O, K]."""
+
+    node: onnx.NodeProto
+    weights: np.ndarray
+    depthwise: bool
+    pointwise: bool
+
+    @property
+    def input(self) -> str:
+        return self.node.input[0]
+
+    def to_tensor(self, weights: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        """[G, O, K] back into the layout of the node's own weight tensor."""
+        if self.node.op_type == "Conv":
+            return weights.reshape(shape)
+        matrix = weights[0] if attribute(self.node, "transB", 0) else weights[0].T
+        return matrix.reshape(shape)
+
+
+def layers_of(graph: Graph) -> list[Layer]:
+    """The layers whose weights are constants, in graph order."""
+    layers = []
+    for node in graph.graph.node:
+        if node.op_type not in ("Conv", "MatMul", "Gemm") or attribute(node, "transA", 0):
+            continue
+        weights = graph.constant(node.input[1])
+        if weights is None or weights.dtype != np.float32:
+            continue
+        if node.op_type == "Conv":
+            groups = attribute(node, "group", 1)
+            kernel = int(np.prod(weights.shape[2:]))
+            shaped = weights.reshape(groups, weights.shape[0] // groups, -1)
+            layers.append(Layer(node, shaped, groups > 1 and weights.shape[1] == 1, kernel == 1 and groups == 1))
+        elif weights.ndim == 2:
+            matrix = weights if attribute(node, "transB", 0) else weights.T
+            layers.append(Layer(node, matrix[None], False, True))
+    return layers
+
+
+class Statistics:
+    """Runs a graph on real inputs and collects, deterministically for one seed, what quantization needs."""
+
+    def __init__(self, model: onnx.ModelProto, tensors: Iterable[str], layers: list[Layer], *, seed: int = 0) -> None:
+        self.layers = layers
+        self.tensors = list(dict.fromkeys(tensors))
+        wanted = list(dict.fromkeys([*self.tensors, *(layer.input for layer in self.layers)]))
+        probe = onnx.ModelProto()
+        probe.CopyFrom(model)
+        present = {value.name for value in [*probe.graph.output, *probe.graph.input]}
+        for name in wanted:
+            if name not in present:
+                probe.graph.output.append(onnx.helper.make_empty_tensor_value_info(name))
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = 1
+        # Optimizing would fuse away the tensors asked for.
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        self.session = ort.InferenceSession(probe.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        self.wanted = wanted
+        self.random = np.random.default_rng(seed)
+        self.samples: dict[str, list[np.ndarray]] = {name: [] for name in self.tensors}
+        self.lows = dict.fromkeys(self.tensors, np.inf)
+        self.highs = dict.fromkeys(self.tensors, -np.inf)
+        self.moments: dict[str, tuple[int, np.ndarray, np.ndarray]] = {}
+        self.offsets: dict[str, np.ndarray] = {}
+        self.runs = 0
+
+    def add(self, feeds: Feeds) -> None:
+        """One more run of the graph: input name → array. Conv inputs must have batch size 1."""
+        computed = self.session.run([name for name in self.wanted if name not in feeds], feeds)
+        values = dict(zip((name for name in self.wanted if name not in feeds), computed, strict=True)) | feeds
+        for name in self.tensors:
+            flat = values[name].reshape(-1)
+            self.lows[name] = min(self.lows[name], float(flat.min()))
+            self.highs[name] = max(self.highs[name], float(flat.max()))
+            self.samples[name].append(flat[self.random.integers(0, flat.size, min(SAMPLES_PER_RUN, flat.size))])
+        for layer in self.layers:
+            rows = self._rows(layer, values[layer.input])  # [G, P, K]
+            key = layer.node.output[0]
+            if key not in self.offsets:  # about zero mean: the covariance is no small difference of large sums
+                self.offsets[key] = rows.mean(axis=1, keepdims=True)
+            rows = rows - self.offsets[key]
+            count, total, outer = self.moments.get(key, (0, 0.0, 0.0))
+            total = total + rows.sum(axis=1, dtype=np.float64)
+            product = np.matmul(rows.transpose(0, 2, 1), rows)
+            self.moments[key] = (count + rows.shape[1], total, outer + product.astype(np.float64))
+        self.runs += 1
+
+    def _rows(self, layer: Layer, value: np.ndarray) -> np.ndarray:
+        """Inputs of the layer at some positions: float32 [G, P, K]."""
+        if layer.node.op_type != "Conv":
+            rows = value.reshape(-1, value.shape[-1])
+            return rows[None, self.random.permutation(len(rows))[:POSITIONS_PER_RUN]]
+        _, channels, height, width = value.shape
+        groups = layer.weights.shape[0]
+        kernel = attribute(layer.node, "kernel_shape")
+        strides = attribute(layer.node, "strides", [1, 1])
+        dilations = attribute(layer.node, "dilations", [1, 1])
+        pads = attribute(layer.node, "pads", [0, 0, 0, 0])
+        if layer.pointwise:
+            flat = value[0, :, :: strides[0], :: strides[1]].reshape(channels, -1)
+            return flat[:, self.random.permutation(flat.shape[1])[:POSITIONS_PER_RUN]].T[None]
+        padded = np.pad(value[0], ((0, 0), (pads[0], pads[2]), (pads[1], pads[3])))
+        reach = [(k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True)]
+        tall = (padded.shape[1] - reach[0]) // strides[0] + 1
+        wide = (padded.shape[2] - reach[1]) // strides[1] + 1
+        picks = self.random.permutation(tall * wide)[:POSITIONS_PER_RUN]
+        top, left = picks // wide * strides[0], picks % wide * strides[1]  # [P]
+        ys = top[:, None, None] + np.arange(kernel[0])[None, :, None] * dilations[0]
+        xs = left[:, None, None] + np.arange(kernel[1])[None, None, :] * dilations[1]
+        patches = padded[:, ys, xs]  # [C, P, kh, kw]
+        patches = patches.reshape(groups, channels // groups, len(picks), -1).transpose(0, 2, 1, 3)
+        return patches.reshape(groups, len(picks), -1)
+
+    def covariance(self, layer: Layer) -> tuple[np.ndarray, np.ndarray]:
+        """Covariance [G, K, K] and mean [G, K] of the layer's inputs."""
+        count, total, outer = self.moments[layer.node.output[0]]
+        mean = total / count
+        covariance = outer / count - mean[:, :, None] * mean[:, None, :]
+        return covariance, mean + self.offsets[layer.node.output[0]][:, 0]
+
+    def range(self, name: str, *, method: str = "mse") -> tuple[float, float]:
+        """The range [low, high] that 256 steps cover with the least squared error (or "minmax"); always includes 0."""
+        low, high = min(self.lows[name], 0.0), max(self.highs[name], 0.0)
+        if method == "minmax" or high - low == 0:
+            return low, high
+        values = np.concatenate(self.samples[name])
+        if len(values) > 40_000:
+            values = values[:: len(values) // 40_000 + 1]
+        # Rare extremes the sample missed still count once.
+        values = np.concatenate([values, [low, high]]).astype(np.float32)
+        best = (np.inf, low, high)
+        grid = np.linspace(0.3, 1.0, 29)
+        for share in grid:
+            best = min(best, (_error(values, low * share, high * share), low * share, high * share))
+        for _ in range(2):
+            for share in np.linspace(0.85, 1.15, 13):
+                low_, high_ = max(best[1] * share, low), best[2]
+                best = min(best, (_error(values, low_, high_), low_, high_))
+            for share in np.linspace(0.85, 1.15, 13):
+                low_, high_ = best[1], min(best[2] * share, high)
+                best = min(best, (_error(values, low_, high_), low_, high_))
+        return float(best[1]), float(best[2])
+
+
+def _error(values: np.ndarray, low: float, high: float) -> float:
+    """Mean squared error of values rounded to 256 steps between low and high (zero exactly on a step)."""
+    scale = max((high - low) / 255, 1e-12)
+    zero = round(-low / scale)
+    steps = np.clip(np.rint(values / scale), -zero, 255 - zero)
+    return float(np.mean((values - steps * scale) ** 2))

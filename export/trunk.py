@@ -1,0 +1,181 @@
+"""The trunk of every export: the two torch graphs of a captioner → ONNX models with named, dynamic axes."""
+
+from __future__ import annotations
+
+import inspect
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import onnx
+
+from ..runtime.errors import EdgecapError
+from .graph import Graph, PassResult, attribute, op_counts
+from .tie import tie_embedding
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from ..train.models import CaptionModel
+
+OPSET_PLAIN, OPSET_ATTENTION = 18, 23  # 23 has Attention, RotaryEmbedding and RMSNormalization
+DTYPES = {
+    onnx.TensorProto.UINT8: "uint8",
+    onnx.TensorProto.INT32: "int32",
+    onnx.TensorProto.INT64: "int64",
+    onnx.TensorProto.FLOAT16: "float16",
+    onnx.TensorProto.FLOAT: "float32",
+    onnx.TensorProto.BOOL: "bool",
+}
+
+
+@dataclass
+class OnnxPair:
+    """Encoder and decoder as ONNX models, the session roles that wire them, and what was done to them so far."""
+
+    encoder: onnx.ModelProto
+    decoder: onnx.ModelProto
+    session: dict[str, Any]
+    passes: list[PassResult]
+
+    def copy(self) -> OnnxPair:
+        models = []
+        for model in (self.encoder, self.decoder):
+            clone = onnx.ModelProto()
+            clone.CopyFrom(model)
+            models.append(clone)
+        return OnnxPair(models[0], models[1], self.session, list(self.passes))
+
+    def graphs(self) -> dict[str, Any]:
+        """The manifest's "graphs"."""
+        return {name: _describe(name, getattr(self, name)) for name in ("encoder", "decoder")}
+
+
+def to_onnx(model: CaptionModel, *, report: Callable[[int], None] = lambda done: None) -> OnnxPair:
+    """Trace both graphs of a captioner. `report` is called with 1 and 2 when the first and second are done."""
+    pair = model.graphs()
+    attention = bool(pair.session.get("kv"))
+    opset = OPSET_ATTENTION if attention else OPSET_PLAIN
+    encoder = trace(pair.encoder, pair.encoder_inputs, pair.encoder_outputs, OPSET_PLAIN)
+    report(1)
+    decoder = trace(pair.decoder, pair.decoder_inputs, pair.decoder_outputs, opset)
+    report(2)
+    result = PassResult(
+        "torch_to_onnx",
+        {"opset": {"encoder": OPSET_PLAIN, "decoder": opset}},
+        {"encoder_ops": op_counts(encoder), "decoder_ops": op_counts(decoder)},
+    )
+    return OnnxPair(encoder, decoder, pair.session, [result, tie_embedding(decoder).on("decoder")])
+
+
+def trace(
+    module: nn.Module, inputs: dict[str, tuple[Tensor, dict[int, str]]], outputs: tuple[str, ...], opset: int
+) -> onnx.ModelProto:
+    """One module → a checked ONNX model. inputs: name → (example, axis → name of the dynamic axis).
+
+    The exporter folds BatchNorm and padding into the convolutions. Raises EdgecapError where torch cannot export it.
+    """
+    import torch
+
+    axes = tuple({axis: torch.export.Dim.DYNAMIC for axis in named} for _, named in inputs.values())
+    parameters = inspect.signature(module.forward).parameters.values()
+    if any(parameter.kind is inspect.Parameter.VAR_POSITIONAL for parameter in parameters):
+        axes = (axes,)
+    try:
+        with _quiet(), torch.no_grad():
+            program = torch.onnx.export(
+                module,
+                tuple(example for example, _ in inputs.values()),
+                dynamo=True,
+                opset_version=opset,
+                input_names=list(inputs),
+                output_names=list(outputs),
+                dynamic_shapes=axes,
+                external_data=False,
+                verbose=False,
+            )
+            model = program.model_proto
+    except Exception as error:  # the exporter's own exceptions share no base class
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise EdgecapError(f"torch cannot export {type(module).__name__} to ONNX: {lines[-1][:200]}") from error
+    _clean(model)
+    _name_axes(model, {name: named for name, (_, named) in inputs.items()})
+    onnx.checker.check_model(model)
+    return model
+
+
+def _clean(model: onnx.ModelProto) -> None:
+    """Drop what changes from run to run or names source files: docs, metadata, intermediate shapes."""
+    model.producer_name, model.producer_version, model.doc_string = "edgecap", "", ""
+    del model.metadata_props[:]
+    graph = model.graph
+    graph.name = "graph"
+    graph.doc_string = ""
+    del graph.value_info[:]
+    del graph.metadata_props[:]
+    for items in (graph.node, graph.initializer, graph.input, graph.output):
+        for item in items:
+            item.doc_string = ""
+            del item.metadata_props[:]
+    _fold_transposes(model)
+
+
+def _fold_transposes(model: onnx.ModelProto) -> None:
+    """Transpose constants here: the exporter leaves the large ones to the engine, which hides them as weights."""
+    graph = Graph(model)
+    for node in list(model.graph.node):
+        value = graph.constant(node.input[0]) if node.op_type == "Transpose" else None
+        if value is not None:
+            graph.set_constant(node.output[0], value.transpose(attribute(node, "perm")))
+            node.output[0] = f"{node.output[0]}_folded"  # now unused
+    graph.refresh()
+    graph.prune()
+
+
+def _name_axes(model: onnx.ModelProto, names: dict[str, dict[int, str]]) -> None:
+    """Give the exporter's symbols (s27) the names the model gave its axes."""
+    known: dict[str, str] = {}
+    for value in model.graph.input:
+        for axis, dim in enumerate(value.type.tensor_type.shape.dim):
+            if axis in names.get(value.name, {}):
+                if dim.dim_param:
+                    known.setdefault(dim.dim_param, names[value.name][axis])
+                dim.dim_param = names[value.name][axis]
+    for value in model.graph.output:
+        for axis, dim in enumerate(value.type.tensor_type.shape.dim):
+            if dim.dim_param:
+                dim.dim_param = known.get(dim.dim_param, f"{value.name}_{axis}")
+
+
+def _describe(name: str, model: onnx.ModelProto) -> dict[str, Any]:
+    return {
+        "file": f"{name}.onnx",
+        "inputs": {value.name: _tensor(value) for value in model.graph.input},
+        "outputs": {value.name: _tensor(value) for value in model.graph.output},
+    }
+
+
+def _tensor(value: onnx.ValueInfoProto) -> dict[str, Any]:
+    kind = value.type.tensor_type
+    shape = [dim.dim_param or dim.dim_value for dim in kind.shape.dim]
+    return {"dtype": DTYPES[kind.elem_type], "shape": shape}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter writes pages of advice; none of it is the user's."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
