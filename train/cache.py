@@ -21,7 +21,8 @@ from ..benchmarks.datasets import Example
 from ..runtime.errors import EdgecapError
 from ..runtime.preprocess import Preprocess
 
-CHUNK = 64
+CHUNK = 16  # rows computed together: larger batches fall out of the processor's caches
+FLUSH = 512  # rows between two flushes to the disk
 
 
 def cache_folder() -> Path:
@@ -71,8 +72,9 @@ def cached_rows(
             for start in range(done, total, CHUNK):
                 part = slice(start, min(start + CHUNK, total))
                 rows[part] = compute(part)
-                rows.flush()
-                _write_json(progress, {"rows": part.stop, "total": total})
+                if part.stop % FLUSH == 0 or part.stop == total:
+                    rows.flush()
+                    _write_json(progress, {"rows": part.stop, "total": total})
                 report(part.stop)
     return np.load(array, mmap_mode="r")
 

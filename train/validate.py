@@ -14,7 +14,7 @@ from ..runtime.decode import DecodeOptions, decode
 from .models import CaptionModel, TorchSession
 from .tokenizer import token_ids
 
-BATCH = 50
+BATCH = 16  # larger batches of pixels fall out of the caches
 
 
 class FeatureSession(TorchSession):

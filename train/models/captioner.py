@@ -47,7 +47,7 @@ class CaptionModel(nn.Module):
         features: Tensor | None = None,
     ) -> Tensor:
         """Teacher forcing: ids int64 [N, C, T] (BOS first, C captions a photo) with pixels uint8 [N, H, W, 3] or the
-        frozen encoder's features [N, L, dim] → logits [N, C, T, V], or [K, V] for the positions where `keep` is true."""
+        frozen encoder's features [N, L, dim] → logits [N, C, T, V], or [K, V] for the positions where `keep` holds."""
         return self.decoder(self.memory(pixels=pixels, features=features), ids, keep)
 
     def memory(self, *, pixels: Tensor | None = None, features: Tensor | None = None) -> Tensor:
@@ -132,7 +132,7 @@ class TorchSession:
         return logits.float().cpu().numpy()
 
     def _tensor(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(next(self.model.parameters()).device)
+        return torch.tensor(np.asarray(array)).to(next(self.model.parameters()).device)
 
 
 def build_model(

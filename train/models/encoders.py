@@ -45,7 +45,7 @@ class Encoder(nn.Module):
 
 
 def mobilenet_v2(source: str | None, config: dict[str, Any]) -> Encoder:
-    """MobileNetV2 (Sandler et al. 2018, arXiv:1801.04381) by hub id or directory; `source` None builds it from `config`."""
+    """MobileNetV2 (Sandler et al. 2018, arXiv:1801.04381) by hub id or directory; without `source`, from `config`."""
     from transformers import MobileNetV2Config, MobileNetV2Model
 
     if source:

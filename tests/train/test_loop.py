@@ -1,0 +1,174 @@
+"""The loop learns, repeats itself bit by bit, resumes as if nothing had happened, and shares work between processes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from edgecap.runtime.errors import UsageError
+from edgecap.train import loop
+from edgecap.train.checkpoint import PROGRESS, WEIGHTS, load_checkpoint
+from edgecap.train.recipe import Stage
+from edgecap.train.run import evaluate, latest_run, new_run, train
+
+from .tiny import tiny_recipe
+
+TWO_STAGES = (
+    {"name": "frozen", "epochs": 2, "batch_size": 16, "lr": 5e-3, "ema": 0.9, "schedule": "step", "step_epochs": 1},
+    {"name": "all", "epochs": 2, "batch_size": 16, "lr": 1e-3, "encoder_lr": 1e-3, "accumulate": 2},
+    {"name": "critic", "objective": "scst", "epochs": 1, "batch_size": 16, "lr": 1e-3, "samples": 2, "dropout": False},
+)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGECAP_CACHE", str(tmp_path / "cache"))
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing catches it."""
+
+
+def test_learns_repeats_and_resumes_bit_by_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = tiny_recipe(*TWO_STAGES, flip=True)
+    first, metrics = train(recipe, tmp_path / "first")
+    losses = [record["loss"] for record in metrics["history"]]
+    assert metrics["finished"] and losses[1] < losses[0]
+    assert {record["stage"] for record in metrics["history"]} == {"frozen", "all", "critic"}
+    assert (first / "chart.png").read_bytes()[:4] == b"\x89PNG" and any((first / "log").iterdir())
+    again, _ = train(recipe, tmp_path / "again")
+    assert (first / WEIGHTS).read_bytes() == (again / WEIGHTS).read_bytes()
+
+    # Die after every third step, anywhere in an epoch, and go on until it is done.
+    monkeypatch.setattr(loop, "SAVE_EVERY_S", 0.0)
+    out, left = tmp_path / "killed", [3]
+    step = loop.Trainer._step
+
+    def mortal(self: loop.Trainer, *args: object) -> tuple[float, int, dict[str, float]]:
+        if left[0] == 0:
+            raise Killed
+        left[0] -= 1
+        return step(self, *args)
+
+    monkeypatch.setattr(loop.Trainer, "_step", mortal)
+    lives = 0
+    while True:
+        lives += 1
+        left[0] = 3
+        try:
+            train(None if lives > 1 else recipe, out, resume=lives > 1)
+            break
+        except Killed:
+            continue
+    assert lives > 4
+    assert (out / WEIGHTS).read_bytes() == (first / WEIGHTS).read_bytes()
+    assert json.loads((out / "metrics.json").read_text())["finished"]
+
+
+def test_another_seed_is_another_run(tmp_path: Path) -> None:
+    recipe = tiny_recipe({"epochs": 1, "batch_size": 16})
+    one, _ = train(recipe, tmp_path / "one")
+    two, _ = train(dataclasses.replace(recipe, seed=1), tmp_path / "two")
+    assert (one / WEIGHTS).read_bytes() != (two / WEIGHTS).read_bytes()
+
+
+def test_llama_trains_and_evaluates(tmp_path: Path) -> None:
+    recipe = tiny_recipe({"epochs": 3, "batch_size": 8, "lr": 3e-3, "schedule": "constant"}, decoder="llama")
+    out, metrics = train(recipe, tmp_path / "run")
+    assert metrics["history"][-1]["loss"] < metrics["history"][0]["loss"]
+    record = evaluate(out, spec=None, split="test", limit=None, decoding={"beam": 2})
+    assert record["photos"] == 16 and len(record["captions"]) == 16
+    assert load_checkpoint(out).finished
+
+
+def test_early_stopping_and_plateau(tmp_path: Path) -> None:
+    """With a learning rate of nothing, no validation is better than the first."""
+    stage = {"epochs": 9, "batch_size": 48, "lr": 0.0, "patience": 1, "schedule": "plateau", "weight_decay": 0.0}
+    _, metrics = train(tiny_recipe(stage), tmp_path / "run")
+    assert len(metrics["history"]) == 3
+    assert metrics["best"]["epoch"] == 1
+
+
+def test_runs_are_named_found_and_refused(tmp_path: Path) -> None:
+    recipe = tiny_recipe({"epochs": 1, "batch_size": 48})
+    runs = tmp_path / "runs"
+    assert new_run("tiny", runs) == runs / "tiny"
+    assert latest_run(runs) is None
+    with pytest.raises(UsageError, match="nothing to resume"):
+        train(None, runs / "tiny", resume=True)
+    out, _ = train(recipe, runs / "tiny")
+    assert new_run("tiny", runs) == runs / "tiny-2"
+    assert latest_run(runs, finished=True) == out
+    with pytest.raises(UsageError, match="has finished"):
+        train(None, out, resume=True)
+    with pytest.raises(UsageError, match="--resume"):
+        train(recipe, out)
+    metrics = json.loads((out / "metrics.json").read_text())
+    (out / "metrics.json").write_text(json.dumps({**metrics, "finished": False}))
+    with pytest.raises(UsageError, match="has not finished"):
+        load_checkpoint(out)
+    (out / WEIGHTS).write_bytes((out / WEIGHTS).read_bytes()[:1000])
+    with pytest.raises(Exception, match="damaged"):
+        load_checkpoint(out, unfinished_ok=True)
+    (out / PROGRESS).write_bytes(b"nothing")
+    with pytest.raises(Exception, match="damaged"):
+        train(None, out, resume=True)
+
+
+def test_two_processes_give_one_process_loss(tmp_path: Path) -> None:
+    """The same command through accelerate: equal batch, no dropout, equal losses within 1e-5."""
+    recipe = tiny_recipe({"epochs": 2, "batch_size": 20, "lr": 3e-3, "encoder_lr": 1e-3, "batchnorm": "frozen"})
+    (tmp_path / "recipe.toml").write_text(recipe.to_toml())
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "EDGECAP_CACHE": str(tmp_path / "cache")}
+    losses = []
+    for processes in (1, 2):
+        out = tmp_path / f"run-{processes}"
+        launch = ["accelerate.commands.launch", "--cpu", "--num_processes", str(processes), "--num_machines", "1"]
+        launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "29517", "-m", "edgecap"]
+        command = [sys.executable, "-m", *launch, "train", str(tmp_path / "recipe.toml"), "-o", str(out)]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-2000:]
+        history = json.loads((out / "metrics.json").read_text())["history"]
+        losses.append([record["loss"] for record in history])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    assert losses[0][1] < losses[0][0]
+
+
+def test_accumulation_changes_nothing(tmp_path: Path) -> None:
+    losses = []
+    for pieces in (1, 4):
+        stage = {"epochs": 2, "batch_size": 16, "lr": 3e-3, "accumulate": pieces}
+        _, metrics = train(tiny_recipe(stage), tmp_path / f"run-{pieces}")
+        losses.append([record["loss"] for record in metrics["history"]])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_schedules() -> None:
+    from edgecap.train.optim import lr_factor
+
+    stage = Stage(schedule="cosine", epochs=2, warmup=4)
+    assert [lr_factor(stage, s, 10) for s in (0, 3, 10, 20)] == pytest.approx([0.25, 0.945, 0.5, 0.0], abs=0.01)
+    stage = Stage(schedule="step", step_epochs=2, gamma=0.1)
+    assert [lr_factor(stage, s, 10) for s in (0, 19, 20, 45)] == pytest.approx([1, 1, 0.1, 0.01])
+    assert lr_factor(Stage(schedule="plateau"), 99, 10, plateau=0.25) == 0.25
+
+
+def test_weight_average_follows_the_formula() -> None:
+    from edgecap.train.optim import WeightAverage
+
+    model = torch.nn.Linear(2, 1)
+    average = WeightAverage(model, 0.5)
+    start = model.weight.detach().clone()
+    with torch.no_grad():
+        model.weight += 1
+    average.update(model)  # first update: decay 1 / 10
+    with average.applied(model):
+        torch.testing.assert_close(model.weight.detach(), 0.1 * start + 0.9 * (start + 1))
+    torch.testing.assert_close(model.weight.detach(), start + 1)

@@ -1,0 +1,129 @@
+"""The decoders against slower or independent ways to the same numbers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from edgecap.runtime.decode import DecodeOptions, decode
+from edgecap.runtime.errors import UsageError
+from edgecap.train.models import DECODERS, build_model
+
+from .tiny import DECODERS as TINY
+from .tiny import ENCODER, SIZE, tiny_model
+
+
+def photos(n: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (n, SIZE, SIZE, 3), dtype=np.uint8)
+
+
+def test_every_decoder_of_the_table_is_tested() -> None:
+    assert set(TINY) == set(DECODERS)
+
+
+@pytest.mark.parametrize("kind", TINY)
+def test_stepping_gives_the_logits_of_teacher_forcing(kind: str) -> None:
+    model, pixels = tiny_model(kind), photos(2)
+    ids = torch.randint(4, 40, (2, 1, 6))
+    ids[:, :, 0] = 1
+    with torch.no_grad():
+        whole = model(ids, pixels=torch.from_numpy(pixels)).numpy()  # [2, 1, 6, V]
+    session = model.session()
+    rows = [session.start(pixels)]
+    for t in range(1, 6):
+        rows.append(session.step(ids[:, 0, t].numpy(), np.arange(2)))
+    np.testing.assert_allclose(np.stack(rows, 1), whole[:, 0], atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", TINY)
+def test_keep_selects_positions_and_changes_nothing(kind: str) -> None:
+    model = tiny_model(kind)
+    ids = torch.randint(4, 40, (3, 4, 7))
+    lengths = torch.randint(1, 8, (3, 4, 1))
+    lengths[1, 2] = 0  # a photo with fewer captions than the others
+    keep = torch.arange(7) < lengths
+    pixels = torch.from_numpy(photos(3))
+    with torch.no_grad():
+        whole, kept = model(ids, pixels=pixels), model(ids, keep, pixels=pixels)
+    torch.testing.assert_close(kept, whole[keep], atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", TINY)
+def test_rows_follow_their_parents(kind: str) -> None:
+    """Reordering and dropping rows gives what each history alone gives."""
+    model, pixels = tiny_model(kind), photos(2)
+    session = model.session()
+    session.start(pixels)
+    session.step(np.array([5, 6, 7]), np.array([0, 1, 1]))
+    got = session.step(np.array([8, 9]), np.array([2, 0]))
+    for row, (photo, history) in enumerate([(1, [7, 8]), (0, [5, 9])]):
+        alone = model.session()
+        alone.start(pixels[photo : photo + 1])
+        for token in history:
+            expected = alone.step(np.array([token]), np.array([0]))
+        np.testing.assert_allclose(got[row], expected[0], atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", TINY)
+def test_a_prompt_is_as_good_as_words_said(kind: str) -> None:
+    model, pixels = tiny_model(kind), photos(2)
+    prompted = model.session().start(pixels, np.array([5, 9]))
+    session = model.session()
+    session.start(pixels)
+    for token in (5, 9):
+        said = session.step(np.full(2, token), np.arange(2))
+    np.testing.assert_allclose(prompted, said, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", TINY)
+def test_graphs_are_the_session(kind: str) -> None:
+    """The modules that are exported give the reference's first logits, and name what they take and give."""
+    model, pixels = tiny_model(kind), photos(2)
+    graphs = model.graphs()
+    with torch.no_grad():
+        photo = dict(zip(graphs.encoder_outputs, graphs.encoder(torch.from_numpy(pixels)), strict=True))
+        outputs = graphs.decoder(*(tensor for tensor, _ in graphs.decoder_inputs.values()))
+    assert len(outputs) == len(graphs.decoder_outputs)
+    reference = model.session().start(pixels)
+    roles = graphs.session
+    feeds = {roles["ids"]["input"]: torch.ones(2, *[1] * (roles["ids"]["rank"] - 1), dtype=torch.long)}
+    if "photo_index" in roles:
+        feeds[roles["photo_index"]] = torch.arange(2)
+    feeds |= {name: photo[source] for name, source in roles.get("photo", {}).items()}
+    feeds |= {state["input"]: photo[state["init"]] for state in roles.get("state", [])}
+    if "prefix" in roles:
+        feeds[roles["prefix"]["input"]] = photo[roles["prefix"]["from"]]
+    feeds |= {kv["input"]: torch.zeros(2, kv["heads"], 0, kv["dim"]) for kv in roles.get("kv", [])}
+    with torch.no_grad():
+        outputs = graphs.decoder(*(feeds[name] for name in graphs.decoder_inputs))
+    np.testing.assert_allclose(outputs[0].numpy(), reference, atol=2e-5)
+
+
+def test_llama_greedy_is_what_transformers_generates() -> None:
+    model, pixels = tiny_model("llama"), photos(3)
+    options = DecodeOptions(max_length=8)
+    ours = decode(model.session(), pixels, options, eos_id=39)
+    with torch.no_grad():
+        prefix = model.photo(pixels=torch.from_numpy(pixels))["prefix"]
+        start = model.decoder.lm.get_input_embeddings()(torch.ones(3, 1, dtype=torch.long))
+        theirs = model.decoder.lm.generate(
+            inputs_embeds=torch.cat((prefix, start), 1), max_new_tokens=8, do_sample=False, eos_token_id=39, pad_token_id=0
+        )
+    for mine, line in zip(ours, theirs.tolist(), strict=True):
+        line = line[: line.index(39)] if 39 in line else line
+        assert list(mine[0].token_ids) == line[: len(mine[0].token_ids)]
+        assert len(mine[0].token_ids) == min(8, len(line))
+
+
+def test_wrong_parts_are_one_line() -> None:
+    parts = {"encoder": ENCODER, "bridge": {"kind": "linear"}, "decoder": {"kind": "gru"}}
+    for part, options, message in [
+        ("decoder", {"kind": "gru", "layers": 3}, "layers"),
+        ("decoder", {"kind": "lstm9"}, "choices: gru"),
+        ("decoder", {"kind": "gru", "heads": 7}, "must divide"),
+        ("encoder", {"kind": "mobilenet_v2", "config": {"wings": 2}}, "wings"),
+        ("encoder", {"kind": "mobilenet_v2", "source": "./nowhere", "config": {}}, "config.json"),
+    ]:
+        with pytest.raises(UsageError, match=message):
+            build_model(**{**parts, part: options}, vocab_size=9, bos_id=1, size=(64, 64))

@@ -1,0 +1,51 @@
+"""Small captioners, recipes and data for the tests of the train and export rooms."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from edgecap.train.models import CaptionModel, build_model
+from edgecap.train.recipe import Recipe, recipe_from_dict
+
+SIZE = 64
+DECODERS: dict[str, dict[str, Any]] = {
+    "gru": {"kind": "gru", "hidden": 24, "embed": 16, "heads": 2, "dropout": 0.0},
+    "llama": {"kind": "llama", "dim": 32, "layers": 2, "heads": 4, "kv_heads": 2, "ffn": 48, "dropout": 0.0},
+}
+ENCODER = {"kind": "mobilenet_v2", "config": {"depth_multiplier": 0.35, "finegrained_output": False}}
+SCENES = "scenes:train=48,val=16,test=16,size=64"
+
+
+def tiny_model(decoder: str, *, vocab_size: int = 40, seed: int = 0) -> CaptionModel:
+    """A captioner with random weights, wide enough that its captions differ from photo to photo."""
+    torch.manual_seed(seed)
+    model = build_model(
+        encoder=ENCODER,
+        bridge={"kind": "linear", "dim": 16},
+        decoder=DECODERS[decoder],
+        vocab_size=vocab_size,
+        bos_id=1,
+        size=(SIZE, SIZE),
+    )
+    with torch.no_grad():
+        for name, parameter in model.decoder.named_parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(3.0)
+    return model
+
+
+def tiny_recipe(*stages: dict[str, Any], decoder: str = "gru", **data: Any) -> Recipe:
+    return recipe_from_dict(
+        {
+            "name": "tiny",
+            "data": {"spec": SCENES, "image_size": SIZE, "captions_per_photo": 3, **data},
+            "tokenizer": {"min_count": 1, "max_length": 12},
+            "encoder": ENCODER,
+            "bridge": {"kind": "linear", "dim": 16},
+            "decoder": DECODERS[decoder],
+            "decoding": {"max_length": 12},
+            "stages": list(stages) or [{"epochs": 2, "batch_size": 16, "lr": 3e-3, "encoder_lr": 3e-3}],
+        }
+    )
