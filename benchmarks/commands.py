@@ -1,0 +1,165 @@
+"""`edgecap data`, `bench` and `score`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.argument("spec", default="scenes")
+@click.option("--skip-bad", is_flag=True, help="Leave bad examples out (and list them) instead of failing.")
+@click.option("--verify", is_flag=True, help="Decode every photo now.")
+@click.option("--sample", type=click.IntRange(1), metavar="N", help="Write N photos of each split to look at.")
+@click.option("-o", "--out", type=click.Path(path_type=Path, file_okay=False), help="Where --sample writes.")
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
+def data(spec: str, skip_bad: bool, verify: bool, sample: int | None, out: Path | None, as_json: bool) -> None:
+    """Check a data set and say what is in it.
+
+    SPEC is scenes[:train=N,val=N,test=N,size=PX,seed=N], flickr8k:DIR, folder:DIR (captions.csv or
+    captions.jsonl) or coco:DIR.
+
+    \b
+    Examples:
+      edgecap data scenes
+      edgecap data scenes:size=96 --sample 8 -o look
+      edgecap data folder:photos --verify
+      edgecap data flickr8k:flickr8k --skip-bad --json
+    """
+    from .datasets import open_dataset
+    from .datasets.summary import summarize, write_sample
+
+    if (sample is None) != (out is None):
+        raise click.UsageError("--sample N and -o DIR go together")
+    dataset = open_dataset(spec, skip_bad=skip_bad, verify=verify or skip_bad)
+    summary = summarize(dataset)
+    if sample is not None and out is not None:
+        paths = write_sample(dataset, sample, out)
+        click.echo(f"{len(paths)} photos and captions.jsonl written to {out}", err=True)
+    if as_json:
+        click.echo(json.dumps(summary, indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("split", title=spec)
+    for column in ("photos", "captions", "words", "mean length", "new words"):
+        table.add_column(column, justify="right")
+    for split, row in summary["splits"].items():
+        new = f"{row['new_words']:.2%}" if "new_words" in row else ""
+        figures = (row["photos"], row["captions"], row["words"], row["mean_length"], new)
+        table.add_row(split, *map(str, figures))
+    console = Console()
+    console.print(table)
+    console.print(f"fingerprint {dataset.fingerprint[:16]}", highlight=False)
+    for id, reason in dataset.skipped:
+        console.print(f"skipped {id}: {reason}", highlight=False, markup=False)
+
+
+@click.command()
+@click.argument("bundles", nargs=-1, type=click.Path(path_type=Path), metavar="[BUNDLE]...")
+@click.option("--device", default="cpu", show_default=True, help="Where to measure; see edgecap devices.")
+@click.option("--data", metavar="SPEC", help="Photos and captions; default: what the bundle was trained on.")
+@click.option("--split", default="test", show_default=True, help="The split to caption.")
+@click.option("--limit", type=click.IntRange(1), help="Caption only the first N photos of the split.")
+@click.option("--threads", type=click.IntRange(1, 1024), default=1, show_default=True, help="Of each subject.")
+@click.option("--beam", type=click.IntRange(1, 64), help="Replace the bundles' own; 1 is greedy.")
+@click.option("--rounds", type=click.IntRange(10), default=20, show_default=True, help="Interleaved rounds, A B A B …")
+@click.option("--peer", "peers", multiple=True, metavar="KIND:PATH", help="Measure this too: torch:CHECKPOINT.")
+@click.option("--json", "json_file", metavar="FILE", help="Write the whole record here; - is stdout.")
+@click.option("--history", type=click.Path(path_type=Path), help="Add the record to this file, one line each.")
+def bench(
+    bundles: tuple[Path, ...],
+    device: str,
+    data: str | None,
+    split: str,
+    limit: int | None,
+    threads: int,
+    beam: int | None,
+    rounds: int,
+    peers: tuple[str, ...],
+    json_file: str | None,
+    history: Path | None,
+) -> None:
+    """Measure bundles: time per stage, memory, cold start, size, and what the captions are worth.
+
+    Without BUNDLE, the newest one under runs/. Every bundle and peer runs in a process of its own, their
+    rounds interleaved. Exit code 1 when a bundle could not be measured.
+
+    \b
+    Examples:
+      edgecap bench --device cpu
+      edgecap bench runs/a-fp32.edgecap runs/a-int8.edgecap --json bench.json
+      edgecap bench runs/a-int8.edgecap --data flickr8k:DIR --beam 3 --peer torch:runs/a
+    """
+    from . import record as records
+    from .bench import bench as run_bench
+    from .progress import PhaseBars
+    from .report import show
+    from .suite import Settings
+
+    files = [history] if history else []
+    if json_file and json_file != "-":
+        files.append(Path(json_file))
+    for file in files:
+        records.check_writable(file)
+    with PhaseBars() as bars:
+        record = run_bench(
+            bundles,
+            device=device,
+            data=data,
+            split=split,
+            limit=limit,
+            beam=beam,
+            peers=peers,
+            settings=Settings(threads=threads, rounds=rounds),
+            progress=bars,
+        )
+    if history:
+        records.append(record, history)
+    if json_file == "-":
+        click.echo(records.dumps(record))
+    else:
+        if json_file:
+            records.write(record, Path(json_file))
+        show(record)
+    if any(row["status"] != "ok" for row in record["rows"] if row["kind"] == "bundle"):
+        sys.exit(1)
+
+
+@click.command()
+@click.option("--results", required=True, type=click.Path(), help='Captions: [{"image_id": 1, "caption": "..."}, ...].')
+@click.option("--references", required=True, type=click.Path(), help="COCO annotations, or {id: [caption, ...]}.")
+@click.option("--meteor", is_flag=True, help="METEOR too (needs Java and the extra `metrics`).")
+@click.option("--spice", is_flag=True, help="SPICE too (needs Java, the extra `metrics`, and a download of its own).")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+def score(results: str, references: str, meteor: bool, spice: bool, as_json: bool) -> None:
+    """Compute the caption metrics of any system, as the COCO caption evaluation does.
+
+    Every photo with references needs one caption. CIDEr comes with a 95% bootstrap interval over photos. Equal to
+    pycocoevalcap's CIDEr, BLEU and ROUGE-L, without Java.
+
+    \b
+    Examples:
+      edgecap score --results captions.json --references captions_val2014.json
+      edgecap score --results captions.json --references references.json --meteor --json
+    """
+    from .metrics import caption_metrics
+    from .metrics.coco import read_references, read_results
+    from .metrics.external import java_metric, require_java
+
+    extras = [name for name, wanted in (("meteor", meteor), ("spice", spice)) if wanted]
+    for name in extras:
+        require_java(name)
+    captions, wanted = read_results(results), read_references(references)
+    figures = caption_metrics(captions, wanted).to_dict()
+    figures |= {name: java_metric(name, captions, wanted) for name in extras}
+    if as_json:
+        click.echo(json.dumps(figures))
+        return
+    from .metrics.table import show
+
+    show(figures)
