@@ -40,20 +40,30 @@ def test_cross_entropy_is_pytorch_over_padded_captions() -> None:
     assert objective.count(batch.ids) == int((targets >= 0).sum())
 
 
+class Wants:
+    """A reward of its own: how much of a caption is one word."""
+
+    def __init__(self, word: str) -> None:
+        self.word = word
+
+    def score(self, photos: list[int], captions: list[list[str]]) -> np.ndarray:
+        return np.array([caption.count(self.word) / len(caption) for caption in captions])
+
+
 def test_self_critical_raises_what_is_rewarded() -> None:
     recipe, stage, tokenizer, examples, model, batch = world()
     objective = SelfCritical(recipe, stage, tokenizer, examples)
+    objective.reward = Wants("the")
     torch.manual_seed(0)
-    optimizer = torch.optim.Adam(model.decoder.parameters(), lr=5e-3)
+    optimizer = torch.optim.Adam(model.decoder.parameters(), lr=1e-2)
     rewards = []
     for _ in range(40):
         loss, figures = objective.loss(model, model, batch)
         optimizer.zero_grad()
         (loss / objective.count(batch.ids)).backward()
-        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in [model.decoder.embedding.weight])
         optimizer.step()
         rewards.append(figures["reward"])
-    assert np.mean(rewards[-8:]) > 1.5 * np.mean(rewards[:8])
+    assert np.mean(rewards[-8:]) > 2 * np.mean(rewards[:8]) + 0.1
 
 
 def test_samples_follow_the_model_and_end_once() -> None:
