@@ -93,6 +93,7 @@ def quantize_static(
     model.CopyFrom(quantizer.model.model)
     _drop_second_pixels(model)
     _keep_float_readers(model, {node.name for node in nodes})
+    _drop_bias_zeros(model)
     del model.graph.value_info[:]
     return PassResult(
         "static_int8",
@@ -229,6 +230,18 @@ def _drop_second_pixels(model: onnx.ModelProto) -> None:
         if source is not None and source.op_type == "DequantizeLinear" and source.name == "pixels_dequantize":
             for reader in graph.consumers[node.output[0]]:
                 graph.reroute(reader.output[0], source.output[0])
+    graph.refresh()
+    graph.prune()
+
+
+def _drop_bias_zeros(model: onnx.ModelProto) -> None:
+    """A DequantizeLinear without zero point means 0: int32 biases need not store theirs, one for each channel."""
+    graph = Graph(model)
+    for node in model.graph.node:
+        if node.op_type == "DequantizeLinear" and len(node.input) > 2:
+            zeros = graph.constant(node.input[2])
+            if zeros is not None and zeros.dtype == np.int32 and not zeros.any():
+                del node.input[2]
     graph.refresh()
     graph.prune()
 

@@ -203,7 +203,7 @@ def _bundle(
             "tolerance": {"same_tokens": chosen.same_tokens, "min_cosine": chosen.min_cosine},
         },
         "lineage": {
-            "checkpoint": {"sha256": loaded.sha256, "recipe": recipe, "metrics": _plain_metrics(loaded.metrics)},
+            "checkpoint": {"sha256": loaded.sha256, "recipe": recipe, "metrics": _scores(loaded.metrics)},
             "data": recipe["data"]["spec"],
             "data_fingerprint": dataset.fingerprint,
             "passes": [result.to_dict() for result in pair.passes],
@@ -256,6 +256,7 @@ def _public(dataset: Dataset) -> str:
     return _public_spec(dataset.spec)
 
 
-def _plain_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
-    """Scores of the checkpoint; not its times."""
-    return {key: value for key, value in metrics.items() if not isinstance(value, dict | list) and "seconds" not in key}
+def _scores(metrics: dict[str, Any]) -> dict[str, Any]:
+    """What the checkpoint scored and how large it is; not how long it took."""
+    best = {key: value for key, value in (metrics.get("best") or {}).items() if "seconds" not in key}
+    return {"best": best} | {key: metrics[key] for key in ("train_photos", "parameters") if key in metrics}

@@ -11,6 +11,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import onnx
 
 from ..runtime.errors import EdgecapError
@@ -122,6 +123,7 @@ def _clean(model: onnx.ModelProto) -> None:
             item.doc_string = ""
             del item.metadata_props[:]
     _fold_transposes(model)
+    _rows_of_grid(model)
 
 
 def _fold_transposes(model: onnx.ModelProto) -> None:
@@ -134,6 +136,29 @@ def _fold_transposes(model: onnx.ModelProto) -> None:
             node.output[0] = f"{node.output[0]}_folded"  # now unused
     graph.refresh()
     graph.prune()
+
+
+def _rows_of_grid(model: onnx.ModelProto) -> None:
+    """Flatten the last Conv's [N, C, H, W] by way of [N, H, W, C], which costs channels-last engines nothing."""
+    graph = Graph(model)
+    for node in list(model.graph.node):
+        reshape = graph.producer.get(node.input[0]) if node.op_type == "Transpose" else None
+        if reshape is None or reshape.op_type != "Reshape" or graph.only_reader(node.input[0]) is None:
+            continue
+        shape = graph.constant(reshape.input[1])
+        source = graph.producer.get(reshape.input[0])
+        while source is not None and source.op_type in ("Clip", "Relu", "Add"):
+            source = graph.producer.get(source.input[0])
+        if source is None or source.op_type != "Conv" or shape is None or attribute(node, "perm") != [0, 2, 1]:
+            continue
+        rows = graph.set_constant(f"{node.output[0]}_shape", np.array([0, -1, shape[1]], np.int64))
+        last = f"{node.output[0]}_channels_last"
+        new = [
+            onnx.helper.make_node("Transpose", [reshape.input[0]], [last], name=f"{last}_transpose", perm=[0, 2, 3, 1]),
+            onnx.helper.make_node("Reshape", [last, rows], [node.output[0]], name=f"{last}_reshape"),
+        ]
+        graph.replace([reshape, node], new)
+        graph.prune()
 
 
 def _name_axes(model: onnx.ModelProto, names: dict[str, dict[int, str]]) -> None:
