@@ -1,0 +1,161 @@
+"""The whole command on small checkpoints: every target's artifact against torch, reproducibly, and every refusal."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from click.testing import CliRunner
+
+from edgecap import cli
+from edgecap.benchmarks.metrics import Interval
+from edgecap.export import gate, pipeline
+from edgecap.export.golden import draw
+from edgecap.export.pipeline import export
+from edgecap.export.targets import TARGETS
+from edgecap.runtime import Captioner, UsageError, verify_golden
+from edgecap.runtime.bundle import Bundle
+from edgecap.runtime.verify import teacher_forced
+from edgecap.train.checkpoint import load_checkpoint
+
+from .nets import DECODERS, SCENES, photos, save_run
+
+TOLERANCE = {"onnx-fp32": 1e-3, "onnx-fp16": 0.1, "onnx-int8": None}  # of logits; none for int8 of random nets
+
+
+@pytest.fixture(scope="module", params=DECODERS)
+def run_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, small) -> Path:
+    return save_run(tmp_path_factory.mktemp("runs") / request.param, request.param)
+
+
+@pytest.fixture(scope="module")
+def traced_once():
+    """Trace each checkpoint once for all targets: tracing is most of an export's time."""
+    known = {}
+    original = pipeline.to_onnx
+
+    def to_onnx(model, *, report=lambda done: None):
+        key = str(sorted((name, float(tensor.double().sum())) for name, tensor in model.state_dict().items()))
+        if key not in known:
+            known[key] = original(model, report=report)
+        return known[key].copy()
+
+    pipeline.to_onnx = to_onnx
+    yield
+    pipeline.to_onnx = original
+
+
+def make(run_folder: Path, target: str, out: Path, **options):
+    return export(run_folder, target=target, out=out, max_cider_drop=10, calibration=6, **options)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_target_of_every_decoder(run_folder: Path, target: str, tmp_path: Path, traced_once) -> None:
+    result = make(run_folder, target, tmp_path / "a.edgecap")
+    assert result.path == tmp_path / "a.edgecap" and result.gate.passed
+    checkpoint = load_checkpoint(run_folder)
+    with Captioner.load(result.path) as captioner:
+        assert verify_golden(captioner).ok
+        manifest = captioner.bundle.manifest
+        assert manifest["target"] == target and manifest["lineage"]["checkpoint"]["sha256"] == checkpoint.sha256
+        assert manifest["lineage"]["data"] == SCENES and "seconds" not in json.dumps(manifest["lineage"])
+        measured = manifest["measured"]
+        assert measured["photos"] == 12 and measured["split"] == "val" and measured["gate"] == "pass"
+        files = manifest["files"]
+        assert measured["graph_bytes"] == files["encoder.onnx"]["bytes"] + files["decoder.onnx"]["bytes"]
+        assert measured["bytes"] == sum(entry["bytes"] for entry in files.values())
+        pixels, ids = photos(1, seed=3)[0], [5, 9, 4, 4]
+        ours = teacher_forced(captioner, pixels, ids)
+        session = checkpoint.model.session()
+        theirs = [session.start(pixels[None])] + [session.step(np.array([i]), np.zeros(1, int)) for i in ids]
+        difference = np.abs(ours - np.concatenate(theirs)).max()
+        if TOLERANCE[target] is not None:
+            assert difference < TOLERANCE[target]
+        else:
+            assert 1e-6 < difference  # quantized indeed
+            for part in ("encoder", "decoder"):
+                tensors = onnx.load(result.path / f"{part}.onnx").graph.initializer
+                assert not [t.name for t in tensors if len(t.dims) > 1 and t.data_type == onnx.TensorProto.FLOAT]
+    card = (result.path / "MODEL_CARD.md").read_text()
+    assert checkpoint.sha256 in card and f"**{measured['gate']}**" in card and str(tmp_path) not in card
+
+
+@pytest.mark.parametrize("target", ["onnx-int8"])
+def test_the_same_command_writes_the_same_bytes(tmp_path: Path, target: str) -> None:
+    """Traced anew both times: torch's names are part of the bytes."""
+    folder = save_run(tmp_path / "run")
+    one, two = (make(folder, target, tmp_path / place / "x.edgecap").path for place in ("a", "b"))
+    names = sorted(path.name for path in one.iterdir())
+    assert names == sorted(path.name for path in two.iterdir())
+    for name in names:
+        if name != "bundle.json":
+            assert (one / name).read_bytes() == (two / name).read_bytes(), name
+    manifests = [Bundle.open(path).manifest for path in (one, two)]
+    for manifest in manifests:
+        del manifest["measured"]["speed"]  # the only times in it
+    assert manifests[0] == manifests[1]
+
+
+def test_a_refused_bundle_is_not_left_unless_forced(tmp_path: Path, traced_once, monkeypatch) -> None:
+    folder = save_run(tmp_path / "run")
+    out = tmp_path / "x.edgecap"
+    monkeypatch.setattr(gate, "paired_bootstrap", lambda a, b: Interval(0.3, 0.2, 0.4))
+    refused = export(folder, target="onnx-fp16", out=out)
+    assert refused.path is None and refused.gate.verdict == "fail" and not out.exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    forced = export(folder, target="onnx-fp16", out=out, force=True)
+    measured = Bundle.open(forced.path).manifest["measured"]
+    assert measured["gate"] == "fail" and measured["forced"] is True
+    assert "--force" in (out / "MODEL_CARD.md").read_text()
+
+    monkeypatch.chdir(tmp_path)
+    answer = CliRunner().invoke(cli.cli, ["export", "run", "--target", "onnx-fp16", "--json", "-o", "y.edgecap"])
+    assert answer.exit_code == 1 and not (tmp_path / "y.edgecap").exists()
+    assert "no bundle written" in answer.exception.message and "exceeds the limit" in answer.exception.message
+    said = json.loads(answer.stdout)
+    assert said["bundle"] is None and said["gate"]["verdict"] == "fail"
+
+
+def test_the_newest_finished_run_is_taken_and_named_after(tmp_path: Path, traced_once, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_run(tmp_path / "runs" / "old")
+    save_run(tmp_path / "runs" / "newer", finished=False)
+    result = export(None, target="onnx-fp32", limit=5)
+    assert str(result.path) == str(Path("runs") / "old-onnx-fp32.edgecap")
+    assert result.gate.measured["photos"] == 5
+    assert result.gate.measured["identical_captions"] == 1 and result.gate.measured["reference"] == "torch"
+
+
+def test_mistakes_are_one_line(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="no finished run under runs/: train one"):
+        export(None, target="onnx-fp32")
+    save_run(tmp_path / "runs" / "half", finished=False)
+    with pytest.raises(UsageError, match="has not finished; continue it with: edgecap train --resume --out runs/half"):
+        export(None, target="onnx-fp32")
+    with pytest.raises(UsageError, match="has not finished"):
+        export(Path("runs/half"), target="onnx-fp32")
+    with pytest.raises(UsageError, match="unknown target 'onnx-int3'; choices: onnx-fp32, onnx-fp16, onnx-int8"):
+        export(Path("runs/half"), target="onnx-int3")
+    with pytest.raises(UsageError, match="is not a checkpoint"):
+        export(tmp_path, target="onnx-fp32")
+    with pytest.raises(UsageError, match="unknown data set"):
+        export(Path("runs/half"), target="onnx-fp32", data="nothing", unfinished_ok=True)
+
+
+def test_a_missing_package_names_the_extra(monkeypatch) -> None:
+    import importlib.util
+
+    original = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxscript" else original(name))
+    answer = CliRunner().invoke(cli.cli, ["export", "--target", "onnx-int8"])
+    wanted = "edgecap export needs onnxscript, which is not installed: pip install 'edgecap[export]'"
+    assert answer.exception.message == wanted
+
+
+def test_the_golden_picture_is_always_the_same() -> None:
+    assert draw().tobytes() == draw().tobytes()
+    assert draw().size == (192, 160) and len(draw().getcolors()) > 90
