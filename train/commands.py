@@ -26,16 +26,10 @@ def _need_train(command: str) -> None:
 
 @click.command()
 @click.argument("recipe", required=False)
-@click.option(
-    "--data", metavar="SPEC", help="scenes, flickr8k:DIR, folder:DIR or coco:DIR; default: the recipe's."
-)
+@click.option("--data", metavar="SPEC", help="scenes, flickr8k:DIR, folder:DIR or coco:DIR; default: the recipe's.")
 @click.option("--encoder", metavar="HUB_ID_OR_DIR", help="Pretrained encoder; default: from scratch.")
-@click.option(
-    "-o", "--out", type=click.Path(path_type=Path), help="Checkpoint folder.  [default: runs/RECIPE]"
-)
-@click.option(
-    "--set", "overrides", metavar="KEY=VALUE", multiple=True, help="Override a recipe key; repeatable."
-)
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Checkpoint folder.  [default: runs/RECIPE]")
+@click.option("--set", "overrides", metavar="KEY=VALUE", multiple=True, help="Override a recipe key; repeatable.")
 @click.option("--seed", type=click.IntRange(0), help="Seed of weights and order; default: the recipe's.")
 @click.option("--resume", is_flag=True, help="Continue the run in --out, or the newest under runs/.")
 @click.option("--skip-bad", is_flag=True, help="Leave broken photos out (and name them) instead of failing.")
@@ -112,9 +106,7 @@ def train(
 
 @click.command("eval")
 @click.argument("checkpoint", required=False, type=click.Path(path_type=Path))
-@click.option(
-    "--data", metavar="SPEC", help="Photos and captions; default: what the checkpoint was trained on."
-)
+@click.option("--data", metavar="SPEC", help="Photos and captions; default: what the checkpoint was trained on.")
 @click.option("--split", default="test", show_default=True)
 @click.option("--limit", type=click.IntRange(1), help="Only the first N photos of the split.")
 @click.option("--beam", type=click.IntRange(1, 64), help="Beam size; 1 is greedy.  [default: the recipe's]")
