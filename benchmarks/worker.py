@@ -142,7 +142,6 @@ class BundleEngine:
         from ..runtime.bundle import Bundle
         from ..runtime.captioner import Captioner
         from ..runtime.decode import DecodeOptions, decode
-        from ..runtime.preprocess import load_image
 
         backend = BACKENDS.get(Bundle.open(request["path"], verify="sizes").manifest["backend"])
         for package in ("tokenizers", *([backend.package] if backend else [])):
@@ -152,12 +151,12 @@ class BundleEngine:
         loaded = perf_counter()
         self.facts = {"import_s": imported - begin, "load_s": loaded - imported, "versions": versions()}
         self._decoding = request["decoding"]
-        self._load_image, self._decode = load_image, decode
+        self._decode = decode
         self._options = DecodeOptions.from_dict(self._decoding)
         self._eos, self._suppress = special_ids(self._captioner.tokens)
 
     def pixels(self, photo: str) -> np.ndarray:
-        return self._captioner.preprocess(self._load_image(photo))[None]  # [1, H, W, 3]
+        return self._captioner.preprocess.load(photo)[None]  # [1, H, W, 3]
 
     def session(self) -> Any:
         return self._captioner.session()

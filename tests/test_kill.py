@@ -30,7 +30,13 @@ def start(arguments: list[str], folder: Path) -> subprocess.Popen[str]:
     env = {**os.environ, "OMP_NUM_THREADS": "1", "EDGECAP_CACHE": str(folder / "cache")}
     command = [sys.executable, "-m", "edgecap", *arguments]
     return subprocess.Popen(
-        command, cwd=folder, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+        command,
+        cwd=folder,
+        env=env,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
     )
 
 
@@ -78,9 +84,8 @@ def test_a_killed_cache_goes_on_and_holds_every_row(tmp_path: Path) -> None:
     assert done == sorted(done), "rows that were done are not done again"
     os.environ["EDGECAP_CACHE"], before = str(tmp_path), os.environ.get("EDGECAP_CACHE")
     try:
-        rows = cached_rows(
-            "key", 6000, (50,), np.float32, lambda p: np.arange(p.start, p.stop, dtype=np.float32)[:, None] + np.zeros((1, 50))
-        )
+        rest = lambda part: np.arange(part.start, part.stop)[:, None] + np.zeros((1, 50))  # noqa: E731
+        rows = cached_rows("key", 6000, (50,), np.float32, rest)
     finally:
         os.environ.pop("EDGECAP_CACHE") if before is None else os.environ.update(EDGECAP_CACHE=before)
     assert (rows == np.arange(6000, dtype=np.float32)[:, None]).all()
@@ -105,11 +110,11 @@ def test_killed_training_ends_with_the_same_weights(trained: tuple[Path, bytes],
     (tmp_path / "recipe.toml").write_text((folder / "recipe.toml").read_text())
     out, moments, kills = tmp_path / "runs/tiny", random.Random(2), 0
     for _ in range(KILLS):
-        arguments = ["train", "--resume"] if (out / "recipe.toml").exists() else ["train", "recipe.toml", "-o", "runs/tiny"]
-        process = start(arguments, tmp_path)
+        begun = (out / "recipe.toml").exists()
+        process = start(["train", "--resume"] if begun else ["train", "recipe.toml", "-o", "runs/tiny"], tmp_path)
         # Counted from the run's first file in the first life, from a fresh TensorBoard log in the later ones.
-        begun = out / "recipe.toml" if not (out / "log").exists() else out / "log"
-        kills += kill_when(process, moments.uniform(0.0, 6.0), begun)
+        first_file = out / "log" if (out / "log").exists() else out / "recipe.toml"
+        kills += kill_when(process, moments.uniform(0.0, 6.0), first_file)
         code, output = run(["export", "runs/tiny", "--target", "onnx-fp32"], tmp_path) if kills == 1 else (2, "")
         assert code in (0, 2), output  # an unfinished run is never taken for a whole one
     if not (out / "metrics.json").exists() or not json.loads((out / "metrics.json").read_text())["finished"]:

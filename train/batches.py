@@ -79,9 +79,7 @@ def encode_captions(
 class Photos:
     """One split seen through a recipe's preprocessing; pixels are cached, features too where the encoder is frozen."""
 
-    def __init__(
-        self, data: Dataset, split: str, recipe: Recipe, preprocess: Preprocess, *, limit: int = 0
-    ) -> None:
+    def __init__(self, data: Dataset, split: str, recipe: Recipe, preprocess: Preprocess, *, limit: int = 0) -> None:
         self.examples = list(data.splits[split])
         if limit and limit < len(self.examples):
             # Spread over the split: data sets are often sorted.
@@ -110,9 +108,7 @@ class Photos:
             report=lambda done: progress(self._phase("photos", flip), done, len(self)),
         )
 
-    def features(
-        self, encoder: torch.nn.Module, encoder_hash: str, *, flip: bool, progress: Progress
-    ) -> np.ndarray:
+    def features(self, encoder: torch.nn.Module, encoder_hash: str, *, flip: bool, progress: Progress) -> np.ndarray:
         """The frozen encoder's grid, float16 [N, L, dim], memory-mapped."""
         encoder.eval()
         device = next(encoder.parameters()).device

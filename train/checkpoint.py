@@ -48,13 +48,9 @@ def load_checkpoint(path: str | Path, *, unfinished_ok: bool = False) -> Checkpo
     metrics = read_metrics(path)
     again = f"continue it with: edgecap train --resume --out {path}"
     if not (path / WEIGHTS).is_file():
-        raise UsageError(
-            f"{path} has no weights yet, its training stopped before the first validation; {again}"
-        )
+        raise UsageError(f"{path} has no weights yet, its training stopped before the first validation; {again}")
     if not metrics.get("finished") and not unfinished_ok:
-        raise UsageError(
-            f"the training of {path} has not finished; {again} (or take it as it is with --unfinished-ok)"
-        )
+        raise UsageError(f"the training of {path} has not finished; {again} (or take it as it is with --unfinished-ok)")
     recipe = read_recipe(path)
     tokenizer = Tokenizer.load(path / TOKENIZER)
     tokens = token_ids(tokenizer.inner)

@@ -96,9 +96,7 @@ class Trainer:
         self._open_data(stage)
         self.objective = OBJECTIVES[stage.objective](self.recipe, stage, self.tokenizer, self.train.examples)
         forward, self.optimizer = self.accelerator.prepare(self.model, optimizer)
-        self.plan = EpochPlan(
-            len(self.train), stage.batch_size, (self.recipe.seed, number), flip=self.recipe.data.flip
-        )
+        self.plan = EpochPlan(len(self.train), stage.batch_size, (self.recipe.seed, number), flip=self.recipe.data.flip)
         while self.state["epoch"] < stage.epochs:
             self._epoch(stage, forward)
             self.state["epoch"] += 1
@@ -130,9 +128,7 @@ class Trainer:
             self.state["count"] += count
             self.state["batch"] = index + 1
             rewards += [figures["reward"]] if "reward" in figures else []
-            self.log.step(
-                self.state["stage"], step, loss / count, self.optimizer.param_groups[-1]["lr"], figures
-            )
+            self.log.step(self.state["stage"], step, loss / count, self.optimizer.param_groups[-1]["lr"], figures)
             self.progress(phase, step + 1, stage.epochs * self.plan.batches)
             if time.monotonic() - saved > SAVE_EVERY_S:
                 self._save()

@@ -23,9 +23,7 @@ END = "</s>"  # the end of a sentence is a word of the reward's n-grams, or capt
 class CrossEntropy:
     """Next-word cross-entropy with label smoothing (Szegedy et al. 2016)."""
 
-    def __init__(
-        self, recipe: Recipe, stage: Stage, tokenizer: Tokenizer, examples: Sequence[Example]
-    ) -> None:
+    def __init__(self, recipe: Recipe, stage: Stage, tokenizer: Tokenizer, examples: Sequence[Example]) -> None:
         self.smoothing = stage.label_smoothing
 
     def count(self, ids: Tensor) -> int:
@@ -35,23 +33,17 @@ class CrossEntropy:
     def loss(self, model: CaptionModel, forward: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         """The summed loss of a piece of a batch, and figures for the log. `forward` is the model, wrapped or not."""
         logits = forward(batch.inputs, batch.keep, **batch.view)  # [K, V]
-        return F.cross_entropy(
-            logits.float(), batch.targets, reduction="sum", label_smoothing=self.smoothing
-        ), {}
+        return F.cross_entropy(logits.float(), batch.targets, reduction="sum", label_smoothing=self.smoothing), {}
 
 
 class SelfCritical:
     """REINFORCE on CIDEr-D (Rennie et al. 2017, arXiv:1612.00563); each sample's baseline is the mean reward of the
     photo's other samples (Luo 2020, arXiv:2003.09971)."""
 
-    def __init__(
-        self, recipe: Recipe, stage: Stage, tokenizer: Tokenizer, examples: Sequence[Example]
-    ) -> None:
+    def __init__(self, recipe: Recipe, stage: Stage, tokenizer: Tokenizer, examples: Sequence[Example]) -> None:
         self.samples, self.max_length = max(2, stage.samples), recipe.tokenizer.max_length
         self.tokenizer, self.special = tokenizer, token_ids(tokenizer)
-        self.reward = CiderD(
-            [[caption_text(c).split() + [END] for c in example.captions] for example in examples]
-        )
+        self.reward = CiderD([[caption_text(c).split() + [END] for c in example.captions] for example in examples])
 
     def count(self, ids: Tensor) -> int:
         """What the batch's loss is divided by: its sampled captions."""

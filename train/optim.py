@@ -50,9 +50,7 @@ def lr_factor(stage: Stage, step: int, steps_per_epoch: int, plateau: float = 1.
 def set_modes(model: CaptionModel, stage: Stage, *, from_scratch: bool) -> None:
     """Training mode as the stage wants it: dropout on or off, BatchNorm statistics moving or still."""
     model.train(stage.dropout)
-    moving = stage.encoder_lr > 0 and (
-        stage.batchnorm == "train" or (stage.batchnorm == "auto" and from_scratch)
-    )
+    moving = stage.encoder_lr > 0 and (stage.batchnorm == "train" or (stage.batchnorm == "auto" and from_scratch))
     for module in model.encoder.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.train(moving)

@@ -147,9 +147,7 @@ def load_recipe(name_or_path: str, overrides: tuple[str, ...] = ()) -> Recipe:
     elif name_or_path in recipe_names():
         text = (resources.files(__package__) / "recipes" / f"{name_or_path}.toml").read_text(encoding="utf-8")
     else:
-        raise UsageError(
-            f"unknown recipe {name_or_path!r}: give a .toml file or one of {', '.join(recipe_names())}"
-        )
+        raise UsageError(f"unknown recipe {name_or_path!r}: give a .toml file or one of {', '.join(recipe_names())}")
     try:
         tree = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -157,9 +155,7 @@ def load_recipe(name_or_path: str, overrides: tuple[str, ...] = ()) -> Recipe:
     return recipe_from_dict(tree, where=f"recipe {name_or_path}", overrides=overrides)
 
 
-def recipe_from_dict(
-    tree: dict[str, Any], *, where: str = "recipe", overrides: tuple[str, ...] = ()
-) -> Recipe:
+def recipe_from_dict(tree: dict[str, Any], *, where: str = "recipe", overrides: tuple[str, ...] = ()) -> Recipe:
     """Build and check a recipe from plain data."""
     for item in overrides:
         _override(tree, item)

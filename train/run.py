@@ -91,9 +91,7 @@ def train(
     else:
         out = out or new_run(recipe.name)
         if (out / RECIPE).exists():
-            raise UsageError(
-                f"{out} holds a run already: continue it with --resume --out {out}, or give another --out"
-            )
+            raise UsageError(f"{out} holds a run already: continue it with --resume --out {out}, or give another --out")
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise UsageError(f"{out} is not an empty folder: give another --out")
     data = open_dataset(recipe.data.spec, skip_bad=recipe.data.skip_bad)
@@ -118,9 +116,7 @@ def _open_run(recipe: Recipe, data: Dataset, out: Path, accelerator: Accelerator
             settings = dataclasses.replace(recipe.encoder, config=probe.encoder.settings())
             recipe = dataclasses.replace(recipe, encoder=settings)
         else:
-            model_for(
-                recipe, token_ids(tokenizer), load_weights=False
-            )  # a recipe that cannot be built leaves no run
+            model_for(recipe, token_ids(tokenizer), load_weights=False)  # a recipe that cannot be built leaves no run
         write_bytes(out / TOKENIZER, tokenizer.to_str(pretty=True).encode())
         write_bytes(out / RECIPE, recipe.to_toml().encode())  # last: a folder with a recipe can be resumed
     accelerator.wait_for_everyone()

@@ -35,9 +35,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     """Replace a safetensors file, whole or not at all. Tensors that share memory are written once."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    save_file(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata
-    )
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
     with open(temporary, "rb+") as file:
         os.fsync(file.fileno())
     os.replace(temporary, path)
@@ -51,9 +49,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except FileNotFoundError as error:
         raise UsageError(f"{path} is missing") from error
     except (SafetensorError, OSError) as error:
-        raise EdgecapError(
-            f"{path} cannot be read ({error}): it is damaged, restore it or train again"
-        ) from error
+        raise EdgecapError(f"{path} cannot be read ({error}): it is damaged, restore it or train again") from error
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -74,9 +70,7 @@ def load_model_tensors(model: nn.Module, tensors: dict[str, Tensor], where: str)
     own = model_tensors(model)
     wrong = sorted(set(own) ^ set(tensors)) or [n for n in own if own[n].shape != tensors[n].shape]
     if wrong:
-        raise UsageError(
-            f"{where} does not fit its recipe: {wrong[0]} is missing, unknown or of another shape"
-        )
+        raise UsageError(f"{where} does not fit its recipe: {wrong[0]} is missing, unknown or of another shape")
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
@@ -118,9 +112,7 @@ def restore(
     """Put what `save_progress` wrote back where it was."""
 
     def part(prefix: str) -> dict[str, Tensor]:
-        return {
-            name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)
-        }
+        return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
     load_model_tensors(model, part("model."), "the training state")
     if average:

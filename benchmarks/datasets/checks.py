@@ -147,9 +147,7 @@ def build_dataset(
         kept = [pair for pair, reason in zip(kept, reasons, strict=True) if not reason]
 
     if bad and not skip_bad:
-        raise UsageError(
-            f"{spec}: {describe_problems(bad)}: mend the data, or leave these out with --skip-bad"
-        )
+        raise UsageError(f"{spec}: {describe_problems(bad)}: mend the data, or leave these out with --skip-bad")
     splits: dict[str, list[Example]] = {split: [] for split in SPLITS}
     digest = hashlib.sha256()
     for row, stat in sorted(kept, key=lambda pair: (SPLITS.index(pair[0].split), pair[0].id)):

@@ -35,9 +35,7 @@ def open_coco(argument: str, spec: str, skip_bad: bool, verify: bool) -> Dataset
     rows, problems = [], []
     for split, file in files.items():
         if file is not None:
-            found, strays = _read_annotations(
-                folder, file, split, halve=split == "val" and files["test"] is None
-            )
+            found, strays = _read_annotations(folder, file, split, halve=split == "val" and files["test"] is None)
             rows += found
             problems += strays
     return build_dataset("coco", spec, rows, problems, skip_bad=skip_bad, verify=verify)
@@ -76,9 +74,7 @@ def _read_annotations(folder: Path, file: Path, split: str, *, halve: bool) -> F
             elif caption:
                 captions[id].append(caption)
     except (KeyError, TypeError, AttributeError):
-        raise UsageError(
-            f"{file}: images need id and file_name, annotations need image_id and caption"
-        ) from None
+        raise UsageError(f"{file}: images need id and file_name, annotations need image_id and caption") from None
     year_folder = file.stem.removeprefix("captions_")  # captions_train2014.json ↔ train2014/
     folders = _image_folders(folder, year_folder, split)
     rows = []
@@ -96,17 +92,13 @@ def _read_karpathy(folder: Path, file: Path) -> Found:
         for image in data["images"]:
             written = image["split"]
             if written not in KARPATHY_SPLITS:
-                raise UsageError(
-                    f"{file}: unknown split {written!r}: choose from {', '.join(KARPATHY_SPLITS)}"
-                )
+                raise UsageError(f"{file}: unknown split {written!r}: choose from {', '.join(KARPATHY_SPLITS)}")
             split, place = KARPATHY_SPLITS[written], image.get("filepath", "")
             if (place, split) not in folders:
                 folders[place, split] = _image_folders(folder, place, split)
             captions = [clean_caption(sentence["raw"]) for sentence in image["sentences"]]
             id = str(image.get("cocoid", image["filename"]))
-            rows.append(
-                Row(split, id, _find(folders[place, split], image["filename"]), tuple(filter(None, captions)))
-            )
+            rows.append(Row(split, id, _find(folders[place, split], image["filename"]), tuple(filter(None, captions))))
     except (KeyError, TypeError, AttributeError):
         raise UsageError(f"{file}: each image needs filename, split and sentences with raw text") from None
     return rows, []

@@ -38,11 +38,7 @@ def open_folder(argument: str, spec: str, skip_bad: bool, verify: bool) -> Datas
     folder = require_folder(argument, USAGE)
     tables = [folder / name for name in ("captions.csv", "captions.jsonl") if (folder / name).is_file()]
     if len(tables) != 1:
-        what = (
-            "both captions.csv and captions.jsonl: keep one"
-            if tables
-            else "no captions.csv or captions.jsonl"
-        )
+        what = "both captions.csv and captions.jsonl: keep one" if tables else "no captions.csv or captions.jsonl"
         raise UsageError(f"{folder} has {what}")
     table = tables[0]
     entries = list(_read_csv(table) if table.suffix == ".csv" else _read_jsonl(table))
@@ -71,9 +67,7 @@ def open_folder(argument: str, spec: str, skip_bad: bool, verify: bool) -> Datas
     if with_split != {True}:
         places = {image: {split: None} for image, split in _split_by_hash(paths).items()}
     rows = [
-        Row(split, image, paths[image], tuple(found))
-        for image, found in captions.items()
-        for split in places[image]
+        Row(split, image, paths[image], tuple(found)) for image, found in captions.items() for split in places[image]
     ]
     return build_dataset("folder", spec, rows, problems, skip_bad=skip_bad, verify=verify)
 
@@ -88,9 +82,7 @@ def _split_by_hash(paths: dict[str, Path]) -> dict[str, str]:
     images = sorted(paths)
     leader = {image: image for image in images}
     # Copies under other names must not end up on both sides: all follow the first of them.
-    present = [
-        (paths[image], paths[image].stat().st_size, image) for image in images if paths[image].is_file()
-    ]
+    present = [(paths[image], paths[image].stat().st_size, image) for image in images if paths[image].is_file()]
     for group in identical_files(present):
         for i in group:
             leader[present[i][2]] = present[group[0]][2]
@@ -110,9 +102,7 @@ def _read_csv(table: Path) -> Iterator[Entry]:
             header = [name.strip().lower() for name in next(reader, [])]
             for need in ("image", "caption"):
                 if need not in header:
-                    raise UsageError(
-                        f"{table}: the first line must name the columns image and caption (split too)"
-                    )
+                    raise UsageError(f"{table}: the first line must name the columns image and caption (split too)")
             for fields in reader:
                 if any(field.strip() for field in fields):
                     yield f"{table.name}:{reader.line_num}", dict(zip(header, fields, strict=False))

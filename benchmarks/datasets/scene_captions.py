@@ -47,9 +47,7 @@ PLACES: dict[str, Sequence[str]] = {
 VERBS = ("", "", "can be seen", "placed")  # how a scene of one group may go on before the place
 
 
-def object_phrase(
-    group: Group, *, name: str | None = None, size: str | None = None, colour: bool = True
-) -> str:
+def object_phrase(group: Group, *, name: str | None = None, size: str | None = None, colour: bool = True) -> str:
     """'a large red star', 'two blue boxes'; `size` None means the group's own plain word."""
     name = name or group.object
     if group.count > 1:

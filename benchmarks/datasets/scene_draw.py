@@ -224,9 +224,7 @@ def _fill_cell(group: Group, centre: Point, cell: Point, random: Random) -> Plac
         spreads = spreads[:1] if cell[0] > cell[1] else spreads[1:2]
     points = pick(random, spreads)
     apart = min(
-        math.hypot((a[0] - b[0]) * cell[0], (a[1] - b[1]) * cell[1])
-        for i, a in enumerate(points)
-        for b in points[:i]
+        math.hypot((a[0] - b[0]) * cell[0], (a[1] - b[1]) * cell[1]) for i, a in enumerate(points) for b in points[:i]
     )
     radius = min(apart * 0.46, narrow * 0.26 if group.count > 2 else narrow * 0.3) * _between(random, 0.86, 1)
     jitter = max(0.0, apart / 2 - radius) * 0.8

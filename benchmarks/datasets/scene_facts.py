@@ -54,8 +54,7 @@ class Scene:
     def unseen(self) -> bool:
         """Whether it holds a combination that never occurs in training."""
         return any(is_held_out_pair(group.colour, group.object) for group in self.groups) or (
-            len(self.groups) == 2
-            and is_held_out_triple(self.groups[0].object, self.relation, self.groups[1].object)
+            len(self.groups) == 2 and is_held_out_triple(self.groups[0].object, self.relation, self.groups[1].object)
         )
 
 

@@ -111,9 +111,7 @@ def parse_options(argument: str) -> SceneOptions:
         key, equals, text = part.partition("=")
         key = key.strip()
         if not equals or key not in names:
-            raise UsageError(
-                f"scenes has no option {part!r}: choose from {', '.join(f'{n}=N' for n in names)}"
-            )
+            raise UsageError(f"scenes has no option {part!r}: choose from {', '.join(f'{n}=N' for n in names)}")
         low, high = LIMITS[key]
         text = text.strip()
         if not text.isdecimal() or not low <= int(text) <= high:

@@ -10,9 +10,7 @@ from typing import Any
 
 from .base import Dataset
 
-WORD = re.compile(
-    r"[^\W_]+(?:'[^\W_]+)*"
-)  # quicker than the metrics' tokenizer, and only to give an impression
+WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")  # quicker than the metrics' tokenizer, and only to give an impression
 
 
 def summarize(dataset: Dataset) -> dict[str, Any]:

@@ -44,14 +44,13 @@ class TorchEngine:
         import torch
 
         from ...runtime.decode import DecodeOptions, decode
-        from ...runtime.preprocess import load_image
         from ...train.checkpoint import load_checkpoint
 
         imported = perf_counter()
         torch.set_num_threads(request["threads"])
         checkpoint = load_checkpoint(request["path"])
         loaded = perf_counter()
-        self._checkpoint, self._load_image, self._search = checkpoint, load_image, decode
+        self._checkpoint, self._search = checkpoint, decode
         self._inference = torch.inference_mode
         self._options = DecodeOptions.from_dict(request["decoding"])
         self._eos, self._suppress = special_ids(checkpoint.tokens)
@@ -64,7 +63,7 @@ class TorchEngine:
         }
 
     def pixels(self, photo: str) -> np.ndarray:
-        return self._checkpoint.preprocess(self._load_image(photo))[None]  # [1, H, W, 3]
+        return self._checkpoint.preprocess.load(photo)[None]  # [1, H, W, 3]
 
     def session(self) -> Any:
         return SplitSession(self._checkpoint.model.session())

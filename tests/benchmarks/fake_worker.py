@@ -9,6 +9,7 @@ import time
 from typing import Any
 
 import numpy as np
+
 from edgecap.benchmarks.worker import serve
 
 

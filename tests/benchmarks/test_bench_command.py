@@ -18,6 +18,8 @@ from typing import Any
 import psutil
 import pytest
 from click.testing import CliRunner, Result
+from rich.console import Console
+
 from edgecap.benchmarks import record as records
 from edgecap.benchmarks.bench import bench, choose
 from edgecap.benchmarks.report import _interval, _milliseconds, _ratio, render
@@ -25,7 +27,6 @@ from edgecap.benchmarks.subjects import newest_bundle
 from edgecap.benchmarks.suite import Settings
 from edgecap.cli import cli
 from edgecap.runtime.errors import EdgecapError, UsageError
-from rich.console import Console
 
 from ..runtime.graphs import write_gru_bundle
 

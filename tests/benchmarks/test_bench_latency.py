@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+
 from edgecap.benchmarks.latency import speedup, stats
 from edgecap.runtime.errors import UsageError
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import psutil
 import pytest
+
 from edgecap.benchmarks.quality import Photo
 from edgecap.benchmarks.runner import Worker, WorkerFailed, worker_environment
 from edgecap.benchmarks.subjects import Subject

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from PIL import Image
+
 from edgecap.benchmarks.datasets import READERS, SPLITS, Dataset, open_dataset
 from edgecap.benchmarks.datasets.folder import split_of
 from edgecap.runtime.errors import EdgecapError, UsageError
-from PIL import Image
 
 # What every small folder holds: split → {photo: captions}
 CONTENT = {
@@ -53,10 +54,7 @@ def write_csv(folder: Path) -> None:
         writer = csv.writer(file)
         writer.writerow(["image", "caption", "split"])
         writer.writerows(
-            (name, text, split)
-            for split, photos in CONTENT.items()
-            for name, texts in photos.items()
-            for text in texts
+            (name, text, split) for split, photos in CONTENT.items() for name, texts in photos.items() for text in texts
         )
 
 

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from edgecap.benchmarks.metrics import (
     CiderD,
     bootstrap_mean,
@@ -21,8 +24,6 @@ from edgecap.benchmarks.metrics.cider import cider
 from edgecap.benchmarks.metrics.diversity import distinct_share, mean_length, repeated_share, repeats
 from edgecap.benchmarks.metrics.rouge import lcs_length, rouge_l
 from edgecap.runtime.errors import UsageError
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 CLOSE = {"rtol": 0, "atol": 1e-6}
 

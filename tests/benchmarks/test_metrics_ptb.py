@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from edgecap.benchmarks.metrics import ptb_tokenize
 
 # Hard strings and what `PTBTokenizer -preserveLines -lowerCase` of CoreNLP 3.4.1 makes of them, punctuation dropped.

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+
 from edgecap.benchmarks.metrics import caption_metrics
 from edgecap.benchmarks.metrics.coco import read_references, read_results
 from edgecap.benchmarks.metrics.external import java_metric

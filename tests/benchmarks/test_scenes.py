@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
+
 from edgecap.benchmarks.datasets import SPLITS, open_dataset
 from edgecap.benchmarks.datasets.scene_captions import INVERSE, NAMES, PLURALS, RELATIONS, canonical_caption
 from edgecap.benchmarks.datasets.scene_facts import (
@@ -27,7 +29,6 @@ from edgecap.benchmarks.datasets.scene_facts import (
 from edgecap.benchmarks.datasets.scene_facts import RELATIONS as FACT_RELATIONS
 from edgecap.benchmarks.metrics import caption_metrics
 from edgecap.runtime.errors import UsageError
-from PIL import Image
 
 # a/an, is/are, a word twice
 WRONG = re.compile(r"\ba [aeiou]|\ban [^aeiou]|\bare an?\b|\bis (two|three|four|some|several)\b|\b(\w+) \2\b")
@@ -159,9 +160,7 @@ def test_drawing_is_quick(scenes):
     examples = scenes.splits["train"][:100]
     examples[0].load()
     best = min(_seconds(examples) for _ in range(3))
-    assert (
-        best / len(examples) < 0.01
-    )  # 0.9 ms on one Zen 3 core; ten times that is a mistake, not a slow machine
+    assert best / len(examples) < 0.01  # 0.9 ms on one Zen 3 core; ten times that is a mistake, not a slow machine
 
 
 def _seconds(examples) -> float:
@@ -229,9 +228,7 @@ def test_a_third_of_val_and_test_is_unseen(scenes, split):
 
 
 def test_no_picture_is_in_two_splits(scenes):
-    digests = [
-        {hashlib.sha256(e.load().tobytes()).digest() for e in scenes.splits[split][:50]} for split in SPLITS
-    ]
+    digests = [{hashlib.sha256(e.load().tobytes()).digest() for e in scenes.splits[split][:50]} for split in SPLITS]
     assert len(set.union(*digests)) == 150
 
 
@@ -272,11 +269,7 @@ def test_captions_are_five_different_lower_case_sentences(scenes):
     assert 100 <= len(words) <= 180
     assert min(words.values()) >= 20  # each word often enough to be learnt
     assert {
-        word
-        for split in ("val", "test")
-        for e in scenes.splits[split]
-        for c in e.captions
-        for word in c.split()
+        word for split in ("val", "test") for e in scenes.splits[split] for c in e.captions for word in c.split()
     } <= set(words)
 
 
@@ -318,7 +311,5 @@ def test_package_draws_without_anything_but_numpy_and_pillow():
         "open_dataset('scenes').splits['test'][0].load(); "
         "print([m for m in ('torch', 'transformers', 'onnxruntime', 'rich', 'click') if m in sys.modules])"
     )
-    out = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path.cwd()
-    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path.cwd())
     assert out.stdout.strip() == "[]"

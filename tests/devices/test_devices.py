@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+
 from edgecap.cli import cli
 from edgecap.devices import Profile, cpu_facts, get_profile, load_profile, profiles, require_reachable
 from edgecap.devices.local import parse_cpuinfo

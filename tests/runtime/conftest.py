@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+
 from edgecap.runtime import Captioner
 
 from .graphs import write_gru_bundle

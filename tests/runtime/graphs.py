@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 import onnx
-from edgecap.runtime import Bundle, write_bundle
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
+
+from edgecap.runtime import Bundle, write_bundle
 
 SIZE, PATCH, DIM, HIDDEN = 16, 8, 6, 10
 WORDS = [

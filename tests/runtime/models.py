@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 
 import numpy as np
+
 from edgecap.runtime import DecodeOptions, Hypothesis
 
 EOS, PAD = 2, 0

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from edgecap.runtime import Bundle, EdgecapError, UsageError, write_bundle
-from edgecap.runtime import bundle as module
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from edgecap.runtime import Bundle, EdgecapError, UsageError, write_bundle
+from edgecap.runtime import bundle as module
 
 from .graphs import gru_graphs, manifest, tokenizer_json
 

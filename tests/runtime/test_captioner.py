@@ -7,6 +7,7 @@ import threading
 
 import numpy as np
 import pytest
+
 from edgecap.runtime import Caption, Captioner, EdgecapError, UsageError, verify_golden
 from edgecap.runtime import captioner as module
 

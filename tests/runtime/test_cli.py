@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+
 from edgecap.cli import cli
 
 from .graphs import photo

@@ -6,10 +6,11 @@ import dataclasses
 
 import numpy as np
 import pytest
-from edgecap.runtime import DecodeOptions, EdgecapError, Hypothesis, UsageError
-from edgecap.runtime.decode import _beam, _Rules, decode
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from edgecap.runtime import DecodeOptions, EdgecapError, Hypothesis, UsageError
+from edgecap.runtime.decode import _beam, _Rules, decode
 
 from .models import EOS, PAD, HashSession, Uncached, best_of_all, next_logits, slow_search
 

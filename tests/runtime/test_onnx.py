@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from onnx import numpy_helper
+
 from edgecap.runtime import Bundle, DecodeOptions, EdgecapError, UsageError, load_model, write_bundle
 from edgecap.runtime.decode import decode
-from onnx import numpy_helper
 
 from .graphs import (
     DIM,

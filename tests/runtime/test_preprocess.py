@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
+
 from edgecap.runtime import EdgecapError, Preprocess, UsageError, load_image
 from edgecap.runtime import preprocess as module
-from PIL import Image
 
 RED, BLUE = (200, 30, 20), (10, 40, 220)
 

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 
 import pytest
+
 from edgecap.runtime import Caption, EdgecapError, Preprocess
 from edgecap.runtime import sources as module
 from edgecap.runtime.sources import Source, caption_sources, fetch, find_photos

@@ -107,9 +107,8 @@ def test_llama_greedy_is_what_transformers_generates() -> None:
     with torch.no_grad():
         prefix = model.photo(pixels=torch.from_numpy(pixels))["prefix"]
         start = model.decoder.lm.get_input_embeddings()(torch.ones(3, 1, dtype=torch.long))
-        theirs = model.decoder.lm.generate(
-            inputs_embeds=torch.cat((prefix, start), 1), max_new_tokens=8, do_sample=False, eos_token_id=39, pad_token_id=0
-        )
+        settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": 39, "pad_token_id": 0}
+        theirs = model.decoder.lm.generate(inputs_embeds=torch.cat((prefix, start), 1), **settings)
     for mine, line in zip(ours, theirs.tolist(), strict=True):
         line = line[: line.index(39)] if 39 in line else line
         assert list(mine[0].token_ids) == line[: len(mine[0].token_ids)]

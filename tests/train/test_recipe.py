@@ -38,7 +38,7 @@ def test_overrides_reach_every_place() -> None:
         ("stages.7.epochs=1", "no such place"),
         ("stages.0.batch_size=0", "out of range"),
         ("stages.0.lr=-1", "out of range"),
-        ("stages.0.schedule=\"zigzag\"", "choices: constant, cosine"),
+        ('stages.0.schedule="zigzag"', "choices: constant, cosine"),
         ("seed", "KEY=VALUE"),
         ("stages=[]", "no \\[\\[stages\\]\\]"),
         ("decoder=3", "decoder must be a table"),

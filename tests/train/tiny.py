@@ -30,7 +30,7 @@ def tiny_model(decoder: str, *, vocab_size: int = 40, seed: int = 0) -> CaptionM
         size=(SIZE, SIZE),
     )
     with torch.no_grad():
-        for name, parameter in model.decoder.named_parameters():
+        for parameter in model.decoder.parameters():
             if parameter.ndim > 1:
                 parameter.mul_(3.0)
     return model

@@ -69,9 +69,7 @@ def _pretrained(cls: Any, source: str, **options: Any) -> nn.Module:
     looks_local = Path(source).is_absolute() or source.startswith((".", "~")) or source.count("/") > 1
     path = Path(source).expanduser()
     if looks_local and not (path / "config.json").is_file():
-        raise UsageError(
-            f"encoder {source}: no config.json there; give a transformers model directory or a hub id"
-        )
+        raise UsageError(f"encoder {source}: no config.json there; give a transformers model directory or a hub id")
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

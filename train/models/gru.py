@@ -106,9 +106,7 @@ class GRUDecoder(nn.Module):
             hidden = self.cell(self.from_word(word), context, hidden)
             active = lengths[:n, :c] > t
             outputs.append(torch.cat((hidden, context, word), dim=-1)[active])  # [k, H + D + E]
-            places.append(
-                torch.cat((active.nonzero(), active.nonzero().new_full((len(outputs[-1]), 1), t)), 1)
-            )
+            places.append(torch.cat((active.nonzero(), active.nonzero().new_full((len(outputs[-1]), 1), t)), 1))
         place = torch.cat(places)  # [K, 3] in the sorted order
         row = order[place[:, 0]]
         flat = (row * ids.shape[1] + by_length[place[:, 0], place[:, 1]]) * ids.shape[2] + place[:, 2]
