@@ -16,7 +16,6 @@ NAMES: dict[str, Sequence[str]] = {
     "heart": ("heart",),
     "cross": ("cross",),
     "ring": ("ring", "hoop"),
-    "diamond": ("diamond", "kite"),
     "tree": ("tree",),
     "house": ("house", "home"),
     "car": ("car", "vehicle"),

@@ -93,7 +93,6 @@ SHAPES: dict[str, list[tuple[str, Polygon]]] = {
         )
     ],
     "ring": [("body", _ring())],
-    "diamond": [("body", [(0, -1), (0.68, 0), (0, 1), (-0.68, 0)])],
     "tree": [
         ("wood", _rectangle(-0.16, 0.3, 0.16, 1)),
         ("body", [(0, -1), (0.5, -0.3), (0.3, -0.3), (0.8, 0.45), (-0.8, 0.45), (-0.3, -0.3), (-0.5, -0.3)]),
@@ -157,7 +156,7 @@ def _draw_object(
     random: Random,
 ) -> None:
     """One object, slightly turned, with an outline that parts it from the background. Lengths in [0, 1]."""
-    angle = _between(random, -0.16, 0.16)
+    angle = _between(random, -0.12, 0.12)
     cos, sin = math.cos(angle) * radius * pixels, math.sin(angle) * radius * pixels
     cx, cy = centre[0] * pixels, centre[1] * pixels
     dark = sum(body) < 150 or at_night
@@ -193,9 +192,8 @@ def _layout(scene: Scene, random: Random) -> list[tuple[Group, Placed]]:
         return [(groups[0], _fill_cell(groups[0], (0.5, 0.5), (0.86, 0.86), random))]
     if scene.relation == "inside":
         x, y = _between(random, 0.42, 0.58), _between(random, 0.42, 0.58)
-        radius = _between(random, 0.33, 0.4)
-        # A diamond and a ring have less room inside than a square.
-        share = {"ring": 0.42, "diamond": 0.38}.get(groups[1].object, 0.48)
+        radius = _between(random, 0.36, 0.42)
+        share = 0.44 if groups[1].object == "ring" else 0.52  # a ring has less room inside
         return [(groups[1], [(x, y, radius)]), (groups[0], [(x, y, radius * share)])]
     # Two cells side by side (or one over the other): apart along the relation, about level across it.
     low, high = _between(random, 0.23, 0.27), _between(random, 0.73, 0.77)
@@ -212,7 +210,7 @@ def _layout(scene: Scene, random: Random) -> list[tuple[Group, Placed]]:
 def _fill_cell(group: Group, centre: Point, cell: Point, random: Random) -> Placed:
     narrow = min(cell)
     if group.count == 1:
-        share = {"small": (0.16, 0.2), "": (0.31, 0.35), "large": (0.45, 0.49)}[group.size]
+        share = {"small": (0.2, 0.23), "": (0.33, 0.37), "large": (0.46, 0.49)}[group.size]
         radius = narrow * _between(random, *share)
         # In a picture of its own a small object may stand anywhere.
         slack = max(0.0, cell[0] / 2 - radius) if cell[0] > 0.8 else 0.01
@@ -226,7 +224,7 @@ def _fill_cell(group: Group, centre: Point, cell: Point, random: Random) -> Plac
     apart = min(
         math.hypot((a[0] - b[0]) * cell[0], (a[1] - b[1]) * cell[1]) for i, a in enumerate(points) for b in points[:i]
     )
-    radius = min(apart * 0.46, narrow * 0.26 if group.count > 2 else narrow * 0.3) * _between(random, 0.86, 1)
+    radius = min(apart * 0.46, narrow * 0.28 if group.count > 2 else narrow * 0.33) * _between(random, 0.86, 1)
     jitter = max(0.0, apart / 2 - radius) * 0.8
     return [
         (

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 USAGE = "scenes[:train=N,val=N,test=N,size=PX,seed=N]"
-VERSION = 1  # raise it whenever any picture or caption would come out differently: it is in the fingerprint
+VERSION = 2  # raise it whenever any picture or caption would come out differently: it is in the fingerprint
 
 
 @dataclass(frozen=True)
