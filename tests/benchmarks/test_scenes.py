@@ -88,13 +88,13 @@ def test_fingerprint_follows_every_option():
 def test_splits_are_sequences(scenes):
     assert {split: len(scenes.splits[split]) for split in SPLITS} == {
         "train": 4000,
-        "val": 1000,
+        "val": 4000,
         "test": 1000,
     }
     val = scenes.splits["val"]
-    assert val[-1] == val[999] and [e.id for e in val[2:4]] == ["val-00002", "val-00003"]
+    assert val[-1] == val[3999] and [e.id for e in val[2:4]] == ["val-00002", "val-00003"]
     with pytest.raises(IndexError):
-        val[1000]
+        val[4000]
 
 
 @pytest.mark.parametrize(
