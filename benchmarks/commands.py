@@ -133,8 +133,8 @@ def bench(
 @click.command()
 @click.option("--results", required=True, type=click.Path(), help='Captions: [{"image_id": 1, "caption": "..."}, ...].')
 @click.option("--references", required=True, type=click.Path(), help="COCO annotations, or {id: [caption, ...]}.")
-@click.option("--meteor", is_flag=True, help="METEOR too (needs Java and the extra `metrics`).")
-@click.option("--spice", is_flag=True, help="SPICE too (needs Java, the extra `metrics`, and a download of its own).")
+@click.option("--meteor", is_flag=True, help="METEOR too (needs Java and the extra `bench`).")
+@click.option("--spice", is_flag=True, help="SPICE too (needs Java, the extra `bench`, and a download of its own).")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 def score(results: str, references: str, meteor: bool, spice: bool, as_json: bool) -> None:
     """Compute the caption metrics of any system, as the COCO caption evaluation does.

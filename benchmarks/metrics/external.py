@@ -23,7 +23,7 @@ SCORERS = {"meteor": ("meteor.meteor", "Meteor"), "spice": ("spice.spice", "Spic
 
 def require_java(metric: str) -> None:
     """Raise UsageError or MissingExtra in one line when `metric` (a key of SCORERS) cannot run here."""
-    need("pycocoevalcap", extra="metrics", command=metric.upper())
+    need("pycocoevalcap", extra="bench", command=metric.upper())
     if shutil.which("java") is None:
         raise UsageError(
             f"{metric.upper()} needs Java, and there is no `java` on the PATH: install a Java runtime (17)"

@@ -104,7 +104,7 @@ def test_without_java_or_the_package_it_says_so(tmp_path: Path, monkeypatch: pyt
     assert isinstance(error, UsageError) and "METEOR needs Java" in error.message
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     error = score(tmp_path, RESULTS, PLAIN, "--spice").exception
-    assert isinstance(error, MissingExtra) and error.message.endswith("pip install 'edgecap[metrics]'")
+    assert isinstance(error, MissingExtra) and error.message.endswith("pip install 'edgecap[bench]'")
 
 
 def test_meteor_is_pycocoevalcaps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
