@@ -92,7 +92,9 @@ class TrainingLog:
         left.spines["top"].set_visible(False)
         right.spines["top"].set_visible(False)
         lines = left.get_lines()[:1] + right.get_lines()[:1]
-        left.legend(lines, [line.get_label() for line in lines], frameon=False, loc="lower center", ncols=2)
+        figure.legend(
+            lines, [line.get_label() for line in lines], frameon=False, loc="outside upper center", ncols=2
+        )
         temporary = self.out / ".chart.tmp.png"
         FigureCanvasAgg(figure).print_png(str(temporary))
         temporary.replace(self.out / "chart.png")
