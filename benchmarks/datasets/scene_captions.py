@@ -40,7 +40,7 @@ PLACES: dict[str, Sequence[str]] = {
     "night": ("at night", "in the dark", "in the night sky"),
     "snow": ("in the snow", "on white snow", "on snowy ground"),
     "water": ("on the water", "on the sea", "on a blue lake"),
-    "wall": ("in front of a wall", "in front of a brick wall", "by a brick wall"),
+    "wall": ("by a wall", "by a brick wall", "in front of a wall"),
     "plain": ("on a gray background", "against plain gray", "on a plain background"),
 }
 VERBS = ("", "", "can be seen", "placed")  # how a scene of one group may go on before the place
