@@ -38,6 +38,7 @@ from .state import (
 from .validate import caption_rows, score_captions
 
 SAVE_EVERY_S = 120.0  # within long epochs
+MOST_CAPTIONS = 16  # of one photo
 
 
 class Trainer:
@@ -59,7 +60,8 @@ class Trainer:
         self.preprocess = preprocess_for(recipe)
         self.train = Photos(data, "train", recipe, self.preprocess)
         self.val = Photos(data, "val", recipe, self.preprocess, limit=recipe.data.val_photos)
-        settings = {"max_length": recipe.tokenizer.max_length, "captions": recipe.data.captions_per_photo}
+        most = max(len(example.captions) for example in self.train.examples)
+        settings = {"max_length": recipe.tokenizer.max_length, "captions": min(most, MOST_CAPTIONS)}
         self.ids = [encode_captions(self.train.examples, tokenizer, **settings)]
         if recipe.data.flip:
             self.ids.append(encode_captions(self.train.examples, tokenizer, mirrored=True, **settings))
@@ -144,7 +146,7 @@ class Trainer:
         factor = lr_factor(stage, step, self.plan.batches, self.state["plateau"])
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
-        ids = torch.from_numpy(self.ids[mirrored][places])
+        ids = torch.from_numpy(self._draw_captions(self.ids[mirrored][places], step))
         count = self.objective.count(ids)
         mine = np.array_split(np.arange(len(places)), world)[rank]
         pieces = [piece for piece in np.array_split(mine, stage.accumulate) if len(piece)]
@@ -169,6 +171,15 @@ class Trainer:
         if self.average:
             self.average.update(self.model)
         return float(self.accelerator.reduce(total, "sum")), count, figures
+
+    def _draw_captions(self, ids: np.ndarray, step: int) -> np.ndarray:
+        """[N, all, T] → [N, C, T]: as many captions of each photo as the recipe says, others in another step."""
+        wanted, there = self.recipe.data.captions_per_photo, (ids[:, :, 0] >= 0).sum(1)  # a photo's captions come first
+        if ids.shape[1] <= wanted:
+            return ids
+        order = np.random.default_rng([self.recipe.seed, self.state["stage"], step]).random(ids.shape[:2])
+        order[np.arange(ids.shape[1]) >= there[:, None]] = 2.0  # empty rows last
+        return np.take_along_axis(ids, order.argsort(1)[:, :wanted, None], 1)
 
     def _batch(self, ids: torch.Tensor, places: np.ndarray, mirrored: bool) -> Batch:
         rows = torch.from_numpy(np.array(self.rows[mirrored][places]))

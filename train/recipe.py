@@ -22,7 +22,7 @@ class Data:
     image_size: int = 224
     resize: str = "squash"  # or "crop"
     resample: str = "bilinear"
-    captions_per_photo: int = 5
+    captions_per_photo: int = 5  # learnt in one step, drawn anew each time where a photo has more
     flip: bool = False  # also learn from mirrored photos, with "left" and "right" swapped in their captions
     val_photos: int = 0  # validation photos used while training; 0 = all
     skip_bad: bool = False

@@ -152,7 +152,6 @@ def build_model(
     seen = _pick(ENCODERS, "encoder", encoder["kind"])(
         encoder.get("source") if load_weights else None, encoder["config"]
     )
-    seen.lay_out(size)
     across = _build(BRIDGES, "bridge", bridge, seen.dim)
     return CaptionModel(
         seen, across, _build(DECODERS, "decoder", decoder, across.dim, vocab_size), bos_id=bos_id, size=size

@@ -23,13 +23,8 @@ class Encoder(nn.Module):
         shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)]).view(1, 3, 1, 1)
         self.register_buffer("scale", scale, persistent=False)
         self.register_buffer("shift", shift, persistent=False)
-        self.channels_last = False
-
-    def lay_out(self, size: tuple[int, int]) -> None:
-        """Choose the memory format for `size`: on CPUs channels last is twice as fast at 224 px, slower at 96."""
-        self.channels_last = min(size) >= 160
-        if self.channels_last:
-            self.body.to(memory_format=torch.channels_last)
+        # On CPUs depthwise convolutions run up to twice as fast with channels last.
+        self.body.to(memory_format=torch.channels_last)
 
     def settings(self) -> dict[str, Any]:
         """The body's configuration where it differs from the default: what rebuilds it without its source."""
@@ -38,7 +33,7 @@ class Encoder(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         x = pixels.permute(0, 3, 1, 2).to(torch.float32) * self.scale + self.shift  # [N, 3, H, W]
-        if self.channels_last and not torch.compiler.is_exporting():
+        if not torch.compiler.is_exporting():
             x = x.contiguous(memory_format=torch.channels_last)
         out = self.body(x).last_hidden_state
         return out.flatten(2).transpose(1, 2) if out.ndim == 4 else out  # [N, L, dim]
