@@ -65,7 +65,10 @@ class SelfCritical:
 
     @torch.no_grad()
     def sample(self, model: CaptionModel, batch: Batch) -> tuple[Tensor, list[list[str]]]:
-        """Draw captions: ids [N, S, T + 2] as in Batch, and their words with END (none where the length ran out)."""
+        """Draw captions: ids [N, S, T + 2] as in Batch, and their words, with END where the end was drawn.
+
+        A caption that is cut at T words has neither EOS nor END: nothing is learnt about a word that was not drawn.
+        """
         photo = model.photo(**batch.view)
         n, device = len(batch.ids), batch.ids.device
         forbidden = [self.special[name] for name in ("pad", "bos", "unk")]
@@ -77,16 +80,13 @@ class SelfCritical:
         ids = torch.full((n * self.samples, self.max_length + 2), -1, dtype=torch.long, device=device)
         ids[:, 0] = self.special["bos"]
         rows = torch.arange(n * self.samples, device=device)  # still speaking
-        for position in range(1, self.max_length + 2):
+        for position in range(1, self.max_length + 1):
             logits[:, forbidden] = -1e9
-            if position == self.max_length + 1:
-                drawn = torch.full((len(rows),), self.special["eos"], dtype=torch.long, device=device)
-            else:
-                drawn = torch.multinomial(logits.float().softmax(-1), 1).squeeze(1)
+            drawn = torch.multinomial(logits.float().softmax(-1), 1).squeeze(1)
             ids[rows, position] = drawn
             speaking = drawn != self.special["eos"]
             rows = rows[speaking]
-            if not len(rows) or position == self.max_length + 1:
+            if not len(rows) or position == self.max_length:
                 break
             state = {name: tensor[speaking] for name, tensor in state.items()}
             logits, state = model.decoder.advance(drawn[speaking], index[rows], photo, state)
@@ -95,7 +95,8 @@ class SelfCritical:
     def words(self, ids: Tensor) -> list[list[str]]:
         lines = [[i for i in line if i >= 0] for line in ids[:, 1:].tolist()]
         texts = self.tokenizer.decode_batch(lines, skip_special_tokens=True)
-        return [text.split() + [END] for text in texts]
+        ended = [self.special["eos"] in line for line in lines]
+        return [text.split() + [END] * end for text, end in zip(texts, ended, strict=True)]
 
 
 OBJECTIVES: dict[str, Any] = {"xe": CrossEntropy, "scst": SelfCritical}
