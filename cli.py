@@ -65,6 +65,9 @@ def main() -> None:
         sys.exit(error.exit_code)
     except BrokenPipeError:
         sys.exit(1)
+    except OSError as error:  # a full disk, a folder that cannot be written: no room foresaw it
+        click.echo(f"Error: {' '.join(str(error).split())}", err=True)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import tomllib
 from dataclasses import dataclass, field
 from importlib import resources
@@ -125,7 +126,11 @@ POSITIVE = (
     "accumulate",
     "validate_every",
     "samples",
+    "epochs",
+    "step_epochs",
+    "beam",
 )
+SHARES = ("label_smoothing", "dropout", "ema")  # in [0, 1)
 
 
 def recipe_names() -> list[str]:
@@ -143,7 +148,10 @@ def load_recipe(name_or_path: str, overrides: tuple[str, ...] = ()) -> Recipe:
     if path.suffix == ".toml" or path.is_file():
         if not path.is_file():
             raise UsageError(f"recipe {path}: no such file")
-        text = path.read_text(encoding="utf-8")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"recipe {path} cannot be read: {error}") from error
     elif name_or_path in recipe_names():
         text = (resources.files(__package__) / "recipes" / f"{name_or_path}.toml").read_text(encoding="utf-8")
     else:
@@ -165,6 +173,8 @@ def recipe_from_dict(tree: dict[str, Any], *, where: str = "recipe", overrides: 
     for part in ("bridge", "decoder"):
         if not isinstance(getattr(recipe, part).get("kind"), str):
             raise UsageError(f'{where}: [{part}] needs kind = "…"')
+        for key, value in getattr(recipe, part).items():
+            _check_range(value, where, f"{part}.{key}", positive=isinstance(value, int))  # whole numbers are sizes
     return recipe
 
 
@@ -214,14 +224,17 @@ def _value(hint: Any, value: Any, where: str, key: str) -> Any:
         raise UsageError(f"{where}: {key} = {value!r} must be of type {hint.__name__}")
     if key in CHOICES and value not in CHOICES[key]:
         raise UsageError(f"{where}: {key} = {value!r}; choices: {', '.join(CHOICES[key])}")
-    name = key.rpartition(".")[2]
-    if (
-        isinstance(value, int | float)
-        and not isinstance(value, bool)
-        and (value < 0 or (value == 0 and name in POSITIVE))
-    ):
-        raise UsageError(f"{where}: {key} = {value} is out of range")
+    _check_range(value, where, key, positive=key.rpartition(".")[2] in POSITIVE)
     return value
+
+
+def _check_range(value: Any, where: str, key: str, *, positive: bool) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return
+    share = key.rpartition(".")[2] in SHARES
+    if not 0 <= value < (1 if share else math.inf) or (value == 0 and positive and not share):
+        limits = "in [0, 1)" if share else "1 or more" if positive else "0 or more"
+        raise UsageError(f"{where}: {key} = {value} is out of range: it must be {limits}")
 
 
 def _plain(value: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import torch
@@ -13,6 +13,8 @@ from ...runtime.errors import UsageError
 from .bridges import BRIDGES
 from .decoders import DECODERS
 from .encoders import ENCODERS
+
+BAD_SETTINGS = (TypeError, ValueError, RuntimeError, ArithmeticError, AttributeError)  # what impossible sizes raise
 
 
 @dataclass
@@ -149,9 +151,11 @@ def build_model(
 
     `load_weights=False` builds the encoder's shape only (its weights come from a checkpoint).
     """
-    seen = _pick(ENCODERS, "encoder", encoder["kind"])(
-        encoder.get("source") if load_weights else None, encoder["config"]
-    )
+    make, source = _pick(ENCODERS, "encoder", encoder["kind"]), encoder.get("source") if load_weights else None
+    try:
+        seen = make(source, encoder["config"])
+    except BAD_SETTINGS as error:
+        raise UsageError(f"recipe [encoder] ({encoder['kind']}): {error}") from error
     across = _build(BRIDGES, "bridge", bridge, seen.dim)
     return CaptionModel(
         seen, across, _build(DECODERS, "decoder", decoder, across.dim, vocab_size), bos_id=bos_id, size=size
@@ -166,7 +170,11 @@ def _pick(table: dict[str, Any], part: str, kind: str) -> Any:
 
 def _build(table: dict[str, Any], part: str, options: dict[str, Any], *sizes: int) -> nn.Module:
     settings = {key: value for key, value in options.items() if key != "kind"}
+    make = _pick(table, part, options["kind"])
+    for key, hint in get_type_hints(make.__init__).items():
+        if hint is int and key in settings and type(settings[key]) is not int:
+            raise UsageError(f"recipe [{part}] ({options['kind']}): {key} = {settings[key]!r} must be a whole number")
     try:
-        return _pick(table, part, options["kind"])(*sizes, **settings)
-    except (TypeError, ValueError) as error:
+        return make(*sizes, **settings)
+    except BAD_SETTINGS as error:
         raise UsageError(f"recipe [{part}] ({options['kind']}): {error}") from error

@@ -58,7 +58,9 @@ def mobilenet_v2(source: str | None, config: dict[str, Any]) -> Encoder:
 
 
 def _pretrained(cls: Any, source: str, **options: Any) -> nn.Module:
-    """Load weights by hub id or local directory, without transformers' load report."""
+    """Load weights by hub id or local directory, all of them, without transformers' load report."""
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
     from transformers.utils import logging
 
     looks_local = Path(source).is_absolute() or source.startswith((".", "~")) or source.count("/") > 1
@@ -69,22 +71,34 @@ def _pretrained(cls: Any, source: str, **options: Any) -> nn.Module:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        model = cls.from_pretrained(str(path) if path.exists() else source, **options)
-    except (OSError, ValueError) as error:
+        place = str(path) if path.exists() else source
+        kind, wanted = cls.config_class.get_config_dict(place)[0].get("model_type"), cls.config_class.model_type
+        if kind and kind != wanted:
+            raise UsageError(f"encoder {source} is a {kind} model; encoder.kind needs a {wanted} model")
+        model, info = cls.from_pretrained(place, output_loading_info=True, **options)
+    except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         first = str(error).strip().splitlines()[0]
         raise UsageError(f"encoder {source} cannot be loaded: {first}") from error
     finally:
         logging.set_verbosity(level)
         logging.enable_progress_bar()
+    if missing := sorted(info["missing_keys"]):
+        # transformers would start these at random; what is there beyond them (a classifier) is not needed.
+        raise UsageError(f"encoder {source} lacks {len(missing)} of the encoder's weights, {missing[0]} first")
     return model
 
 
 def _known(where: str, config_class: Any, config: dict[str, Any]) -> Any:
+    from huggingface_hub.errors import StrictDataclassError
+
     settings = config_class()
     unknown = [key for key in config if not hasattr(settings, key)]
     if unknown:
         raise UsageError(f"{where}: {config_class.__name__} has no {', '.join(unknown)}")
-    return config_class(**config)
+    try:
+        return config_class(**config)
+    except (StrictDataclassError, TypeError, ValueError, ArithmeticError) as error:
+        raise UsageError(f"{where}: {error}") from error
 
 
 ENCODERS: dict[str, Callable[[str | None, dict[str, Any]], Encoder]] = {"mobilenet_v2": mobilenet_v2}
