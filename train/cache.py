@@ -47,11 +47,28 @@ def cached_rows(
 ) -> np.ndarray:
     """The array [total, *shape] as a read-only memory map; `compute(slice)` gives the missing rows, in chunks.
 
-    `report` is told how many rows are done. Raises EdgecapError when the disk is too small.
+    `report` is told how many rows are done. Raises EdgecapError when the disk is too small or cannot be written.
     """
+    try:
+        return _cached_rows(cache_folder(), key, total, shape, dtype, compute, report)
+    except OSError as error:
+        why = error.strerror or error
+        raise EdgecapError(
+            f"the cache in {cache_folder()} cannot be written ({why}): set EDGECAP_CACHE to another folder"
+        ) from error
+
+
+def _cached_rows(
+    folder: Path,
+    key: str,
+    total: int,
+    shape: tuple[int, ...],
+    dtype: Any,
+    compute: Callable[[slice], np.ndarray],
+    report: Callable[[int], None],
+) -> np.ndarray:
     from filelock import FileLock
 
-    folder = cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
     array, progress = folder / f"{key}.npy", folder / f"{key}.json"
     with FileLock(folder / f"{key}.lock"):
@@ -66,6 +83,7 @@ def cached_rows(
                 )
             progress.unlink(missing_ok=True)
             np.lib.format.open_memmap(array, "w+", dtype, (total, *shape)).flush()
+            _allocate(array)
         report(done)
         if done < total:
             rows = np.load(array, mmap_mode="r+")
@@ -101,7 +119,14 @@ def _rows_done(array: Path, progress: Path, total: int, shape: tuple[int, ...], 
     return min(count, total) if whole else 0
 
 
+def _allocate(path: Path) -> None:
+    """Take the room of a sparse file on the disk now: a full disk under a memory map would kill the process."""
+    if hasattr(os, "posix_fallocate"):
+        with open(path, "rb+") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+
+
 def _write_json(path: Path, value: Any) -> None:
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary = path.with_suffix(".tmp")  # under the lock: one writer, and what a killed one left is used again
     temporary.write_text(json.dumps(value))
     os.replace(temporary, path)

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from .state import replacing
+
 
 class TrainingLog:
     """Writes `log/` (TensorBoard) and `chart.png` under the checkpoint; `say` prints a line. Silent where it is not the
@@ -92,9 +94,6 @@ class TrainingLog:
         left.spines["top"].set_visible(False)
         right.spines["top"].set_visible(False)
         lines = left.get_lines()[:1] + right.get_lines()[:1]
-        figure.legend(
-            lines, [line.get_label() for line in lines], frameon=False, loc="outside upper center", ncols=2
-        )
-        temporary = self.out / ".chart.tmp.png"
-        FigureCanvasAgg(figure).print_png(str(temporary))
-        temporary.replace(self.out / "chart.png")
+        figure.legend(lines, [line.get_label() for line in lines], frameon=False, loc="outside upper center", ncols=2)
+        with replacing(self.out / "chart.png") as temporary:
+            FigureCanvasAgg(figure).print_png(str(temporary))
