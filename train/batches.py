@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from ..benchmarks.datasets import Dataset, Example
+from ..runtime.errors import EdgecapError
 from ..runtime.preprocess import Preprocess
 from .cache import cache_key, cached_rows, load_pixels
 from .recipe import Recipe
@@ -85,7 +86,7 @@ class Photos:
             # Spread over the split: data sets are often sorted.
             picks = np.linspace(0, len(self.examples) - 1, limit).round().astype(int)
             self.examples = [self.examples[i] for i in picks]
-        self.preprocess, self.split = preprocess, split
+        self.preprocess, self.split, self.spec = preprocess, split, data.spec
         self.identity = {
             "data": data.fingerprint,
             "split": split,
@@ -104,9 +105,17 @@ class Photos:
             len(self),
             (*self.preprocess.size, 3),
             np.uint8,
-            lambda part: load_pixels(self.examples[part], self.preprocess, flip=flip),
+            lambda part: self._load(part, flip),
             report=lambda done: progress(self._phase("photos", flip), done, len(self)),
         )
+
+    def _load(self, part: slice, flip: bool) -> np.ndarray:
+        try:
+            return load_pixels(self.examples[part], self.preprocess, flip=flip)
+        except EdgecapError as error:
+            raise EdgecapError(
+                f"{error.message}; edgecap data {self.spec} --verify lists all such photos, --skip-bad leaves them out"
+            ) from error
 
     def features(self, encoder: torch.nn.Module, encoder_hash: str, *, flip: bool, progress: Progress) -> np.ndarray:
         """The frozen encoder's grid, float16 [N, L, dim], memory-mapped."""
@@ -115,7 +124,7 @@ class Photos:
 
         @torch.inference_mode()
         def compute(part: slice) -> np.ndarray:
-            pixels = torch.from_numpy(load_pixels(self.examples[part], self.preprocess, flip=flip)).to(device)
+            pixels = torch.from_numpy(self._load(part, flip)).to(device)
             return encoder(pixels).half().cpu().numpy()
 
         shape = tuple(compute(slice(0, 1)).shape[1:])

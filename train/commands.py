@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from ..runtime.errors import need
+from ..runtime.errors import EdgecapError, need
 
 
 def _need_train(command: str) -> None:
@@ -75,25 +75,36 @@ def train(
         )
     _need_train("edgecap train")
     import torch
+    from accelerate import PartialState
+    from rich.console import Console
 
     from .run import prepare_recipe
     from .run import train as run_train
 
     if threads:
         torch.set_num_threads(threads)
+    main = PartialState().is_main_process  # of several processes only the first says anything
     plan = None
-    if not resume:
-        plan = prepare_recipe(
-            recipe or DEFAULT_RECIPE,
-            data=data,
-            encoder=encoder,
-            overrides=overrides,
-            skip_bad=skip_bad,
-            seed=seed,
-        )
-    with PhaseBars() as bars:
-        say = lambda line: bars.console.print(line, highlight=False, markup=False, soft_wrap=True)  # noqa: E731
-        folder, metrics = run_train(plan, out, resume=resume, progress=bars, say=say)
+    try:
+        with PhaseBars(Console(stderr=True, quiet=not main)) as bars:
+            say = lambda line: bars.console.print(line, highlight=False, markup=False, soft_wrap=True)  # noqa: E731
+            if not resume:
+                plan = prepare_recipe(
+                    recipe or DEFAULT_RECIPE,
+                    data=data,
+                    encoder=encoder,
+                    overrides=overrides,
+                    skip_bad=skip_bad,
+                    seed=seed,
+                    say=say,
+                )
+            folder, metrics = run_train(plan, out, resume=resume, progress=bars, say=say)
+    except EdgecapError as error:
+        if main:
+            raise
+        raise SystemExit(error.exit_code) from None
+    if not main:
+        return
     if as_json:
         click.echo(json.dumps({"checkpoint": str(folder), **metrics}, indent=2))
     else:

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 
 from ..benchmarks.datasets import Dataset
 from ..runtime.decode import DecodeOptions
+from ..runtime.errors import UsageError
 from .batches import Batch, EpochPlan, Photos, Progress, encode_captions
 from .cache import cache_key
 from .checkpoint import METRICS, PROGRESS, WEIGHTS, preprocess_for
@@ -67,17 +68,23 @@ class Trainer:
             self.ids.append(encode_captions(self.train.examples, tokenizer, mirrored=True, **settings))
         self.state: dict[str, Any] = {
             "stage": 0, "epoch": 0, "batch": 0, "loss": 0.0, "count": 0, "best": None, "waits": 0, "plateau": 1.0,
-            "history": [], "seconds": 0.0, "finished": False,
+            "plateau_waits": 0, "history": [], "seconds": 0.0, "finished": False, "data": data.fingerprint,
         }  # fmt: skip
 
     # --- the whole run -----------------------------------------------------------------------------------------
 
-    def run(self, resume: bool) -> dict[str, Any]:
-        """Train to the end; returns the metrics that were written."""
+    def run(self, begun: bool) -> dict[str, Any]:
+        """Train to the end, from the saved state where one has `begun`; returns the metrics that were written."""
         self.model.to(self.accelerator.device)
         tensors = None
-        if resume and (self.out / PROGRESS).is_file():
-            tensors, self.state = load_progress(self.out / PROGRESS)
+        if begun:
+            tensors, state = load_progress(self.out / PROGRESS)
+            if state.get("data", self.state["data"]) != self.state["data"]:
+                raise UsageError(
+                    f"{self.out} was begun on other data than {self.recipe.data.spec} holds now: "
+                    "put the data back, or train anew with another --out"
+                )
+            self.state |= state
         self.started = time.monotonic() - self.state["seconds"]
         self.log.resume(self.state["history"])
         while self.state["stage"] < len(self.recipe.stages):
@@ -99,7 +106,9 @@ class Trainer:
         self.objective = OBJECTIVES[stage.objective](self.recipe, stage, self.tokenizer, self.train.examples)
         forward, self.optimizer = self.accelerator.prepare(self.model, optimizer)
         self.plan = EpochPlan(len(self.train), stage.batch_size, (self.recipe.seed, number), flip=self.recipe.data.flip)
-        while self.state["epoch"] < stage.epochs:
+        if tensors is None:
+            self._save()  # before the best weights can change, which are this stage's start
+        while self.state["epoch"] < stage.epochs and not self._stops_early(stage):
             self._epoch(stage, forward)
             self.state["epoch"] += 1
             last = self.state["epoch"] == stage.epochs
@@ -107,12 +116,12 @@ class Trainer:
                 self._validate(stage)
             self.state.update(batch=0, loss=0.0, count=0)
             self._save()
-            if stage.patience and self.state["waits"] > stage.patience:
-                self.log.line(
-                    f"stage {stage.name}: no better CIDEr for {self.state['waits']} validations, stopping early"
-                )
-                break
-        self.state.update(stage=number + 1, epoch=0, waits=0, plateau=1.0)
+        if self.state["epoch"] < stage.epochs:
+            self.log.line(f"stage {stage.name}: no better CIDEr for {self.state['waits']} validations, stopping early")
+        self.state.update(stage=number + 1, epoch=0, waits=0, plateau=1.0, plateau_waits=0)
+
+    def _stops_early(self, stage: Stage) -> bool:
+        return bool(stage.patience) and self.state["waits"] > stage.patience
 
     # --- one epoch ---------------------------------------------------------------------------------------------
 
@@ -191,12 +200,17 @@ class Trainer:
     def _open_data(self, stage: Stage) -> None:
         """Features where the encoder is frozen, pixels elsewhere; the first process fills the cache, the rest wait."""
         self.frozen = stage.encoder_lr == 0
-        digest = cache_key(weights=[_digest(t) for t in model_tensors(self.model.encoder).values()])
+        encoder = self.model.encoder
+        digest = cache_key(
+            weights=[_digest(t) for t in model_tensors(encoder).values()],
+            kind=self.recipe.encoder.kind,
+            settings=encoder.settings(),
+        )
         views = (False, True) if self.recipe.data.flip else (False,)
 
         def rows(photos: Photos, flip: bool) -> np.ndarray:
             if self.frozen:
-                return photos.features(self.model.encoder, digest, flip=flip, progress=self.progress)
+                return photos.features(encoder, digest, flip=flip, progress=self.progress)
             return photos.pixels(flip=flip, progress=self.progress)
 
         with self.accelerator.main_process_first():
@@ -226,8 +240,9 @@ class Trainer:
         state["history"].append(record)
         better = state["best"] is None or record["cider"] > state["best"]["cider"]
         state["waits"] = 0 if better else state["waits"] + 1
-        if stage.schedule == "plateau" and state["waits"] > stage.plateau_patience:
-            state["plateau"] *= stage.gamma
+        state["plateau_waits"] = 0 if better else state["plateau_waits"] + 1
+        if stage.schedule == "plateau" and state["plateau_waits"] > stage.plateau_patience:
+            state.update(plateau=state["plateau"] * stage.gamma, plateau_waits=0)  # as torch's ReduceLROnPlateau
         if better:
             state["best"] = record
             if self.average:

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast_object_list
 
 from ..benchmarks.datasets import Dataset, open_dataset
 from ..runtime.decode import DecodeOptions
-from ..runtime.errors import UsageError
+from ..runtime.errors import EdgecapError, UsageError
 from ..runtime.tokenizer import Tokenizer
 from .batches import Progress
 from .cache import load_pixels
-from .checkpoint import RECIPE, TOKENIZER, load_checkpoint, model_for, read_metrics, read_recipe
+from .checkpoint import PROGRESS, RECIPE, TOKENIZER, load_checkpoint, model_for, read_metrics, read_recipe
 from .loop import Trainer
 from .recipe import Recipe, load_recipe
 from .report import TrainingLog
@@ -26,6 +28,8 @@ from .tokenizer import caption_text, token_ids, train_tokenizer
 from .validate import caption_rows, score_captions
 
 RUNS = Path("runs")
+LOCK = ".lock"
+T = TypeVar("T")
 
 
 def prepare_recipe(
@@ -36,16 +40,22 @@ def prepare_recipe(
     overrides: Sequence[str],
     skip_bad: bool,
     seed: int | None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Recipe:
-    """The recipe with what the command line says on top."""
+    """The recipe with what the command line says on top; `say` is told what of the recipe does not count then."""
     recipe = load_recipe(name, tuple(overrides))
     if data:
         recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, spec=data))
     if skip_bad:
         recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, skip_bad=True))
     if encoder:
-        parts = dataclasses.replace(recipe.encoder, source=encoder, config={})
-        recipe = dataclasses.replace(recipe, encoder=parts)
+        recipe = dataclasses.replace(recipe, encoder=dataclasses.replace(recipe.encoder, source=encoder))
+    if recipe.encoder.source and recipe.encoder.config:
+        source = recipe.encoder.source
+        if any(item.startswith("encoder.config") for item in overrides):
+            raise UsageError(f"encoder {source} has a configuration of its own: leave out --set encoder.config")
+        say(f"encoder {source}: its own configuration is used, not the recipe's encoder.config")
+        recipe = dataclasses.replace(recipe, encoder=dataclasses.replace(recipe.encoder, config={}))
     return recipe if seed is None else dataclasses.replace(recipe, seed=seed)
 
 
@@ -76,9 +86,26 @@ def train(
     """Train a captioner; returns the checkpoint directory and its metrics.
 
     With `resume` the run in `out` (or the newest under runs/) goes on by its own recipe. Raises UsageError for bad
-    data, recipes and folders.
+    data, recipes and folders. Where several processes train, the first decides, writes and tells.
     """
-    accelerator = Accelerator(mixed_precision=_precision(recipe))
+    main = PartialState().is_main_process
+    recipe, out = _from_main(lambda: _place(recipe, out, resume))
+    with _only_run(out) if main else nullcontext():
+        accelerator = Accelerator(mixed_precision=_precision(recipe))
+        data = open_dataset(recipe.data.spec, skip_bad=recipe.data.skip_bad)
+        if main:
+            _tell_data(data, say)
+        begun, recipe = _from_main(lambda: _open_run(recipe, data, out))
+        tokenizer = Tokenizer.load(out / TOKENIZER).inner
+        torch.manual_seed(recipe.seed)
+        model = model_for(recipe, token_ids(tokenizer), load_weights=not begun)
+        log = TrainingLog(out if main else None, say)
+        trainer = Trainer(recipe, model, tokenizer, data, out, accelerator, progress, log)
+        return out, trainer.run(begun)
+
+
+def _place(recipe: Recipe | None, out: Path | None, resume: bool) -> tuple[Recipe, Path]:
+    """The recipe and the folder of a run, once it is clear that it may go on or begin there."""
     if resume:
         out = out or latest_run()
         if out is None or not (out / RECIPE).is_file():
@@ -90,37 +117,79 @@ def train(
         raise ValueError("a recipe is needed to start a run")
     else:
         out = out or new_run(recipe.name)
-        if (out / RECIPE).exists():
-            raise UsageError(f"{out} holds a run already: continue it with --resume --out {out}, or give another --out")
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if out.exists() and not _is_free(out):
+            if (out / RECIPE).exists():
+                go_on = f"continue it with --resume --out {out}"
+                raise UsageError(f"{out} holds a run already: {go_on}, or give another --out")
             raise UsageError(f"{out} is not an empty folder: give another --out")
-    data = open_dataset(recipe.data.spec, skip_bad=recipe.data.skip_bad)
-    _tell_data(data, say if accelerator.is_main_process else lambda line: None)
-    torch.manual_seed(recipe.seed)
-    recipe, tokenizer = _open_run(recipe, data, out, accelerator)
-    tokens = token_ids(tokenizer.inner)
-    torch.manual_seed(recipe.seed)
-    model = model_for(recipe, tokens, load_weights=True)
-    log = TrainingLog(out if accelerator.is_main_process else None, say)
-    trainer = Trainer(recipe, model, tokenizer.inner, data, out, accelerator, progress, log)
-    return out, trainer.run(resume)
+    return recipe, out
 
 
-def _open_run(recipe: Recipe, data: Dataset, out: Path, accelerator: Accelerator) -> tuple[Recipe, Tokenizer]:
-    """Write the resolved recipe and the tokenizer once; both are then read back, by every process alike."""
-    if accelerator.is_main_process and not (out / RECIPE).is_file():
-        captions = (caption_text(c) for example in data.splits["train"] for c in example.captions)
-        tokenizer = train_tokenizer(captions, recipe.tokenizer)
-        if recipe.encoder.source:
-            probe = model_for(recipe, token_ids(tokenizer), load_weights=True)
-            settings = dataclasses.replace(recipe.encoder, config=probe.encoder.settings())
-            recipe = dataclasses.replace(recipe, encoder=settings)
-        else:
-            model_for(recipe, token_ids(tokenizer), load_weights=False)  # a recipe that cannot be built leaves no run
-        write_bytes(out / TOKENIZER, tokenizer.to_str(pretty=True).encode())
-        write_bytes(out / RECIPE, recipe.to_toml().encode())  # last: a folder with a recipe can be resumed
-    accelerator.wait_for_everyone()
-    return read_recipe(out), Tokenizer.load(out / TOKENIZER)
+def _is_free(out: Path) -> bool:
+    """Whether a run may begin in a folder that is there: it holds at most what is left of one that never learnt."""
+    if not out.is_dir() or ((out / RECIPE).exists() and not (out / TOKENIZER).exists()):
+        return False  # the tokenizer is written first: a recipe alone is the user's own
+    left = {RECIPE, TOKENIZER, LOCK, "log", str(PROGRESS.parent)}
+    files = [*out.iterdir(), *(out / PROGRESS.parent).glob("*")]
+    return all(path.name in left or (path.name[:1] == "." and path.suffix == ".tmp") for path in files)
+
+
+@contextmanager
+def _only_run(out: Path) -> Iterator[None]:
+    """Holds the folder for this run; the lock ends with the process, however that ends."""
+    from filelock import FileLock, Timeout
+
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(out / LOCK, timeout=0)
+        lock.acquire()
+    except Timeout as error:
+        raise UsageError(f"another process trains in {out}: wait for it, or give another --out") from error
+    except OSError as error:
+        raise UsageError(f"{out} cannot be written ({error.strerror or error}): give another --out") from error
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            (out / LOCK).unlink(missing_ok=True)
+        lock.release()
+        with suppress(OSError):
+            out.rmdir()  # of a run that could not begin, where nothing is left but the folder
+
+
+def _open_run(recipe: Recipe, data: Dataset, out: Path) -> tuple[bool, Recipe]:
+    """Has the run in `out` begun to learn? If not, its tokenizer and resolved recipe are written (anew)."""
+    if (out / PROGRESS).is_file():
+        return True, recipe
+    captions = (caption_text(c) for example in data.splits["train"] for c in example.captions)
+    tokenizer = train_tokenizer(captions, recipe.tokenizer)
+    # Built here already, so that a recipe that cannot be built leaves no run.
+    probe = model_for(recipe, token_ids(tokenizer), load_weights=True)
+    if recipe.encoder.source:
+        settings = dataclasses.replace(recipe.encoder, config=probe.encoder.settings())
+        recipe = dataclasses.replace(recipe, encoder=settings)
+    write_bytes(out / TOKENIZER, tokenizer.to_str(pretty=True).encode())
+    write_bytes(out / RECIPE, recipe.to_toml().encode())  # last: a folder with a recipe can be resumed
+    return False, read_recipe(out)
+
+
+def _from_main(decide: Callable[[], T]) -> T:
+    """What `decide` gives, or raises, on the first process: given, or raised, on every process."""
+    state = PartialState()
+    if state.num_processes == 1:
+        return decide()
+    told: list[Any] = [None, ""]
+    if state.is_main_process:
+        try:
+            told[0] = decide()
+        except EdgecapError as error:
+            told[1] = error.message
+            broadcast_object_list(told)
+            raise
+    broadcast_object_list(told)
+    if told[1]:
+        raise UsageError(told[1])
+    return told[0]
 
 
 def _precision(recipe: Recipe | None) -> str:
