@@ -25,9 +25,11 @@ class Example:
         """The picture as PIL RGB, upright. EdgecapError, naming the file, where it cannot be decoded."""
         from ...runtime.preprocess import load_image
 
-        if self.path is None:
-            raise ValueError(f"{self.id} has neither a file nor a way to draw it")
-        return load_image(self.path)
+        return load_image(self.jpeg() if self.path is None else self.path, name=str(self.path or self.id))
+
+    def jpeg(self) -> bytes:
+        """A drawn picture as a JPEG file's bytes: whoever looks at it, in memory or in a file, sees the same pixels."""
+        raise ValueError(f"{self.id} has neither a file nor a way to draw it")
 
     def jpeg_path(self, folder: Path) -> Path:
         """The picture's own file, or, where there is none, a JPEG of it written once into `folder`."""
@@ -37,7 +39,7 @@ class Example:
         if not path.exists():
             folder.mkdir(parents=True, exist_ok=True)
             partial = path.with_suffix(".partial")
-            self.load().save(partial, format="JPEG", quality=95, subsampling=0)
+            partial.write_bytes(self.jpeg())
             partial.replace(path)  # never a half-written file under the final name
         return path
 

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from random import Random
-from typing import TYPE_CHECKING, overload
+from typing import overload
 
 from ...runtime.errors import UsageError
 from .base import SPLITS, Dataset, Example
 from .scene_captions import draw_captions
 from .scene_facts import Scene, draw_scene
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
 USAGE = "scenes[:train=N,val=N,test=N,size=PX,seed=N]"
-VERSION = 3  # raise it whenever any picture or caption would come out differently: it is in the fingerprint
+VERSION = 4  # raise it whenever any picture or caption would come out differently: it is in the fingerprint
 
 
 @dataclass(frozen=True)
@@ -48,11 +46,14 @@ class SceneExample(Example):
     size: int = 128
     seed: int = 0
 
-    def load(self) -> Image:
-        """The picture, PIL RGB [size, size]; the same pixels in every process."""
+    def jpeg(self) -> bytes:
+        """The picture, size × size, as a JPEG; the same in every process (of one libjpeg)."""
         from .scene_draw import render
 
-        return render(self.scene, self.size, _random(self.seed, self.id, "pixels"))
+        buffer = io.BytesIO()
+        picture = render(self.scene, self.size, _random(self.seed, self.id, "pixels"))
+        picture.save(buffer, format="JPEG", quality=95, subsampling=0)
+        return buffer.getvalue()
 
 
 class SceneSplit(Sequence[SceneExample]):

@@ -59,7 +59,10 @@ def write_sample(dataset: Dataset, count: int, folder: Path) -> list[Path]:
         for i in range(count_here):
             example = examples[i * len(examples) // count_here]
             path = folder / f"{split}_{example.file_stem}.jpg"
-            example.load().save(path, format="JPEG", quality=95, subsampling=0)
+            if example.path is None:
+                path.write_bytes(example.jpeg())
+            else:
+                example.load().save(path, format="JPEG", quality=95, subsampling=0)
             paths.append(path)
             lines.append(json.dumps({"image": path.name, "split": split, "captions": example.captions}))
     (folder / "captions.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
