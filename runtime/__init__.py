@@ -9,10 +9,15 @@ print(caption.text, caption.logprob)
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .errors import EdgecapError, MissingExtra, UsageError
+
+# Official builds of ONNX Runtime ≥ 1.29 send telemetry to Microsoft (sessions, hashes of models, a device id that they
+# keep on disk). Nothing here may do that unasked; what the user has set stays. It counts before the first import only.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
     from .backends import BACKENDS, load_model

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -35,6 +37,19 @@ def test_captioning_a_photo(bundle_path, tmp_path):
     code = "import sys; from edgecap.runtime import Captioner; Captioner.load(sys.argv[1])(sys.argv[2])"
     modules = loaded(code, str(bundle_path), str(tmp_path / "x.png"))
     assert "onnxruntime" in modules and not modules & HEAVY
+
+
+def test_the_engine_reports_to_nobody(bundle_path, tmp_path):
+    """ONNX Runtime 1.29+ keeps a device id and a queue of events at home, unless told not to before its import."""
+    photo(0).save(tmp_path / "x.png")
+    places = {name: str(tmp_path / name) for name in ("HOME", "TMPDIR", "XDG_CACHE_HOME", "LOCALAPPDATA")}
+    for place in places.values():
+        Path(place).mkdir()
+    kept = {name: value for name, value in os.environ.items() if name not in ("CI", "ORT_DISABLE_TELEMETRY")}
+    code = "import sys; from edgecap import Captioner; Captioner.load(sys.argv[1])(sys.argv[2])"
+    arguments = [str(bundle_path), str(tmp_path / "x.png")]
+    subprocess.run([sys.executable, "-B", "-c", code, *arguments], check=True, env=kept | places)
+    assert [path for place in places.values() for path in Path(place).rglob("*")] == []
 
 
 @pytest.mark.parametrize("name", ["Captioner", "Bundle", "DecodeOptions", "Session", "load_image"])
