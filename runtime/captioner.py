@@ -14,13 +14,14 @@ from .bundle import Bundle
 from .decode import DecodeOptions, Hypothesis, decode
 from .errors import UsageError
 from .preprocess import Preprocess
-from .tokenizer import Tokenizer
+from .tokenizer import Tokenizer, plain_words
 
 if TYPE_CHECKING:
     from .preprocess import ImageSource
     from .session import Ids, Model, Pixels, Session
 
 BATCH = 8  # photos captioned together
+ONE_PHOTO = (str, bytes, bytearray, memoryview, os.PathLike)
 
 
 @dataclass(frozen=True)
@@ -96,11 +97,12 @@ class Captioner:
         """Caption one photo, or each of a list of photos.
 
         A photo is a path, the bytes of an image file, a PIL image or an array uint8 [H, W, 3]; an array [N,
-        H, W, 3] is N photos. prompt: text that the caption continues. beam and the other `DecodeOptions`
+        H, W, 3] is N photos. prompt: text that the caption continues; its
+        case and punctuation do not count. beam and the other `DecodeOptions`
         default to the bundle's. Raises EdgecapError naming a photo that cannot be read, UsageError for a bad
         option.
         """
-        single = isinstance(image_or_images, str | bytes | os.PathLike) or hasattr(image_or_images, "getexif")
+        single = isinstance(image_or_images, ONE_PHOTO) or hasattr(image_or_images, "getexif")
         single = single or (isinstance(image_or_images, np.ndarray) and image_or_images.ndim != 4)
         images = [image_or_images] if single else image_or_images
         captions: list[Caption] = []
@@ -131,9 +133,10 @@ class Captioner:
         """The decoding options and prompt ids of a call with these arguments. Raises UsageError if bad."""
         given = {name: value for name, value in {"beam": beam, **options}.items() if value is not None}
         chosen = DecodeOptions.from_dict({**self.bundle.manifest["decoding"], **given})
-        if not prompt:
+        words = plain_words(prompt or "")
+        if not words:
             return chosen, None
-        ids = self.tokenizer.encode(prompt)
+        ids = self.tokenizer.encode(words)
         if self.tokens.get("unk") in ids:
             raise UsageError(f"the prompt {prompt!r} has words this model does not know; use others")
         return chosen, np.asarray(ids, np.int64)

@@ -48,13 +48,13 @@ def load_image(source: ImageSource, *, name: str | None = None, target: tuple[in
         name = str(source) if isinstance(source, str | os.PathLike) else "the image"
     if isinstance(source, np.ndarray):
         return _from_array(source, name)
-    if isinstance(source, Image.Image):
-        return _finish(source, name)
     try:
+        if isinstance(source, Image.Image):
+            return _finish(source, name)
         if isinstance(source, bytes | bytearray | memoryview):
             import io
 
-            _check_bytes(len(source), name)
+            _check_bytes(memoryview(source).nbytes, name)
             with Image.open(io.BytesIO(source)) as image:
                 return _finish(image, name, target)
         path = Path(source)

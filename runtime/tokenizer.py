@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from .errors import EdgecapError
+
+# Words as captions are learnt: "don't" is "do n't", "dog's" is "dog 's"; "t-shirt" and "2.5" stay whole.
+_WORD = re.compile(r"n't\b|'(?:s|re|ve|ll|d|m)\b|\w+?(?=n't\b)|\bcan(?=not\b)|\w+(?:[-.,/]\w+)*|[#&]")
+
+
+def plain_words(text: str) -> str:
+    """Text in the form captions are learnt in: lower case, single spaces, no punctuation."""
+    return " ".join(_WORD.findall(text.lower().replace("’", "'")))
 
 
 class Tokenizer:

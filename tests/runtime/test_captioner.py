@@ -8,8 +8,10 @@ import threading
 import numpy as np
 import pytest
 
+from edgecap.benchmarks.metrics import ptb_tokenize
 from edgecap.runtime import Caption, Captioner, EdgecapError, UsageError, verify_golden
 from edgecap.runtime import captioner as module
+from edgecap.runtime.tokenizer import plain_words
 
 from .graphs import SIZE, TOKENS, WORDS, photo
 
@@ -26,7 +28,8 @@ def test_one_photo_is_one_caption(captioner, photos, tmp_path):
     assert caption.logprob < 0 and caption.alternatives == ()
     path = tmp_path / "photo.png"
     photos[0].save(path)
-    for same in (path, str(path), path.read_bytes(), np.asarray(photos[0])):
+    data = path.read_bytes()
+    for same in (path, str(path), data, bytearray(data), memoryview(data), np.asarray(photos[0])):
         assert captioner(same) == caption
 
 
@@ -54,6 +57,22 @@ def test_options_reach_the_search(captioner, photos):
         assert len(caption.token_ids) >= 4 and len(set(caption.token_ids)) == len(caption.token_ids)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "A dog,",
+        "Two dogs: one can't swim!",
+        "the man's T-shirt",
+        "2.5 m (or 1/2)…",
+        "We cannot see it’s #7",
+        "“Stop!” & go.",
+    ],
+)
+def test_prompts_become_the_words_that_captions_become(text):
+    wanted = [word for word in ptb_tokenize(text) if word not in ("-lrb-", "-rrb-")]
+    assert plain_words(text).split() == wanted
+
+
 def test_prompt(captioner, photos):
     caption = captioner(photos[0], prompt="A red")
     assert caption.text.startswith("a red ")
@@ -62,7 +81,8 @@ def test_prompt(captioner, photos):
     logits = session.start(captioner.preprocess(photos[0])[None], np.array([4, 5]))
     logits[:, [TOKENS["pad"], TOKENS["bos"], TOKENS["unk"]]] = -np.inf
     assert caption.token_ids[0] == logits[0].argmax()
-    assert captioner(photos[0], prompt="") == captioner(photos[0])
+    assert captioner(photos[0], prompt="") == captioner(photos[0], prompt="…") == captioner(photos[0])
+    assert captioner(photos[0], prompt=" “A  RED,” ") == caption
     with pytest.raises(UsageError, match="does not know"):
         captioner(photos[0], prompt="a zeppelin")
 

@@ -237,6 +237,14 @@ def test_not_an_image(tmp_path):
     assert refusal(path) == f"{path}: not an image, or of a format that is not supported"
 
 
+def test_a_broken_image_that_was_opened_elsewhere():
+    file = io.BytesIO()
+    Image.effect_noise((80, 60), 60).save(file, "JPEG")
+    image = Image.open(io.BytesIO(file.getvalue()[:-900]))
+    with pytest.raises(EdgecapError, match="^the image: broken image .truncated file.$"):
+        load_image(image)
+
+
 def test_empty_missing_folder(tmp_path):
     (tmp_path / "empty.jpg").touch()
     assert "the file is empty" in refusal(tmp_path / "empty.jpg")
