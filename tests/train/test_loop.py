@@ -8,7 +8,9 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -88,12 +90,42 @@ def test_llama_trains_and_evaluates(tmp_path: Path) -> None:
     assert load_checkpoint(out).finished
 
 
-def test_early_stopping_and_plateau(tmp_path: Path) -> None:
+def test_early_stopping_and_plateau(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a learning rate of nothing, no validation is better than the first."""
-    stage = {"epochs": 9, "batch_size": 48, "lr": 0.0, "patience": 1, "schedule": "plateau", "weight_decay": 0.0}
+    factors, validate = [], loop.Trainer._validate
+
+    def watched(self: loop.Trainer, stage: Stage) -> None:
+        validate(self, stage)
+        factors.append(self.state["plateau"])
+
+    monkeypatch.setattr(loop.Trainer, "_validate", watched)
+    stage = {"epochs": 9, "batch_size": 48, "lr": 0.0, "patience": 4, "schedule": "plateau", "weight_decay": 0.0}
     _, metrics = train(tiny_recipe(stage), tmp_path / "run")
-    assert len(metrics["history"]) == 3
-    assert metrics["best"]["epoch"] == 1
+    assert len(metrics["history"]) == 6 and metrics["best"]["epoch"] == 1
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    theirs = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, "max", factor=0.5, patience=1)
+    expected = []
+    for record in metrics["history"]:
+        theirs.step(record["cider"])
+        expected.append(optimizer.param_groups[0]["lr"])
+    assert factors == expected == [1, 1, 0.5, 0.5, 0.25, 0.25]
+
+
+def test_captions_are_drawn_anew_in_each_step() -> None:
+    """Of four, three and one captions, three at most: as many as there are, others in another step."""
+    recipe = tiny_recipe()
+    ids = np.full((3, 4, 5), -1)
+    for photo, captions in enumerate((4, 3, 1)):
+        ids[photo, :captions] = 10 * (photo + 1) + np.arange(captions)[:, None]
+    trainer = SimpleNamespace(recipe=recipe, state={"stage": 0})
+    drawn = [loop.Trainer._draw_captions(trainer, ids, step) for step in range(40)]
+    assert all(one.shape == (3, 3, 5) for one in drawn)
+    sets = [[sorted(set(row[:, 0].tolist()) - {-1}) for row in one] for one in drawn]
+    assert all(len(of[0]) == 3 and of[1] == [20, 21, 22] and of[2] == [30] for of in sets)
+    assert all((one[2, 0] == 30).all() and (one[2, 1:] == -1).all() for one in drawn)
+    assert {tuple(of[0]) for of in sets} == {(10, 11, 12), (10, 11, 13), (10, 12, 13), (11, 12, 13)}
+    assert (loop.Trainer._draw_captions(trainer, ids, 7) == drawn[7]).all()
+    assert (loop.Trainer._draw_captions(trainer, ids[:, :3], 7) == ids[:, :3]).all()
 
 
 def test_runs_are_named_found_and_refused(tmp_path: Path) -> None:
@@ -132,10 +164,11 @@ def test_two_processes_give_one_process_loss(tmp_path: Path) -> None:
         out = tmp_path / f"run-{processes}"
         launch = ["accelerate.commands.launch", "--cpu", "--num_processes", str(processes), "--num_machines", "1"]
         launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "29517", "-m", "edgecap"]
-        command = [sys.executable, "-m", *launch, "train", str(tmp_path / "recipe.toml"), "-o", str(out)]
+        command = [sys.executable, "-m", *launch, "train", str(tmp_path / "recipe.toml"), "-o", str(out), "--json"]
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-2000:]
-        history = json.loads((out / "metrics.json").read_text())["history"]
+        history = json.loads(done.stdout)["history"]  # from one process alone
+        assert done.stderr.count(" epoch 1: loss") == 1
         losses.append([record["loss"] for record in history])
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     assert losses[0][1] < losses[0][0]

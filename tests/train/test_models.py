@@ -121,8 +121,13 @@ def test_wrong_parts_are_one_line() -> None:
         ("decoder", {"kind": "gru", "layers": 3}, "layers"),
         ("decoder", {"kind": "lstm9"}, "choices: gru"),
         ("decoder", {"kind": "gru", "heads": 7}, "must divide"),
+        ("decoder", {"kind": "gru", "heads": 0}, "recipe .decoder."),
+        ("decoder", {"kind": "gru", "hidden": -3}, "recipe .decoder."),
+        ("decoder", {"kind": "gru", "heads": 2.0}, "heads = 2.0 must be a whole number"),
         ("encoder", {"kind": "mobilenet_v2", "config": {"wings": 2}}, "wings"),
+        ("encoder", {"kind": "mobilenet_v2", "config": {"depth_multiplier": "x"}}, "encoder.config.*depth_multiplier"),
+        ("encoder", {"kind": "mobilenet_v2", "config": {"depth_multiplier": -1.0}}, "encoder"),
         ("encoder", {"kind": "mobilenet_v2", "source": "./nowhere", "config": {}}, "config.json"),
     ]:
-        with pytest.raises(UsageError, match=message):
+        with pytest.raises(UsageError, match=f"(?s){message}"):
             build_model(**{**parts, part: options}, vocab_size=9, bos_id=1, size=(64, 64))

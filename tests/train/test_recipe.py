@@ -43,6 +43,12 @@ def test_overrides_reach_every_place() -> None:
         ("stages=[]", "no \\[\\[stages\\]\\]"),
         ("decoder=3", "decoder must be a table"),
         ("data.image_size=true", "must be of type int"),
+        ("decoder.heads=0", "decoder.heads = 0 is out of range"),
+        ("decoder.hidden=-3", "decoder.hidden = -3 is out of range"),
+        ("decoder.dropout=1.0", "must be in"),
+        ("stages.0.label_smoothing=2", "must be in"),
+        ("stages.0.epochs=0", "must be 1 or more"),
+        ("stages.0.lr=nan", "out of range"),
     ],
 )
 def test_a_wrong_override_is_one_line(override: str, message: str) -> None:
@@ -59,4 +65,7 @@ def test_files_and_names(tmp_path: Path) -> None:
     broken = tmp_path / "broken.toml"
     broken.write_text("name = [")
     with pytest.raises(UsageError, match="broken.toml"):
+        load_recipe(str(broken))
+    broken.write_bytes('name = "größe"'.encode("latin-1"))
+    with pytest.raises(UsageError, match="broken.toml cannot be read"):
         load_recipe(str(broken))
