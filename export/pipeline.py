@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +14,7 @@ import torch
 from .. import __version__
 from ..benchmarks.datasets import Dataset, Example, open_dataset
 from ..runtime import Captioner, write_bundle
+from ..runtime.bundle import folder_beside
 from ..runtime.errors import EdgecapError, UsageError
 from ..runtime.verify import verify_golden
 from ..train.cache import load_pixels
@@ -86,8 +85,7 @@ def export(
     progress("graphs", 0, 2)
     trunk = to_onnx(loaded.model, report=lambda done: progress("graphs", done, 2))
     golden = make_golden(loaded)
-    scratch = Path(tempfile.mkdtemp(prefix="edgecap-export-"))
-    try:
+    with folder_beside(out) as scratch:
         pair = chosen.build(trunk.copy(), calibrator)
         manifest, files = _bundle(loaded, dataset, target, chosen, name, pair, golden)
         artifact = _candidate(scratch / "artifact", manifest, files)
@@ -131,8 +129,6 @@ def export(
         measured["bytes"] = sum(map(len, files.values()))
         write_bundle(out, manifest, files)
         return Exported(out, name, target, result, tuple(notes))
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _find(checkpoint: Path | None, unfinished_ok: bool) -> Path:

@@ -7,7 +7,8 @@ import json
 import os
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -166,13 +167,8 @@ def write_bundle(out: str | os.PathLike[str], manifest: Mapping[str, Any], files
     out = Path(out).absolute()
     if os.path.lexists(out) and (out.is_symlink() or not out.is_dir() or not _replaceable(out)):
         raise UsageError(f"{out} exists and is not a bundle; choose another place or remove it")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        recover(out)
-        temporary = out.parent / f".{out.name}.new-{os.getpid()}-{os.urandom(4).hex()}"
-        _writing.add(temporary.name)
+    with folder_beside(out) as temporary:
         try:
-            temporary.mkdir()
             complete = {
                 **manifest,
                 "files": {name: _write(temporary / name, files[name]) for name in sorted(files)},
@@ -183,16 +179,36 @@ def write_bundle(out: str | os.PathLike[str], manifest: Mapping[str, Any], files
             _sync_folder(temporary)
             Bundle.open(temporary, verify="sizes")
             _swap(temporary, out)
-        finally:
-            _remove(temporary)
-            _writing.discard(temporary.name)
-    except OSError as error:
-        raise EdgecapError(f"{out}: the bundle cannot be written ({error.strerror or error})") from None
+        except OSError as error:
+            raise _unwritable(out, error) from None
     return Bundle.open(out, verify="sizes")
 
 
+@contextmanager
+def folder_beside(out: Path) -> Iterator[Path]:
+    """A folder of this process beside `out`, gone in the end; those of killed processes are cleaned up first."""
+    out = out.absolute()
+    folder = out.parent / f".{out.name}.new-{os.getpid()}-{os.urandom(4).hex()}"
+    _writing.add(folder.name)
+    try:
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            recover(out)
+            folder.mkdir()
+        except OSError as error:
+            raise _unwritable(out, error) from None
+        yield folder
+    finally:
+        _remove(folder)
+        _writing.discard(folder.name)
+
+
+def _unwritable(out: Path, error: OSError) -> EdgecapError:
+    return EdgecapError(f"{out}: the bundle cannot be written ({error.strerror or error})")
+
+
 def recover(out: Path) -> None:
-    """Clean up what a killed `write_bundle` left beside `out`; a bundle caught mid-swap is put back."""
+    """Clean up what a killed process left beside `out`; a bundle caught mid-swap is put back."""
     pattern = re.compile(re.escape(f".{out.name}.") + r"(new|old)-(\d+)-[0-9a-f]{8}")
     for path in sorted(out.parent.glob(f".{out.name}.*")):
         match = pattern.fullmatch(path.name)

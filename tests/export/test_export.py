@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -102,6 +104,9 @@ def test_the_same_command_writes_the_same_bytes(tmp_path: Path, target: str) -> 
 def test_a_refused_bundle_is_not_left_unless_forced(tmp_path: Path, traced_once, monkeypatch) -> None:
     folder = save_run(tmp_path / "run")
     out = tmp_path / "x.edgecap"
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    (tmp_path / f".x.edgecap.new-{dead.pid}-00000000" / "artifact").mkdir(parents=True)  # an export that was killed
     monkeypatch.setattr(gate, "paired_bootstrap", lambda a, b: Interval(0.3, 0.2, 0.4))
     refused = export(folder, target="onnx-fp16", out=out)
     assert refused.path is None and refused.gate.verdict == "fail" and not out.exists()
