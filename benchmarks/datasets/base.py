@@ -54,8 +54,8 @@ class Example:
 class Dataset:
     """Photos with captions in three splits.
 
-    `fingerprint` is a SHA-256 over split membership, captions and file sizes and times (or, for drawn
-    pictures, the generator's version and options): equal fingerprints mean the same data.
+    `fingerprint` is a SHA-256 over split membership, captions, file sizes and some bytes of some files (or, for
+    drawn pictures, the generator's version and options): equal fingerprints mean the same data, wherever it lies.
     """
 
     name: str

@@ -15,6 +15,7 @@ from ...runtime.errors import EdgecapError, UsageError
 from .base import SPLITS, Dataset, Example
 
 PROBE_BYTES = 4096  # enough compressed data to tell photos of one size apart without reading them whole
+PROBED = 512  # at most so many files of a data set, evenly spread, are opened for its fingerprint
 
 
 @dataclass(frozen=True)
@@ -115,45 +116,48 @@ def build_dataset(
     # Held-out splits first: of a photo that is in two splits, the training copy is the one that goes.
     ordered = sorted(rows, key=lambda row: -SPLITS.index(row.split))
     seen: dict[str, Row] = {}
-    kept: list[tuple[Row, os.stat_result]] = []
+    kept: list[tuple[Row, int]] = []  # with the file's size
     for row in ordered:
         if row.id in seen:
             bad.append((row.id, f"the same image is in {seen[row.id].split} and {row.split}"))
             continue
         seen[row.id] = row
-        stat = _stat(row.path)
-        if stat is None:
+        size = _size(row.path)
+        if size is None:
             bad.append((row.id, "missing image file"))
-        elif stat.st_size == 0:
+        elif size == 0:
             bad.append((row.id, "empty image file"))
         elif not row.captions:
             bad.append((row.id, "image without captions"))
         else:
-            kept.append((row, stat))
+            kept.append((row, size))
 
     dropped: set[int] = set()
-    for group in identical_files([(row.path, stat.st_size, row.split) for row, stat in kept]):
+    for group in identical_files([(row.path, size, row.split) for row, size in kept]):
         first = kept[group[0]][0]
         for i in group[1:]:
             row = kept[i][0]
             if row.split != first.split:
                 dropped.add(i)
                 bad.append((row.id, f"the same image (identical bytes) is {first.id} in {first.split}"))
-    kept = [pair for i, pair in enumerate(kept) if i not in dropped]
+    kept = [found for i, found in enumerate(kept) if i not in dropped]
 
     if verify:
-        reasons = _decode_all([row for row, _ in kept])
-        bad += [(row.id, reason) for (row, _), reason in zip(kept, reasons, strict=True) if reason]
-        kept = [pair for pair, reason in zip(kept, reasons, strict=True) if not reason]
+        undecodable = dict(_undecodable([Example(row.id, row.captions, row.path) for row, _ in kept]))
+        bad += undecodable.items()
+        kept = [found for found in kept if found[0].id not in undecodable]
 
     if bad and not skip_bad:
-        raise UsageError(f"{spec}: {describe_problems(bad)}: mend the data, or leave these out with --skip-bad")
+        raise _refused(spec, bad)
     splits: dict[str, list[Example]] = {split: [] for split in SPLITS}
     digest = hashlib.sha256()
-    for row, stat in sorted(kept, key=lambda pair: (SPLITS.index(pair[0].split), pair[0].id)):
+    kept.sort(key=lambda found: (SPLITS.index(found[0].split), found[0].id))
+    for i, (row, size) in enumerate(kept):
         splits[row.split].append(Example(row.id, row.captions, row.path))
-        entry = [row.split, row.id, row.captions, stat.st_size, stat.st_mtime_ns]
-        digest.update(json.dumps(entry).encode() + b"\n")
+        # No times: a copy of the data is the same data. Photos made anew seldom keep their size, and never all of it.
+        digest.update(json.dumps([row.split, row.id, row.captions, size]).encode() + b"\n")
+        if i % (len(kept) // PROBED + 1) == 0:
+            digest.update(_probe(row.path, size))
     for split, examples in splits.items():
         if not examples:
             left_out = f" after leaving out {describe_problems(bad)}" if bad else ""
@@ -164,6 +168,17 @@ def build_dataset(
     return Dataset(name, spec, splits, digest.hexdigest(), tuple(bad))
 
 
+def require_decodable(examples: Iterable[Example], spec: str) -> None:
+    """Decode all photos that are files now, before long work on them; UsageError naming those that cannot be."""
+    bad = _undecodable([example for example in examples if example.path is not None])
+    if bad:
+        raise _refused(spec, bad)
+
+
+def _refused(spec: str, bad: Sequence[tuple[str, str]]) -> UsageError:
+    return UsageError(f"{spec}: {describe_problems(bad)}: mend the data, or leave these out with --skip-bad")
+
+
 def describe_problems(bad: Sequence[tuple[str, str]], show: int = 3) -> str:
     """'12 bad examples (a.jpg: missing image file; ...; and 9 more)'."""
     named = "; ".join(f"{id}: {reason}" for id, reason in bad[:show])
@@ -171,21 +186,24 @@ def describe_problems(bad: Sequence[tuple[str, str]], show: int = 3) -> str:
     return f"{len(bad)} bad example{'s' if len(bad) > 1 else ''} ({named}{more})"
 
 
-def _stat(path: Path) -> os.stat_result | None:
+def _size(path: Path) -> int | None:
     try:
-        return os.stat(path) if path.name else None
+        return os.stat(path).st_size if path.name else None
     except (OSError, ValueError):
         return None
 
 
-def _decode_all(rows: Sequence[Row]) -> list[str | None]:
-    def reason(row: Row) -> str | None:
+def _undecodable(examples: Sequence[Example]) -> list[tuple[str, str]]:
+    """(id, reason) of those that cannot be decoded."""
+
+    def reason(example: Example) -> str | None:
         try:
-            Example(row.id, row.captions, row.path).load()
+            example.load()
         except EdgecapError as error:
             return error.message
         return None
 
     # Pillow decodes outside the GIL, so threads use every core.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(reason, rows))
+        reasons = pool.map(reason, examples)
+        return [(example.id, why) for example, why in zip(examples, reasons, strict=True) if why]

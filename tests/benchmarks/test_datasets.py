@@ -161,15 +161,20 @@ def test_fingerprint_stays_and_changes_with_the_data(any_folder):
     before = open_dataset(spec).fingerprint
     assert open_dataset(spec).fingerprint == before
     assert open_dataset(spec, skip_bad=True).fingerprint == before
-    os.utime(photo(folder, "a.jpg"), (1, 1))
-    touched = open_dataset(spec).fingerprint
+    shutil.copytree(folder, folder.with_name("copy"))  # with times of its own
+    os.utime(photo(folder.with_name("copy"), "a.jpg"), (1, 1))
+    assert open_dataset(spec.replace(str(folder), str(folder.with_name("copy")))).fingerprint == before
+    data = bytearray(photo(folder, "a.jpg").read_bytes())
+    data[len(data) // 2] ^= 1
+    photo(folder, "a.jpg").write_bytes(data)
+    changed = open_dataset(spec).fingerprint
     draw(photo(folder, "a.jpg"), 201)
     redrawn = open_dataset(spec).fingerprint
     captions = [path for path in folder.rglob("*") if path.suffix in (".txt", ".csv", ".jsonl", ".json")]
     for path in captions:
         path.write_text(path.read_text().replace("two cats", "three cats"))
     reworded = open_dataset(spec).fingerprint
-    assert len({before, touched, redrawn, reworded}) == 4
+    assert len({before, changed, redrawn, reworded}) == 4
 
 
 def test_bom_and_windows_newlines_are_tolerated(any_folder):
