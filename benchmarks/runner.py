@@ -25,11 +25,11 @@ def worker_environment(threads: int) -> dict[str, str]:
     """The environment of a measured process: `threads` for every thread pool, and pools that sleep when idle.
 
     Spinning threads (OMP_WAIT_POLICY=active) on a core shared with other work make everything several times
-    slower.
+    slower. Compiled modules are kept, or each cold start would compile them anew, as no installed program does.
     """
     pools = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
     return (
-        os.environ
+        {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
         | dict.fromkeys(pools, str(threads))
         | {
             "OMP_WAIT_POLICY": "passive",
@@ -163,6 +163,6 @@ class Worker:
         self.close()
 
 
-def python_module(module: str) -> list[str]:
-    """The argv that runs a module of this installation with this interpreter."""
-    return [sys.executable, "-m", module]
+def python_module(module: str, python: str = sys.executable) -> list[str]:
+    """The argv that runs a module with an interpreter, by default this one."""
+    return [python, "-m", module]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,8 +40,16 @@ def newest_bundle(folder: Path = Path("runs")) -> Path:
     return max(found, key=lambda path: (path.stat().st_mtime_ns, str(path))).parent
 
 
-def bundle_subject(path: Path, *, beam: int | None = None) -> tuple[Subject, str | None]:
-    """The bundle at `path` as a subject, and the data spec in its lineage (None when it has none).
+@dataclass(frozen=True)
+class Origin:
+    """What a bundle's lineage says of the data it was learnt from."""
+
+    spec: str
+    skip_bad: bool
+
+
+def bundle_subject(path: Path, *, beam: int | None = None) -> tuple[Subject, Origin | None]:
+    """The bundle at `path` as a subject, and the data in its lineage (None when there is none).
 
     `beam` replaces the bundle's own. Raises EdgecapError where there is no sound bundle.
     """
@@ -58,12 +69,15 @@ def bundle_subject(path: Path, *, beam: int | None = None) -> tuple[Subject, str
     decoding = dict(manifest["decoding"]) | ({} if beam is None else {"beam": beam})
     command = tuple(python_module("edgecap.benchmarks.worker"))
     subject = Subject(path.name.removesuffix(".edgecap"), "bundle", path, command, decoding, facts)
-    return subject, manifest.get("lineage", {}).get("data")
+    lineage = manifest.get("lineage", {})
+    data = lineage.get("checkpoint", {}).get("recipe", {}).get("data", {})
+    skip_bad = isinstance(data, Mapping) and data.get("skip_bad") is True
+    return subject, Origin(lineage["data"], skip_bad) if lineage.get("data") else None
 
 
 def peer_subject(spec: str, decoding: Mapping[str, Any]) -> Subject:
-    """The peer that `KIND:PATH` names, decoding as told. Raises UsageError for a kind that is unknown or a
-    missing path.
+    """The peer that `KIND:PATH` names, decoding as told. Raises UsageError for a kind that is unknown, a missing path
+    or a missing interpreter.
     """
     kind, colon, where = spec.partition(":")
     if not colon or not where or kind not in PEERS:
@@ -72,8 +86,17 @@ def peer_subject(spec: str, decoding: Mapping[str, Any]) -> Subject:
     path = Path(where)
     if not path.exists():
         raise UsageError(f"peer {spec}: there is nothing at {path}")
-    command = tuple(python_module(PEERS[kind].module))
+    command = tuple(python_module(PEERS[kind].module, _peer_python(kind)))
     return Subject(f"{kind} {path.resolve().name}", kind, path, command, dict(decoding))
+
+
+def _peer_python(kind: str) -> str:
+    """The interpreter of a kind of peer: EDGECAP_PEER_<KIND>_PYTHON, or this one."""
+    name = f"EDGECAP_PEER_{kind.upper()}_PYTHON"
+    wanted = os.environ.get(name)
+    if wanted and shutil.which(wanted) is None:
+        raise UsageError(f"{name}={wanted}: there is no such interpreter; edgecap must be installed with it, too")
+    return wanted or sys.executable
 
 
 def unique_names(subjects: Sequence[Subject]) -> list[Subject]:

@@ -15,8 +15,9 @@ import pytest
 
 from edgecap.benchmarks.quality import Photo
 from edgecap.benchmarks.runner import Worker, WorkerFailed, worker_environment
-from edgecap.benchmarks.subjects import Subject
+from edgecap.benchmarks.subjects import Subject, peer_subject
 from edgecap.benchmarks.suite import Settings, run
+from edgecap.runtime.errors import UsageError
 
 FAKE = Path(__file__).with_name("fake_worker.py")
 PHOTOS = [Photo(f"p{k}", f"p{k}.jpg", ("a dog runs fast", "a cat")) for k in range(6)]
@@ -75,7 +76,31 @@ def test_threads_and_waiting_policy_reach_the_worker() -> None:
     with python(code, threads=3) as worker:
         found = worker.receive(60)
     assert found["OMP_NUM_THREADS"] == "3" and found["OMP_WAIT_POLICY"] == "passive"
-    assert set(os.environ) <= set(worker_environment(1))
+    assert set(os.environ) - {"PYTHONDONTWRITEBYTECODE"} <= set(worker_environment(1))
+
+
+def test_workers_keep_compiled_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    code = "import json, sys; print(json.dumps({'ok': True, 'kept': not sys.dont_write_bytecode}), flush=True)"
+    with python(code) as worker:
+        assert worker.receive(60)["kept"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a shell script as interpreter")
+def test_a_peer_may_have_an_interpreter_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = tmp_path / "python"
+    other.write_text(f'#!/bin/sh\necho "$0 $*" >> "$0.log"\nexec {sys.executable} {FAKE} ok\n')
+    other.chmod(0o755)
+    monkeypatch.setenv("EDGECAP_PEER_TORCH_PYTHON", str(other))
+    (row,) = bench(peer_subject(f"torch:{tmp_path}", {"beam": 1}))
+    assert row["status"] == "ok" and row["facts"]["versions"] == {"fake": "1"}
+    assert f"{other} -m edgecap.benchmarks.peers.torch_eager" in Path(f"{other}.log").read_text()
+
+    monkeypatch.setenv("EDGECAP_PEER_TORCH_PYTHON", str(tmp_path / "none"))
+    with pytest.raises(UsageError, match="EDGECAP_PEER_TORCH_PYTHON=.*none: there is no such interpreter"):
+        peer_subject(f"torch:{tmp_path}", {})
+    monkeypatch.delenv("EDGECAP_PEER_TORCH_PYTHON")
+    assert peer_subject(f"torch:{tmp_path}", {}).command[0] == sys.executable
 
 
 @pytest.mark.parametrize(
