@@ -13,14 +13,14 @@ from ..devices import get_profile, require_reachable
 from ..runtime.errors import UsageError
 from .quality import Photo, split_photos
 from .record import build, machine_load
-from .subjects import Subject, bundle_subject, newest_bundle, peer_subject, unique_names
+from .subjects import Origin, Subject, bundle_subject, newest_bundle, peer_subject, unique_names
 from .suite import Progress, Settings, run
 
 
 def choose(
     bundles: Sequence[Path], peers: Sequence[str], *, beam: int | None = None, runs: Path = Path("runs")
-) -> tuple[list[Subject], str | None]:
-    """The subjects in the order given, bundles first, and the data spec of the first lineage that names one.
+) -> tuple[list[Subject], Origin | None]:
+    """The subjects in the order given, bundles first, and the data of the first lineage that names some.
 
     Without bundles, the newest one under `runs`. Peers decode with the first bundle's options. Raises
     EdgecapError.
@@ -28,7 +28,7 @@ def choose(
     found = [bundle_subject(path, beam=beam) for path in bundles or [newest_bundle(runs)]]
     subjects = [subject for subject, _ in found]
     subjects += [peer_subject(spec, subjects[0].decoding) for spec in peers]
-    return unique_names(subjects), next((data for _, data in found if data), None)
+    return unique_names(subjects), next((origin for _, origin in found if origin), None)
 
 
 def bench(
@@ -36,6 +36,7 @@ def bench(
     *,
     device: str = "cpu",
     data: str | None = None,
+    skip_bad: bool = False,
     split: str = "test",
     limit: int | None = None,
     beam: int | None = None,
@@ -46,20 +47,22 @@ def bench(
 ) -> dict[str, Any]:
     """Measure bundles and peers on this machine and return the record (see record.build).
 
-    data: a data spec, by default the one in the lineage of the first bundle. limit: photos, by default the
-    whole split. beam: replaces what the bundles say. Raises EdgecapError for anything that cannot be measured
-    as asked; a subject that fails while it is measured is a row that says so.
+    data: a data spec, by default the one in the lineage of the first bundle. skip_bad: leave bad examples out; always
+    so where the bundle's recipe did. limit: photos, by default the whole split. beam: replaces what the bundles say.
+    Raises EdgecapError for anything that cannot be measured as asked; a subject that fails while it is measured is a
+    row that says so.
     """
     from .datasets import open_dataset
+    from .datasets.checks import require_decodable
 
     profile = get_profile(device)
     require_reachable(profile)
-    subjects, lineage = choose(bundles, peers, beam=beam, runs=runs)
-    spec = data or lineage
-    if spec is None:
+    subjects, origin = choose(bundles, peers, beam=beam, runs=runs)
+    spec = data or (origin and origin.spec)
+    if not spec:
         raise UsageError(f"{subjects[0].path} does not say what data it was trained on: name some with --data")
     try:
-        dataset = open_dataset(spec)
+        dataset = open_dataset(spec, skip_bad=skip_bad or (origin is not None and origin.skip_bad))
     except UsageError as error:
         if data:
             raise
@@ -73,6 +76,8 @@ def bench(
         for photo in split_photos(dataset, split, limit, Path(folder)):
             photos.append(photo)
             progress("photos", len(photos), total)
+        # Now, and not as a failed row after all else was measured.
+        require_decodable(dataset.splits[split][: len(photos)], spec)
         measured = run(subjects, photos, settings, progress)
     about = {
         "spec": dataset.spec,

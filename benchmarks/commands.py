@@ -63,6 +63,7 @@ def data(spec: str, skip_bad: bool, verify: bool, sample: int | None, out: Path 
 @click.argument("bundles", nargs=-1, type=click.Path(path_type=Path), metavar="[BUNDLE]...")
 @click.option("--device", default="cpu", show_default=True, help="Where to measure; see edgecap devices.")
 @click.option("--data", metavar="SPEC", help="Photos and captions; default: what the bundle was trained on.")
+@click.option("--skip-bad", is_flag=True, help="Leave bad examples out; always so where the bundle's recipe did.")
 @click.option("--split", default="test", show_default=True, help="The split to caption.")
 @click.option("--limit", type=click.IntRange(1), help="Caption only the first N photos of the split.")
 @click.option("--threads", type=click.IntRange(1, 1024), default=1, show_default=True, help="Of each subject.")
@@ -75,6 +76,7 @@ def bench(
     bundles: tuple[Path, ...],
     device: str,
     data: str | None,
+    skip_bad: bool,
     split: str,
     limit: int | None,
     threads: int,
@@ -111,6 +113,7 @@ def bench(
             bundles,
             device=device,
             data=data,
+            skip_bad=skip_bad,
             split=split,
             limit=limit,
             beam=beam,

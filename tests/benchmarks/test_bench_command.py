@@ -23,7 +23,7 @@ from rich.console import Console
 from edgecap.benchmarks import record as records
 from edgecap.benchmarks.bench import bench, choose
 from edgecap.benchmarks.report import _interval, _milliseconds, _ratio, render
-from edgecap.benchmarks.subjects import newest_bundle
+from edgecap.benchmarks.subjects import Origin, newest_bundle
 from edgecap.benchmarks.suite import Settings
 from edgecap.cli import cli
 from edgecap.runtime.errors import EdgecapError, UsageError
@@ -146,8 +146,8 @@ def text(found: dict[str, Any]) -> str:
 
 def test_without_a_bundle_the_newest_is_meant(folder: Path) -> None:
     assert newest_bundle(folder / "runs").name == "second.edgecap"
-    ((subject,), data) = choose([], [], runs=folder / "runs")
-    assert subject.name == "second" and data == DATA
+    ((subject,), origin) = choose([], [], runs=folder / "runs")
+    assert subject.name == "second" and origin == Origin(DATA, skip_bad=False)
 
 
 def test_a_folder_without_a_manifest_is_no_bundle(folder: Path, tmp_path: Path) -> None:
@@ -212,6 +212,36 @@ def test_data_whose_folder_the_bundle_does_not_know_must_be_named(tmp_path: Path
     write_gru_bundle(tmp_path / "x.edgecap", lineage={"data": "flickr8k", "passes": []})
     with pytest.raises(UsageError, match=r"was trained on flickr8k; name the data with --data \(.*flickr8k:DIR"):
         bench([tmp_path / "x.edgecap"], settings=QUICK)
+
+
+@pytest.fixture(scope="module")
+def one_broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of photos of which one in test does not decode."""
+    from edgecap.benchmarks.datasets import open_dataset
+    from edgecap.benchmarks.datasets.summary import write_sample
+
+    path = tmp_path_factory.mktemp("photos")
+    write_sample(open_dataset("scenes:train=2,val=2,test=6,size=32"), 6, path)
+    broken = sorted(path.glob("test_*.jpg"))[4]
+    broken.write_bytes(broken.read_bytes()[:300])
+    return path
+
+
+def test_a_photo_that_does_not_decode_is_one_line_before_anything_is_measured(folder: Path, one_broken: Path) -> None:
+    result = invoke(folder / "runs" / "first.edgecap", "--data", f"folder:{one_broken}")
+    assert isinstance(result.exception, UsageError)
+    said = r"1 bad example .*broken image \(truncated file\)\): .* leave these out with --skip-bad"
+    assert re.search(said, result.exception.message)
+
+
+@pytest.mark.parametrize("by", ["option", "recipe"])
+def test_bad_photos_are_left_out_when_asked_for_here_or_in_training(by: str, one_broken: Path, tmp_path: Path) -> None:
+    recipe = {"data": {"skip_bad": by == "recipe"}}
+    lineage = {"data": "folder", "checkpoint": {"recipe": recipe, "metrics": {}}, "passes": []}
+    path = tmp_path / "x.edgecap"
+    write_gru_bundle(path, lineage=lineage)
+    found = bench([path], data=f"folder:{one_broken}", skip_bad=by == "option", settings=QUICK)
+    assert found["rows"][0]["status"] == "ok" and found["data"]["photos"] == 5
 
 
 # --- the record ---------------------------------------------------------------------------------------
