@@ -40,8 +40,8 @@ def model_card(manifest: dict[str, Any]) -> str:
         "",
         "## Measured on this bundle",
         "",
-        f"On {measured['photos']:,} photos of the {measured['split']} split of {measured['data']}, which training",
-        "used to choose the checkpoint:",
+        f"On {measured['photos']:,} photos of the {measured['split']} split of {measured['data']}"
+        + (", which training\nused to choose the checkpoint:" if measured["chose_checkpoint"] else ":"),
         "",
         f"- CIDEr {cider['value']:.3f} (95% interval {cider['low']:.3f} to {cider['high']:.3f});"
         f" the {measured['reference']} reference scores {cider['reference']:.3f}",

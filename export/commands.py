@@ -14,6 +14,7 @@ from ..runtime.errors import EdgecapError, need
 @click.argument("checkpoint", required=False, type=click.Path(path_type=Path))
 @click.option("--target", required=True, metavar="TARGET", help="onnx-fp32, onnx-fp16 or onnx-int8.")
 @click.option("--data", metavar="SPEC", help="Photos for calibration and gate; default: what it was trained on.")
+@click.option("--skip-bad", is_flag=True, help="Leave bad examples out; always so where the recipe did.")
 @click.option(
     "--max-cider-drop",
     type=click.FloatRange(0),
@@ -33,6 +34,7 @@ def export(
     checkpoint: Path | None,
     target: str,
     data: str | None,
+    skip_bad: bool,
     max_cider_drop: float,
     limit: int | None,
     calibration: int,
@@ -64,6 +66,7 @@ def export(
             checkpoint,
             target=target,
             data=data,
+            skip_bad=skip_bad,
             max_cider_drop=max_cider_drop,
             limit=limit,
             calibration=calibration,

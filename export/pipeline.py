@@ -13,6 +13,7 @@ import torch
 
 from .. import __version__
 from ..benchmarks.datasets import Dataset, Example, open_dataset
+from ..benchmarks.datasets.checks import require_decodable
 from ..runtime import Captioner, write_bundle
 from ..runtime.bundle import folder_beside
 from ..runtime.errors import EdgecapError, UsageError
@@ -60,6 +61,7 @@ def export(
     *,
     target: str,
     data: str | None = None,
+    skip_bad: bool = False,
     max_cider_drop: float = 0.02,
     limit: int | None = None,
     calibration: int = 128,
@@ -70,16 +72,19 @@ def export(
 ) -> Exported:
     """Export a checkpoint (default: the newest finished run) and let the gate judge the artifact.
 
-    data: spec for calibration (train split) and gate (val split), by default the recipe's. limit: validation photos
-    for the gate. calibration: training photos. A bundle that fails is written only with `force`, and then says so.
+    data: spec for calibration (train split) and gate (val split), by default the recipe's. skip_bad: leave bad examples
+    out; always so where the recipe did. limit: validation photos for the gate. calibration: training photos. A bundle
+    that fails is written only with `force`, and then says so.
     Raises UsageError for what cannot be exported as asked, EdgecapError where the export itself goes wrong.
     """
     chosen = pick_target(target)
     loaded = load_checkpoint(_find(checkpoint, unfinished_ok), unfinished_ok=unfinished_ok)
     out = out or RUNS / f"{loaded.path.resolve().name}-{target}.edgecap"
     name = out.name.removesuffix(".edgecap")
-    dataset = open_dataset(data or loaded.recipe.data.spec, skip_bad=loaded.recipe.data.skip_bad)
+    learnt = loaded.recipe.data
+    dataset = open_dataset(data or learnt.spec, skip_bad=skip_bad or learnt.skip_bad)
     photos = _split(dataset, "val")[:limit]
+    require_decodable(photos, dataset.spec)
     calibrator = _calibration(loaded, dataset, calibration if chosen.calibrated else 1, progress)
 
     progress("graphs", 0, 2)
@@ -87,13 +92,13 @@ def export(
     golden = make_golden(loaded)
     with folder_beside(out) as scratch:
         pair = chosen.build(trunk.copy(), calibrator)
-        manifest, files = _bundle(loaded, dataset, target, chosen, name, pair, golden)
+        manifest, files = _bundle(loaded, target, chosen, name, pair, golden)
         artifact = _candidate(scratch / "artifact", manifest, files)
         exact = chosen.precision == "fp32"
         if exact:
             fp32, reference = artifact, torch_captions(loaded, artifact)
         else:
-            base = _bundle(loaded, dataset, "onnx-fp32", pick_target("onnx-fp32"), name, trunk, golden)
+            base = _bundle(loaded, "onnx-fp32", pick_target("onnx-fp32"), name, trunk, golden)
             fp32 = _candidate(scratch / "fp32", *base)
             reference = bundle_captions(fp32)
         progress("gate", 0, len(photos))
@@ -106,8 +111,10 @@ def export(
         )
         measured = result.measured
         measured |= {
-            "data": _public(dataset),
+            "data": _public_spec(dataset.spec),
+            "data_fingerprint": dataset.fingerprint,
             "split": "val",
+            "chose_checkpoint": dataset.spec == learnt.spec,  # whether training looked at these photos, too
             "reference": "torch" if exact else "onnx-fp32",
             "parity": parity(artifact, loaded, photos),
             "golden": _golden_check(artifact, chosen),
@@ -164,7 +171,7 @@ def _calibration(loaded: Checkpoint, dataset: Dataset, count: int, progress: Pro
 
 
 def _bundle(
-    loaded: Checkpoint, dataset: Dataset, target: str, chosen: Target, name: str, pair: OnnxPair, golden: Golden
+    loaded: Checkpoint, target: str, chosen: Target, name: str, pair: OnnxPair, golden: Golden
 ) -> tuple[dict[str, Any], dict[str, bytes]]:
     """The manifest and files of a bundle that has not been measured yet."""
     recipe = loaded.recipe.to_dict()
@@ -201,7 +208,6 @@ def _bundle(
         "lineage": {
             "checkpoint": {"sha256": loaded.sha256, "recipe": recipe, "metrics": _scores(loaded.metrics)},
             "data": recipe["data"]["spec"],
-            "data_fingerprint": dataset.fingerprint,
             "passes": [result.to_dict() for result in pair.passes],
         },
     }
@@ -246,10 +252,6 @@ def _public_spec(spec: str) -> str:
     """The spec without the user's folder."""
     reader = spec.partition(":")[0]
     return spec if reader == "scenes" else reader
-
-
-def _public(dataset: Dataset) -> str:
-    return _public_spec(dataset.spec)
 
 
 def _scores(metrics: dict[str, Any]) -> dict[str, Any]:

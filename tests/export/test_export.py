@@ -13,6 +13,8 @@ import pytest
 from click.testing import CliRunner
 
 from edgecap import cli
+from edgecap.benchmarks.datasets import open_dataset
+from edgecap.benchmarks.datasets.summary import write_sample
 from edgecap.benchmarks.metrics import Interval
 from edgecap.export import gate, pipeline
 from edgecap.export.golden import draw
@@ -82,6 +84,8 @@ def test_every_target_of_every_decoder(run_folder: Path, target: str, tmp_path: 
                 tensors = onnx.load(result.path / f"{part}.onnx").graph.initializer
                 assert not [t.name for t in tensors if len(t.dims) > 1 and t.data_type == onnx.TensorProto.FLOAT]
     card = (result.path / "MODEL_CARD.md").read_text()
+    assert "which training\nused to choose the checkpoint:" in card and measured["chose_checkpoint"] is True
+    assert measured["data"] == SCENES and measured["data_fingerprint"] == open_dataset(SCENES).fingerprint
     assert checkpoint.sha256 in card and f"**{measured['gate']}**" in card and str(tmp_path) not in card
 
 
@@ -122,6 +126,27 @@ def test_a_refused_bundle_is_not_left_unless_forced(tmp_path: Path, traced_once,
     assert "no bundle written" in answer.exception.message and "exceeds the limit" in answer.exception.message
     said = json.loads(answer.stdout)
     assert said["bundle"] is None and said["gate"]["verdict"] == "fail"
+
+
+def test_lineage_says_what_was_trained_on_and_measured_what_was_measured_on(tmp_path: Path, traced_once) -> None:
+    folder, other = save_run(tmp_path / "run"), tmp_path / "photos"
+    write_sample(open_dataset("scenes:train=6,val=5,test=1,size=48"), 6, other)
+    broken = sorted(other.glob("val_*.jpg"))[2]
+    broken.write_bytes(broken.read_bytes()[:300])
+    spec = f"folder:{other}"
+    with pytest.raises(UsageError, match=r"1 bad example .*truncated file.* leave these out with --skip-bad"):
+        make(folder, "onnx-fp32", tmp_path / "x.edgecap", data=spec)
+    result = make(folder, "onnx-fp32", tmp_path / "x.edgecap", data=spec, skip_bad=True)
+    manifest = Bundle.open(result.path).manifest
+    lineage, measured = manifest["lineage"], manifest["measured"]
+    assert lineage["data"] == lineage["checkpoint"]["recipe"]["data"]["spec"] == SCENES
+    assert "data_fingerprint" not in lineage
+    assert (measured["data"], measured["split"], measured["photos"]) == ("folder", "val", 4)
+    assert measured["data_fingerprint"] == open_dataset(spec, skip_bad=True).fingerprint
+    assert measured["chose_checkpoint"] is False
+    card = (result.path / "MODEL_CARD.md").read_text()
+    assert "On 4 photos of the val split of folder:" in card and "choose the checkpoint" not in card
+    assert str(other) not in json.dumps(manifest)
 
 
 def test_the_newest_finished_run_is_taken_and_named_after(tmp_path: Path, traced_once, monkeypatch) -> None:
