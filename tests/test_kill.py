@@ -30,7 +30,8 @@ KILLS = int(os.environ.get("EDGECAP_KILLS", "5"))
 SERVER = """
 import importlib, json, os, sys, traceback
 import accelerate, matplotlib.figure, onnx, onnxscript, torch.utils.tensorboard, transformers
-import edgecap.benchmarks.progress, edgecap.cli, edgecap.export.pipeline, edgecap.train.run
+import edgecap.benchmarks.progress, edgecap.cli, edgecap.export.commands, edgecap.export.pipeline
+import edgecap.train.commands, edgecap.train.run
 for line in sys.stdin:
     order = json.loads(line)
     child = os.fork()
@@ -112,7 +113,8 @@ def shell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shell]:
     shell = Shell(tmp_path_factory.mktemp("temporary"))
     yield shell
     shell.server.stdin.close()
-    shell.server.wait(30)
+    shell.server.kill()
+    shell.server.wait()
 
 
 def saying(words: str) -> Callable[[str], bool]:
