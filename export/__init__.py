@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from .. import runtime  # noqa: F401  what it sets for ONNX Runtime must be set before that is imported
+
 __all__ = ["Exported", "export"]
 
 if TYPE_CHECKING:

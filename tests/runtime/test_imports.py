@@ -39,6 +39,15 @@ def test_captioning_a_photo(bundle_path, tmp_path):
     assert "onnxruntime" in modules and not modules & HEAVY
 
 
+@pytest.mark.parametrize("room", ["runtime", "export", "benchmarks.worker"])
+def test_every_room_switches_telemetry_off(room):
+    code = f"import os, edgecap.{room}; print(os.environ['ORT_DISABLE_TELEMETRY'])"
+    kept = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    for env, said in ((kept, "1"), (kept | {"ORT_DISABLE_TELEMETRY": "0"}, "0")):
+        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == said
+
+
 def test_the_engine_reports_to_nobody(bundle_path, tmp_path):
     """ONNX Runtime 1.29+ keeps a device id and a queue of events at home, unless told not to before its import."""
     photo(0).save(tmp_path / "x.png")
