@@ -51,8 +51,8 @@ def train(
 ) -> None:
     """Train a captioner from RECIPE (a name or a TOML file) into a checkpoint folder.
 
-    Without arguments: the small default recipe on the built-in scenes, about three and a half minutes on two cores. A killed run
-    goes on with --resume, exactly where its last save left it. On several processes or GPUs:
+    Without arguments: the small default recipe on the built-in scenes, about three and a half minutes on two cores.
+    A killed run goes on with --resume, exactly where its last save left it. On several processes or GPUs:
     accelerate launch -m edgecap train ...
 
     \b
