@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from .artifact import Artifact, Source, onnx_artifact
 from .half import store_half
 
-if TYPE_CHECKING:
-    from .calibration import Calibration
-    from .trunk import OnnxPair
 
-
-def build(pair: OnnxPair, calibration: Calibration) -> OnnxPair:
+def build(source: Source) -> Artifact:
+    pair = source.trunk()
     pair.passes += [store_half(pair.encoder).on("encoder"), store_half(pair.decoder).on("decoder")]
-    return pair
+    return onnx_artifact(pair)

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from .calibration import Calibration
-    from .trunk import OnnxPair
+from .artifact import Artifact, Source, onnx_artifact
 
 
-def build(pair: OnnxPair, calibration: Calibration) -> OnnxPair:
-    return pair
+def build(source: Source) -> Artifact:
+    return onnx_artifact(source.trunk())

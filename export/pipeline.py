@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
-import torch
 
-from .. import __version__
 from ..benchmarks.datasets import Dataset, Example, open_dataset
 from ..benchmarks.datasets.checks import require_decodable
 from ..runtime import Captioner, write_bundle
@@ -22,16 +19,17 @@ from ..train.cache import load_pixels
 from ..train.checkpoint import Checkpoint, load_checkpoint
 from ..train.run import RUNS, latest_run
 from ..train.tokenizer import caption_text
+from .artifact import Artifact, BuildOptions, Source
+from .assemble import assemble, public_spec
 from .calibration import Calibration
 from .card import model_card
-from .gate import SLOWER, GateResult, bundle_captions, parity, run_gate, speed, torch_captions
-from .golden import IMAGE, LOGITS, Golden, make_golden
-from .graph import save
-from .targets import Target, pick_target
-from .trunk import OPSET_ATTENTION, OnnxPair, to_onnx
+from .gate import SLOWER, GateResult, bundle_captions, caption_all, compare, parity, speed, torch_captions
+from .golden import Golden, make_golden
+from .graph import PassResult
+from .targets import TARGETS, Target, pick_target
 
 Progress = Callable[[str, int, int], None]
-MIN_ENGINE = {18: "1.18", OPSET_ATTENTION: "1.23"}  # ONNX Runtime; 1.18 reads IR version 10
+REFERENCE = "onnx-fp32"
 SEED = 0
 
 
@@ -68,6 +66,7 @@ def export(
     out: Path | None = None,
     force: bool = False,
     unfinished_ok: bool = False,
+    options: BuildOptions | None = None,
     progress: Progress = lambda phase, done, total: None,
 ) -> Exported:
     """Export a checkpoint (default: the newest finished run) and let the gate judge the artifact.
@@ -77,65 +76,162 @@ def export(
     that fails is written only with `force`, and then says so.
     Raises UsageError for what cannot be exported as asked, EdgecapError where the export itself goes wrong.
     """
+    options = options or BuildOptions()
     chosen = pick_target(target)
     loaded = load_checkpoint(_find(checkpoint, unfinished_ok), unfinished_ok=unfinished_ok)
+    if reason := chosen.refusal(recipe_parts(loaded), options):
+        raise UsageError(f"{target} cannot be made of {loaded.path}: {reason}")
     out = out or RUNS / f"{loaded.path.resolve().name}-{target}.edgecap"
-    name = out.name.removesuffix(".edgecap")
     learnt = loaded.recipe.data
     dataset = open_dataset(data or learnt.spec, skip_bad=skip_bad or learnt.skip_bad)
     photos = _split(dataset, "val")[:limit]
     require_decodable(photos, dataset.spec)
     calibrator = _calibration(loaded, dataset, calibration if chosen.calibrated else 1, progress)
-
-    progress("graphs", 0, 2)
-    trunk = to_onnx(loaded.model, report=lambda done: progress("graphs", done, 2))
-    golden = make_golden(loaded)
     with folder_beside(out) as scratch:
-        pair = chosen.build(trunk.copy(), calibrator)
-        manifest, files = _bundle(loaded, target, chosen, name, pair, golden)
-        artifact = _candidate(scratch / "artifact", manifest, files)
-        exact = chosen.precision == "fp32"
-        if exact:
-            fp32, reference = artifact, torch_captions(loaded, artifact)
-        else:
-            base = _bundle(loaded, "onnx-fp32", pick_target("onnx-fp32"), name, trunk, golden)
-            fp32 = _candidate(scratch / "fp32", *base)
-            reference = bundle_captions(fp32)
-        progress("gate", 0, len(photos))
-        result = run_gate(
-            artifact,
-            reference,
-            photos,
-            limit=max_cider_drop,
-            progress=lambda done: progress("gate", done, len(photos)),
-        )
-        measured = result.measured
-        measured |= {
-            "data": _public_spec(dataset.spec),
-            "data_fingerprint": dataset.fingerprint,
-            "split": "val",
-            "chose_checkpoint": dataset.spec == learnt.spec,  # whether training looked at these photos, too
-            "reference": "torch" if exact else "onnx-fp32",
-            "parity": parity(artifact, loaded, photos),
-            "golden": _golden_check(artifact, chosen),
-            "graph_bytes": sum(len(content) for file, content in files.items() if file.endswith(".onnx")),
-        }
-        notes = []
-        if not exact:
-            pixels = load_pixels(photos[:1], artifact.preprocess)
-            measured["speed"] = _speed(scratch, pixels)
-            notes += _slower(target, measured["speed"])
-        for captioner in {id(c): c for c in (artifact, fp32)}.values():
-            captioner.close()
+        (scratch / "build").mkdir()
+        source = Source(loaded, calibrator, scratch / "build", options, progress)
+        job = _Job(source, target, chosen, out.name.removesuffix(".edgecap"), photos, max_cider_drop, scratch, progress)
+        try:
+            artifact = chosen.build(source)
+            result = job.gate(artifact)
+            result.measured.update(
+                job.evidence(artifact),
+                data=public_spec(dataset.spec),
+                data_fingerprint=dataset.fingerprint,
+                split="val",
+                chose_checkpoint=dataset.spec == learnt.spec,  # whether training looked at these photos, too
+            )
+        finally:
+            job.close()
+        notes = _notes(target, result.measured)
         if not result.passed and not force:
-            return Exported(None, name, target, result, tuple(notes))
+            return Exported(None, job.name, target, result, tuple(notes))
         if not result.passed:
-            measured["forced"] = True
+            result.measured["forced"] = True
+        job.write(artifact, result.measured, out)
+        return Exported(out, job.name, target, result, tuple(notes))
+
+
+@dataclass
+class _Job:
+    """One export under way: what is built is written to `scratch`, loaded as a device would, and compared."""
+
+    source: Source
+    target: str
+    chosen: Target
+    name: str
+    photos: Sequence[Example]
+    limit: float
+    scratch: Path
+    progress: Progress
+    before: list[PassResult] = field(default_factory=list)
+    opened: dict[int, Captioner] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.golden: Golden = make_golden(self.source.checkpoint)
+        self.said: list[str] | None = None
+        self.fp32: Captioner | None = None
+
+    @property
+    def exact(self) -> bool:
+        """Whether torch itself is the reference."""
+        return self.target == REFERENCE
+
+    def captioner(self, artifact: Artifact) -> Captioner:
+        """The artifact as a loaded bundle; simulated where its engine cannot run."""
+        if id(artifact) not in self.opened:
+            place = self.scratch / f"artifact{len(self.opened)}"
+            self.opened[id(artifact)] = self._load(place, (self.target, self.chosen), artifact)
+        return self.opened[id(artifact)]
+
+    def _load(self, place: Path, target: tuple[str, Target], artifact: Artifact, threads: int | None = None) -> Any:
+        if not place.exists():
+            write_bundle(place, *assemble(self.source.checkpoint, target, self.name, artifact, self.golden, []))
+        simulated = artifact.simulate() if artifact.simulate and not target[1].runs_here else None
+        return Captioner.load(place, threads=threads, verify="sizes", model=simulated)
+
+    def _reference(self, artifact: Artifact) -> list[str]:
+        """What the reference says of the photos: torch for fp32, the fp32 graphs for everything else; once."""
+        if self.said is None:
+            ours = self.captioner(artifact)
+            if self.exact:
+                batch = torch_captions(self.source.checkpoint, ours)
+            else:
+                entry = TARGETS[REFERENCE]
+                fp32 = entry.build(
+                    Source(self.source.checkpoint, self.source.calibration, self.scratch, _trunk=self.source.trunk())
+                )
+                self.fp32 = self._load(self.scratch / "fp32", (REFERENCE, entry), fp32)
+                batch = bundle_captions(self.fp32)
+            self.said = caption_all(batch, self.photos, ours.preprocess, self._counting("reference"))
+        return self.said
+
+    def _counting(self, phase: str) -> Callable[[int], None]:
+        self.progress(phase, 0, len(self.photos))
+        return lambda done: self.progress(phase, done, len(self.photos))
+
+    def gate(self, artifact: Artifact) -> GateResult:
+        """Caption the validation photos with the artifact and compare."""
+        ours = self.captioner(artifact)
+        reference = self._reference(artifact)
+        said = caption_all(bundle_captions(ours), self.photos, ours.preprocess, self._counting("gate"))
+        return compare(said, reference, self.photos, limit=self.limit)
+
+    def evidence(self, artifact: Artifact) -> dict[str, Any]:
+        """Everything else that is measured on the artifact that is to be written."""
+        ours = self.captioner(artifact)
+        measured = {
+            "reference": "torch" if self.exact else REFERENCE,
+            "parity": parity(ours, self.source.checkpoint, self.photos),
+            "golden": self._golden_check(ours),
+            "graph_bytes": artifact.graph_bytes,
+        }
+        if artifact.simulate and not self.chosen.runs_here:
+            measured["simulated"] = "the artifact's own weights, computed in torch: its engine does not run here"
+        elif not self.exact:
+            measured["speed"] = self._speed(artifact, load_pixels(self.photos[:1], ours.preprocess))
+        return measured
+
+    def _golden_check(self, ours: Captioner) -> dict[str, Any]:
+        """The golden pair must hold where the bundle is made, or it will hold nowhere."""
+        check = verify_golden(ours)
+        if not check.ok:
+            raise EdgecapError(
+                "the exported graphs do not reproduce the torch model on the golden picture "
+                f"(logit cosine {check.min_cosine:.5f}, needed {self.chosen.min_cosine:g}; same tokens: "
+                f"{'yes' if check.same_tokens else 'no'}): use a more precise target"
+            )
+        return {"min_cosine": check.min_cosine, "same_tokens": check.same_tokens}
+
+    def _speed(self, artifact: Artifact, pixels: np.ndarray) -> dict[str, Any]:
+        """The artifact and the fp32 graphs loaded once more with one thread each."""
+        ours = self.captioner(artifact).bundle.path
+        with (
+            Captioner.load(ours, threads=1, verify="sizes") as one,
+            Captioner.load(self.scratch / "fp32", threads=1, verify="sizes") as other,
+        ):
+            return speed(one, other, pixels)
+
+    def write(self, artifact: Artifact, measured: dict[str, Any], out: Path) -> None:
+        target = (self.target, self.chosen)
+        manifest, files = assemble(self.source.checkpoint, target, self.name, artifact, self.golden, self.before)
         manifest["measured"] = measured
         files["MODEL_CARD.md"] = model_card(manifest).encode()
-        measured["bytes"] = sum(map(len, files.values()))
+        measured["bytes"] = sum(
+            len(file) if isinstance(file, bytes) else file.stat().st_size for file in files.values()
+        )
         write_bundle(out, manifest, files)
-        return Exported(out, name, target, result, tuple(notes))
+
+    def close(self) -> None:
+        for captioner in (*self.opened.values(), self.fp32):
+            if captioner is not None:
+                captioner.close()
+
+
+def recipe_parts(loaded: Checkpoint) -> dict[str, str]:
+    """The kinds of encoder, bridge and decoder."""
+    recipe = loaded.recipe
+    return {"encoder": recipe.encoder.kind, "bridge": recipe.bridge["kind"], "decoder": recipe.decoder["kind"]}
 
 
 def _find(checkpoint: Path | None, unfinished_ok: bool) -> Path:
@@ -170,91 +266,13 @@ def _calibration(loaded: Checkpoint, dataset: Dataset, count: int, progress: Pro
     return Calibration(load_pixels(examples, loaded.preprocess), captions, loaded.tokens, progress)
 
 
-def _bundle(
-    loaded: Checkpoint, target: str, chosen: Target, name: str, pair: OnnxPair, golden: Golden
-) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """The manifest and files of a bundle that has not been measured yet."""
-    recipe = loaded.recipe.to_dict()
-    # What a user's folders are called is nobody's business on another machine.
-    recipe["data"]["spec"] = _public_spec(recipe["data"]["spec"])
-    source = recipe["encoder"].get("source") or ""
-    if source.startswith(("/", ".", "~")) or Path(source).exists():
-        recipe["encoder"]["source"] = Path(source).name
-    files = {f"{part}.onnx": save(getattr(pair, part)) for part in ("encoder", "decoder")}
-    files |= {"tokenizer.json": loaded.tokenizer.inner.to_str(pretty=False).encode(), **golden.files()}
-    opset = max(
-        entry.version for model in (pair.encoder, pair.decoder) for entry in model.opset_import if not entry.domain
-    )
-    manifest = {
-        "format": "edgecap",
-        "version": 1,
-        "name": name,
-        "created_with": {"edgecap": __version__, "torch": torch.__version__, "onnxruntime": ort.__version__},
-        "backend": "onnx",
-        "target": target,
-        "precision": chosen.precision,
-        "requires": {"onnxruntime": MIN_ENGINE[opset]},
-        "preprocess": loaded.preprocess.to_dict(),
-        "tokens": dict(loaded.tokens),
-        "decoding": recipe["decoding"],
-        "graphs": pair.graphs(),
-        "session": pair.session,
-        "golden": {
-            "image": IMAGE,
-            "token_ids": golden.token_ids,
-            "logits": LOGITS,
-            "tolerance": {"same_tokens": chosen.same_tokens, "min_cosine": chosen.min_cosine},
-        },
-        "lineage": {
-            "checkpoint": {"sha256": loaded.sha256, "recipe": recipe, "metrics": _scores(loaded.metrics)},
-            "data": recipe["data"]["spec"],
-            "passes": [result.to_dict() for result in pair.passes],
-        },
-    }
-    return manifest, files
-
-
-def _candidate(folder: Path, manifest: dict[str, Any], files: dict[str, bytes]) -> Captioner:
-    write_bundle(folder, manifest, files)
-    return Captioner.load(folder, verify="sizes")
-
-
-def _golden_check(artifact: Captioner, chosen: Target) -> dict[str, Any]:
-    """The golden pair must hold where the bundle is made, or it will hold nowhere."""
-    check = verify_golden(artifact)
-    if not check.ok:
-        raise EdgecapError(
-            "the exported graphs do not reproduce the torch model on the golden picture "
-            f"(logit cosine {check.min_cosine:.5f}, needed {chosen.min_cosine:g}; same tokens: "
-            f"{'yes' if check.same_tokens else 'no'}): use a more precise target"
-        )
-    return {"min_cosine": check.min_cosine, "same_tokens": check.same_tokens}
-
-
-def _speed(scratch: Path, pixels: np.ndarray) -> dict[str, Any]:
-    """Both bundles loaded once more with one thread each."""
-    with (
-        Captioner.load(scratch / "artifact", threads=1, verify="sizes") as artifact,
-        Captioner.load(scratch / "fp32", threads=1, verify="sizes") as fp32,
-    ):
-        return speed(artifact, fp32, pixels)
-
-
-def _slower(target: str, ratios: dict[str, Any]) -> list[str]:
-    slow = {part: ratios[part] for part in ("encoder", "caption") if ratios[part] < SLOWER}
-    if not slow:
-        return []
-    parts = ", ".join(f"{part} at {ratio:.2f}× its speed" for part, ratio in slow.items())
-    return [f"{target} is slower than onnx-fp32 on this CPU: {parts} (1 thread)"]
-
-
-def _public_spec(spec: str) -> str:
-    """The spec without the user's folder."""
-    reader = spec.partition(":")[0]
-    return spec if reader == "scenes" else reader
-
-
-def _scores(metrics: dict[str, Any]) -> dict[str, Any]:
-    """What the checkpoint scored and how large it is; not how long it took."""
-    best = {key: value for key, value in (metrics.get("best") or {}).items() if "seconds" not in key}
-    return {"best": best} | {key: metrics[key] for key in ("train_photos", "parameters") if key in metrics}
+def _notes(target: str, measured: dict[str, Any]) -> list[str]:
+    notes = []
+    if "simulated" in measured:
+        notes.append(f"{target} was not run: what is measured is {measured['simulated']}")
+    ratios = measured.get("speed", {})
+    slow = {part: ratios[part] for part in ("encoder", "caption") if ratios.get(part, SLOWER) < SLOWER}
+    if slow:
+        parts = ", ".join(f"{part} at {ratio:.2f}× its speed" for part, ratio in slow.items())
+        notes.append(f"{target} is slower than {REFERENCE} on this CPU: {parts} (1 thread)")
+    return notes

@@ -1,42 +1,79 @@
-"""The table of export targets: one entry and one small file each; the tests run over the table."""
+"""The table of export targets: one entry and one small file each; the tests and `edgecap targets` run over it."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from ..runtime.errors import UsageError
-from . import onnx_fp16, onnx_fp32, onnx_int8
+from ..runtime.backends import BACKENDS
+from ..runtime.errors import UsageError, need
 
 if TYPE_CHECKING:
-    from .calibration import Calibration
-    from .trunk import OnnxPair
+    from .artifact import Artifact, BuildOptions, Source
 
 
 @dataclass(frozen=True)
 class Target:
-    """precision: what the manifest says. same_tokens, min_cosine: what the golden pair asks of it on any device.
+    """backend: the runtime's engine. precision: what the manifest says. code: `module:function`, imported when used,
+    which builds the Artifact from a Source. same_tokens, min_cosine: what the golden pair asks on any device.
 
-    build takes the fp32 graphs (and may change them) and the calibration data, and returns the target's graphs.
+    packages: what building it imports, of the extra `extra`. refuses: `module:function`, called with the recipe's
+    parts ({"encoder": kind, "bridge": kind, "decoder": kind}) and the BuildOptions: why it cannot be, or None.
+    needs_system: the sys.platform that its engine runs on, "" for any.
     """
 
+    backend: str
     precision: str
     help: str
-    build: Callable[[OnnxPair, Calibration], OnnxPair]
+    code: str
     same_tokens: bool
     min_cosine: float
     calibrated: bool = False
+    packages: tuple[str, ...] = ()
+    extra: str = "export"
+    refuses: str = ""
+    needs_system: str = ""
+
+    @property
+    def runs_here(self) -> bool:
+        return not self.needs_system or sys.platform == self.needs_system
+
+    def build(self, source: Source) -> Artifact:
+        return _load(self.code)(source)
+
+    def refusal(self, parts: dict[str, str], options: BuildOptions) -> str | None:
+        """Why this captioner cannot become this target; None if it can."""
+        if options.fused and self.backend != "onnx":
+            return "--fused is for the onnx targets"
+        if options.mmproj and self.backend != "gguf":
+            return "--mmproj is for the gguf targets"
+        return _load(self.refuses)(parts, options) if self.refuses else None
+
+
+def _load(code: str) -> Callable[..., Any]:
+    module, _, function = code.partition(":")
+    return getattr(import_module(f".{module}", __package__), function)
 
 
 TARGETS: dict[str, Target] = {
-    "onnx-fp32": Target("fp32", "the torch model's arithmetic", onnx_fp32.build, True, 0.9999),
-    "onnx-fp16": Target("fp16", "weights stored in half the bytes, computed in fp32", onnx_fp16.build, False, 0.999),
-    "onnx-int8": Target("int8", "int8 weights and activations", onnx_int8.build, False, 0.95, calibrated=True),
+    "onnx-fp32": Target("onnx", "fp32", "the torch model's arithmetic", "onnx_fp32:build", True, 0.9999),
+    "onnx-fp16": Target(
+        "onnx", "fp16", "weights stored in half the bytes, computed in fp32", "onnx_fp16:build", False, 0.999
+    ),
+    "onnx-int8": Target(
+        "onnx", "int8", "int8 weights and activations", "onnx_int8:build", False, 0.95, calibrated=True
+    ),
 }
 
 
 def pick_target(name: str) -> Target:
+    """The entry of that name, once the packages that build it are there. Raises UsageError, MissingExtra."""
     if name not in TARGETS:
         raise UsageError(f"unknown target {name!r}; choices: {', '.join(TARGETS)}")
-    return TARGETS[name]
+    target = TARGETS[name]
+    for package in (*target.packages, BACKENDS[target.backend].package):
+        need(package, extra=target.extra, command=f"edgecap export --target {name}")
+    return target

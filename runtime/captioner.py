@@ -71,15 +71,17 @@ class Captioner:
         *,
         threads: int | None = None,
         verify: Literal["hash", "sizes"] = "hash",
+        model: Model | None = None,
     ) -> Captioner:
         """Open, check and load a bundle (see `Bundle.open`). threads: per operator; None: the engine chooses.
 
+        model: computes in the place of the bundle's engine.
         Raises UsageError if there is no bundle, EdgecapError if it is broken or its engine is missing or too
         old.
         """
         bundle = Bundle.open(path, verify)
         tokenizer = Tokenizer.load(bundle.read("tokenizer.json"))
-        return cls(bundle, load_model(bundle, threads=threads), tokenizer)
+        return cls(bundle, model or load_model(bundle, threads=threads), tokenizer)
 
     def session(self) -> Session:
         """A new decoding session (for one thread), for callers who do their own search."""

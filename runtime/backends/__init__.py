@@ -26,6 +26,9 @@ class Backend:
 
 BACKENDS: dict[str, Backend] = {
     "onnx": Backend("onnx:OnnxModel", package="onnxruntime", extra=None),
+    "openvino": Backend("openvino:OpenVinoModel", package="openvino", extra="openvino"),
+    "gguf": Backend("gguf:GgufModel", package="llama_cpp", extra="gguf"),
+    "coreml": Backend("coreml:CoreMLModel", package="coremltools", extra="coreml"),
 }
 
 

@@ -16,7 +16,7 @@ from edgecap import cli
 from edgecap.benchmarks.datasets import open_dataset
 from edgecap.benchmarks.datasets.summary import write_sample
 from edgecap.benchmarks.metrics import Interval
-from edgecap.export import gate, pipeline
+from edgecap.export import artifact, gate
 from edgecap.export.golden import draw
 from edgecap.export.pipeline import export
 from edgecap.export.targets import TARGETS
@@ -39,7 +39,7 @@ def run_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 def traced_once():
     """Trace each checkpoint once for all targets: tracing is most of an export's time."""
     known = {}
-    original = pipeline.to_onnx
+    original = artifact.to_onnx
 
     def to_onnx(model, *, report=lambda done: None):
         key = str(sorted((name, float(tensor.double().sum())) for name, tensor in model.state_dict().items()))
@@ -47,9 +47,9 @@ def traced_once():
             known[key] = original(model, report=report)
         return known[key].copy()
 
-    pipeline.to_onnx = to_onnx
+    artifact.to_onnx = to_onnx
     yield
-    pipeline.to_onnx = original
+    artifact.to_onnx = original
 
 
 def make(run_folder: Path, target: str, out: Path, **options):

@@ -1,0 +1,90 @@
+"""What every target starts from and what it returns: the two sides of one entry in the target table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .graph import PassResult, save
+from .trunk import OPSET_ATTENTION, OnnxPair, to_onnx
+
+if TYPE_CHECKING:
+    from ..runtime.session import Model
+    from ..train.checkpoint import Checkpoint
+    from .calibration import Calibration
+
+MIN_ENGINE = {18: "1.18", OPSET_ATTENTION: "1.23"}  # ONNX Runtime; 1.18 reads IR version 10
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What may be asked of a target beyond its name.
+
+    fused: also the whole captioner as one graph. mmproj: the encoder as a llama.cpp projector file, "f16" or "q8_0".
+    keep: layers ("encoder:NAME", "decoder:NAME") that stay at a higher precision. graphs: "encoder" and "decoder" →
+    "fp32", "int8" or "int4" where the device prefers another precision for one of them.
+    """
+
+    fused: bool = False
+    mmproj: str = ""
+    keep: frozenset[str] = frozenset()
+    graphs: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Source:
+    """A loaded checkpoint, its calibration data, and the fp32 ONNX graphs, traced when first asked for.
+
+    scratch: an empty folder for the build's temporary files.
+    """
+
+    checkpoint: Checkpoint
+    calibration: Calibration
+    scratch: Path
+    options: BuildOptions = field(default_factory=BuildOptions)
+    progress: Callable[[str, int, int], None] = lambda phase, done, total: None
+    _trunk: OnnxPair | None = None
+
+    def trunk(self) -> OnnxPair:
+        """The fp32 graphs; a fresh copy each time, to be changed at will. Raises EdgecapError if torch cannot trace."""
+        if self._trunk is None:
+            self.progress("graphs", 0, 2)
+            self._trunk = to_onnx(self.checkpoint.model, report=lambda done: self.progress("graphs", done, 2))
+        return self._trunk.copy()
+
+
+@dataclass
+class Artifact:
+    """A target's graphs and what bundle.json must say to run them.
+
+    files: graph files only, name → contents. graphs, session, requires: those parts of the manifest (session None
+    where the engine wires the graphs itself). more: further parts of the manifest. simulate: where the engine cannot
+    run here, a Model that computes in torch with the artifact's own weights, for the gate.
+    """
+
+    files: dict[str, bytes | Path]
+    graphs: dict[str, Any]
+    session: dict[str, Any] | None
+    requires: dict[str, str]
+    passes: list[PassResult]
+    more: dict[str, Any] = field(default_factory=dict)
+    simulate: Callable[[], Model] | None = None
+
+    @property
+    def graph_bytes(self) -> int:
+        return sum(len(file) if isinstance(file, bytes) else file.stat().st_size for file in self.files.values())
+
+
+def onnx_artifact(pair: OnnxPair) -> Artifact:
+    """The graphs of a pair as they are, for ONNX Runtime."""
+    models = {"encoder": pair.encoder, "decoder": pair.decoder}
+    opset = max(entry.version for model in models.values() for entry in model.opset_import if not entry.domain)
+    return Artifact(
+        files={f"{name}.onnx": save(model) for name, model in models.items()},
+        graphs=pair.graphs(),
+        session=pair.session,
+        requires={"onnxruntime": MIN_ENGINE.get(opset, MIN_ENGINE[OPSET_ATTENTION])},
+        passes=pair.passes,
+    )
