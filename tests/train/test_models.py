@@ -100,8 +100,9 @@ def test_graphs_are_the_session(kind: str) -> None:
     np.testing.assert_allclose(outputs[0].numpy(), reference, atol=2e-5)
 
 
-def test_llama_greedy_is_what_transformers_generates() -> None:
-    model, pixels = tiny_model("llama"), photos(3)
+@pytest.mark.parametrize("kind", [kind for kind in TINY if kind != "gru"])
+def test_greedy_is_what_transformers_generates(kind: str) -> None:
+    model, pixels = tiny_model(kind), photos(3)
     options = DecodeOptions(max_length=8)
     ours = decode(model.session(), pixels, options, eos_id=39)
     with torch.no_grad():
@@ -115,14 +116,23 @@ def test_llama_greedy_is_what_transformers_generates() -> None:
         assert len(mine[0].token_ids) == min(8, len(line))
 
 
+@pytest.mark.parametrize("kind", [kind for kind in TINY if kind != "gru"])
+def test_more_positions_than_the_decoder_has_are_one_line(kind: str) -> None:
+    model = tiny_model(kind)
+    with pytest.raises(UsageError, match=r"max_positions = 256 is too few for 4 photo and 253 caption positions"):
+        model(torch.ones(1, 1, 253, dtype=torch.long), pixels=torch.from_numpy(photos(1)))
+
+
 def test_wrong_parts_are_one_line() -> None:
     parts = {"encoder": ENCODER, "bridge": {"kind": "linear"}, "decoder": {"kind": "gru"}}
     for part, options, message in [
         ("decoder", {"kind": "gru", "layers": 3}, "layers"),
-        ("decoder", {"kind": "lstm9"}, "choices: gru"),
+        ("decoder", {"kind": "lstm9"}, "choices: gpt2, gru"),
         ("decoder", {"kind": "gru", "heads": 7}, "must divide"),
         ("decoder", {"kind": "gru", "heads": 0}, "recipe .decoder."),
         ("decoder", {"kind": "gru", "hidden": -3}, "recipe .decoder."),
+        ("decoder", {"kind": "gpt2", "dim": 32, "heads": 5}, "heads must divide dim"),
+        ("decoder", {"kind": "gpt2", "dim": 32, "heads": 4, "kv_heads": 2}, "kv_heads"),
         ("decoder", {"kind": "gru", "heads": 2.0}, "heads = 2.0 must be a whole number"),
         ("encoder", {"kind": "mobilenet_v2", "config": {"wings": 2}}, "wings"),
         ("encoder", {"kind": "mobilenet_v2", "config": {"depth_multiplier": "x"}}, "encoder.config.*depth_multiplier"),

@@ -6,6 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 from .gru import GRUDecoder
-from .llama import LlamaDecoder
+from .language_model import GPT2Decoder, LlamaDecoder, OPTDecoder
 
-DECODERS: dict[str, Callable[..., Any]] = {"gru": GRUDecoder, "llama": LlamaDecoder}
+DECODERS: dict[str, Callable[..., Any]] = {
+    "gru": GRUDecoder,
+    "llama": LlamaDecoder,
+    "gpt2": GPT2Decoder,
+    "opt": OPTDecoder,
+}

@@ -1,52 +1,38 @@
-"""A small llama as decoder: the photo is a prefix of embeddings in front of the words, state is the KV cache."""
+"""Causal language models of transformers as decoders: the photo is a prefix of embeddings in front of the words."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
+from ...runtime.errors import UsageError
 
-class LlamaDecoder(nn.Module):
-    """Photo memory [N, L, D] is projected to L prefix embeddings; then words, next-token logits.
+COMMON = {"tie_word_embeddings": True, "bos_token_id": None, "eos_token_id": None, "attn_implementation": "sdpa"}
 
-    dim: hidden size; layers; heads / kv_heads: query and key-value heads (grouped-query attention); ffn: MLP size.
+
+class LanguageModelDecoder(nn.Module):
+    """Photo memory [N, L, D] is projected to L prefix embeddings; then BOS and words; the state is the KV cache.
+
+    What the kinds share; each sets `lm`, transformers' model with tied embeddings and random weights.
+    dim: hidden size; layers; heads / kv_heads: query and key-value heads; max_positions: of prefix and
+    caption together.
     """
 
     memory_kind = "prefix"
+    lm: nn.Module
 
-    def __init__(
-        self,
-        memory_dim: int,
-        vocab_size: int,
-        *,
-        dim: int = 192,
-        layers: int = 4,
-        heads: int = 6,
-        kv_heads: int = 2,
-        ffn: int = 512,
-        dropout: float = 0.1,
-        max_positions: int = 256,
-    ) -> None:
+    def __init__(self, memory_dim: int, dim: int, layers: int, heads: int, kv_heads: int, max_positions: int) -> None:
         super().__init__()
-        from transformers import LlamaConfig, LlamaForCausalLM
-
+        if dim % heads or heads % kv_heads:
+            raise ValueError(f"heads must divide dim ({heads}, {dim}), and kv_heads heads ({kv_heads}, {heads})")
         self.project = nn.Linear(memory_dim, dim)
-        config = LlamaConfig(
-            vocab_size=vocab_size,
-            hidden_size=dim,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=kv_heads,
-            intermediate_size=ffn,
-            max_position_embeddings=max_positions,
-            attention_dropout=dropout,
-            tie_word_embeddings=True,
-            bos_token_id=None,
-            eos_token_id=None,
-            attn_implementation="sdpa",
-        )
-        self.lm = LlamaForCausalLM(config)
-        self.dim, self.layers, self.kv_heads, self.head_dim = dim, layers, kv_heads, dim // heads
+        self.dim, self.layers, self.heads, self.kv_heads, self.head_dim = dim, layers, heads, kv_heads, dim // heads
+        self.max_positions = max_positions
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        """The word embedding [V, dim], which is the output layer, too."""
+        return self.lm.get_input_embeddings()
 
     def photo(self, memory: Tensor) -> dict[str, Tensor]:
         """Everything that is computed once per photo: prefix [N, L, dim]."""
@@ -56,9 +42,12 @@ class LlamaDecoder(nn.Module):
         """Teacher forcing: memory [N, L, D], input ids [N, C, T] → logits [N, C, T, V]; with `keep` [N, C, T], those
         positions only: [K, V]."""
         n, captions, length = ids.shape
+        if memory.shape[1] + length > self.max_positions:
+            need = f"{memory.shape[1]} photo and {length} caption positions"
+            raise UsageError(f"recipe [decoder]: max_positions = {self.max_positions} is too few for {need}")
         prefix = self.photo(memory)["prefix"].repeat_interleave(captions, dim=0)  # [N·C, L, dim]
-        words = self.lm.model.embed_tokens(ids.flatten(0, 1))  # [N·C, T, dim]
-        hidden = self.lm.model(inputs_embeds=torch.cat((prefix, words), 1), use_cache=False).last_hidden_state
+        words = self.embedding(ids.flatten(0, 1))  # [N·C, T, dim]
+        hidden = self.lm.base_model(inputs_embeds=torch.cat((prefix, words), 1), use_cache=False).last_hidden_state
         hidden = hidden[:, prefix.shape[1] :].unflatten(0, (n, captions))  # [N, C, T, dim]
         return self.lm.lm_head(hidden if keep is None else hidden[keep])
 
@@ -69,12 +58,13 @@ class LlamaDecoder(nn.Module):
         → logits of the last position [B, V], present."""
         from transformers import DynamicCache
 
-        embeds = torch.cat((prefix, self.lm.model.embed_tokens(ids)), dim=1)  # [B, P + T, dim]
+        embeds = torch.cat((prefix, self.embedding(ids)), dim=1)  # [B, P + T, dim]
         start = past[0][0].shape[2]
-        # One row of positions per caption: ONNX Runtime's RotaryEmbedding does not broadcast.
+        # Given, not left to the model: OPT would count them from the mask. One row of positions per caption: ONNX
+        # Runtime's RotaryEmbedding does not broadcast.
         positions = (torch.arange(embeds.shape[1], device=embeds.device) + start).expand(embeds.shape[0], -1)
         mask = torch.ones(embeds.shape[0], start + embeds.shape[1], dtype=torch.long, device=embeds.device)
-        out = self.lm.model(
+        out = self.lm.base_model(
             inputs_embeds=embeds,
             attention_mask=mask,
             position_ids=positions,
@@ -146,6 +136,106 @@ class LlamaDecoder(nn.Module):
         """The decoder graph's forward: prefill (past length 0) and step in one."""
         logits, present = self.run(prefix, ids, list(zip(past[0::2], past[1::2], strict=True)))
         return logits, *(tensor for pair in present for tensor in pair)
+
+
+class LlamaDecoder(LanguageModelDecoder):
+    """A small llama (Touvron et al. 2023, arXiv:2302.13971): rotary positions, grouped-query attention, SwiGLU."""
+
+    def __init__(
+        self,
+        memory_dim: int,
+        vocab_size: int,
+        *,
+        dim: int = 192,
+        layers: int = 4,
+        heads: int = 6,
+        kv_heads: int = 2,
+        ffn: int = 512,
+        dropout: float = 0.1,
+        max_positions: int = 256,
+    ) -> None:
+        super().__init__(memory_dim, dim, layers, heads, kv_heads, max_positions)
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        config = LlamaConfig(
+            vocab_size=vocab_size,
+            hidden_size=dim,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            intermediate_size=ffn,
+            max_position_embeddings=max_positions,
+            attention_dropout=dropout,
+            **COMMON,
+        )
+        self.lm = LlamaForCausalLM(config)
+
+
+class GPT2Decoder(LanguageModelDecoder):
+    """A small GPT-2 (Radford et al. 2019): learnt positions, added to the prefix as to the words."""
+
+    def __init__(
+        self,
+        memory_dim: int,
+        vocab_size: int,
+        *,
+        dim: int = 192,
+        layers: int = 4,
+        heads: int = 6,
+        ffn: int = 768,
+        dropout: float = 0.1,
+        max_positions: int = 256,
+    ) -> None:
+        super().__init__(memory_dim, dim, layers, heads, heads, max_positions)
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        config = GPT2Config(
+            vocab_size=vocab_size,
+            n_embd=dim,
+            n_layer=layers,
+            n_head=heads,
+            n_inner=ffn,
+            n_positions=max_positions,
+            embd_pdrop=dropout,
+            resid_pdrop=dropout,
+            attn_pdrop=dropout,
+            **COMMON,
+        )
+        self.lm = GPT2LMHeadModel(config)
+
+
+class OPTDecoder(LanguageModelDecoder):
+    """A small OPT (Zhang et al. 2022, arXiv:2205.01068): learnt positions behind an offset of two, ReLU."""
+
+    def __init__(
+        self,
+        memory_dim: int,
+        vocab_size: int,
+        *,
+        dim: int = 192,
+        layers: int = 4,
+        heads: int = 6,
+        ffn: int = 768,
+        dropout: float = 0.1,
+        max_positions: int = 256,
+    ) -> None:
+        super().__init__(memory_dim, dim, layers, heads, heads, max_positions)
+        from transformers import OPTConfig, OPTForCausalLM
+
+        config = OPTConfig(
+            vocab_size=vocab_size,
+            hidden_size=dim,
+            word_embed_proj_dim=dim,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            ffn_dim=ffn,
+            max_position_embeddings=max_positions,
+            dropout=dropout,
+            attention_dropout=dropout,
+            pad_token_id=None,  # by default id 1, which is our BOS and would never be learnt
+            **COMMON,
+        )
+        self.lm = OPTForCausalLM(config)
 
 
 def _stack(present: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
