@@ -14,6 +14,7 @@ ROOMS = {
     "train": ("train.commands", "train", "Train a captioner into a checkpoint folder."),
     "eval": ("train.commands", "evaluate", "Score a checkpoint in torch."),
     "export": ("export.commands", "export", "Turn a checkpoint into a bundle, and measure what that cost."),
+    "targets": ("export.commands", "targets", "List what can be exported to, and which captioners fit."),
     "caption": ("runtime.commands", "caption", "Caption photos with a bundle."),
     "inspect": ("runtime.commands", "inspect", "Say what a bundle is and what it cost."),
     "verify": ("runtime.commands", "verify", "Check a bundle on this device."),

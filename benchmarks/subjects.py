@@ -57,10 +57,9 @@ def bundle_subject(path: Path, *, beam: int | None = None) -> tuple[Subject, Ori
 
     bundle = Bundle.open(path, verify="sizes")
     manifest = bundle.manifest
-    graphs = {graph["file"] for graph in manifest.get("graphs", {}).values()}
     facts = {
         "sha256": bundle.sha256,
-        "bytes": {"total": bundle.bytes, "graphs": sum(manifest["files"][name]["bytes"] for name in graphs)},
+        "bytes": {"total": bundle.bytes, "graphs": graph_bytes(manifest)},
         "target": manifest.get("target"),
         "precision": manifest.get("precision"),
         "created_with": dict(manifest.get("created_with", {})),
@@ -73,6 +72,17 @@ def bundle_subject(path: Path, *, beam: int | None = None) -> tuple[Subject, Ori
     data = lineage.get("checkpoint", {}).get("recipe", {}).get("data", {})
     skip_bad = isinstance(data, Mapping) and data.get("skip_bad") is True
     return subject, Origin(lineage["data"], skip_bad) if lineage.get("data") else None
+
+
+def graph_bytes(manifest: Mapping[str, Any]) -> int:
+    """Bytes of a bundle's encoder and decoder; a graph may be one file, two, or a folder of files."""
+    graphs = [graph for name, graph in manifest.get("graphs", {}).items() if name in ("encoder", "decoder")]
+    places = {place for graph in graphs for place in (graph["file"], graph.get("weights")) if place}
+    return sum(
+        entry["bytes"]
+        for name, entry in manifest["files"].items()
+        if name in places or any(name.startswith(f"{place}/") for place in places)
+    )
 
 
 def peer_subject(spec: str, decoding: Mapping[str, Any]) -> Subject:

@@ -12,7 +12,7 @@ from ..runtime.errors import EdgecapError, need
 
 @click.command()
 @click.argument("checkpoint", required=False, type=click.Path(path_type=Path))
-@click.option("--target", required=True, metavar="TARGET", help="onnx-fp32, onnx-fp16 or onnx-int8.")
+@click.option("--target", required=True, metavar="TARGET", help="What to make: see edgecap targets.")
 @click.option("--data", metavar="SPEC", help="Photos for calibration and gate; default: what it was trained on.")
 @click.option("--skip-bad", is_flag=True, help="Leave bad examples out; always so where the recipe did.")
 @click.option(
@@ -81,3 +81,26 @@ def export(
         show(result)
     if result.path is None:
         raise EdgecapError(f"no bundle written: {result.gate.reason} (or --force)")
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="The table as JSON.")
+@click.option("--markdown", is_flag=True, help="The table as Markdown, as in the docs.")
+def targets(as_json: bool, markdown: bool) -> None:
+    """List the export targets: what each is, whether it runs here, and which captioners it can hold.
+
+    \b
+    Examples:
+      edgecap targets
+      edgecap targets --json
+    """
+    need("torch", extra="export", command="edgecap targets")
+    from .support import as_markdown, show_targets, support
+
+    rows = support()
+    if as_json:
+        click.echo(json.dumps({"targets": [row.to_dict() for row in rows]}, indent=1))
+    elif markdown:
+        click.echo(as_markdown(rows))
+    else:
+        show_targets(rows)
