@@ -20,7 +20,8 @@ def quantize_embeddings(model: onnx.ModelProto) -> PassResult:
     """
     graph = Graph(model)
     shared = separate = 0
-    for gather in [node for node in model.graph.node if node.op_type == "Gather"]:
+    for name in [node.output[0] for node in model.graph.node if node.op_type == "Gather"]:
+        gather = graph.producer[name]  # looked up each time: replacing one node copies all others
         source, axis = gather.input[0], attribute(gather, "axis", 0)
         producer = graph.producer.get(source)
         if producer is not None and producer.op_type == "DequantizeLinear" and producer.input[0] in graph.initializers:
@@ -38,18 +39,17 @@ def quantize_embeddings(model: onnx.ModelProto) -> PassResult:
             table = graph.set_constant(f"{source}_int8", whole)
             scales = graph.set_constant(f"{source}_scales", rounded.scales[0])
             separate += 1
-        out = gather.output[0]
         new = [
-            helper.make_node("Gather", [table, gather.input[1]], [f"{out}_int8"], name=f"{out}_gather", axis=axis),
-            helper.make_node("Cast", [f"{out}_int8"], [f"{out}_steps"], name=f"{out}_cast", to=TensorProto.FLOAT),
-            helper.make_node("Gather", [scales, gather.input[1]], [f"{out}_scale"], name=f"{out}_scales", axis=0),
+            helper.make_node("Gather", [table, gather.input[1]], [f"{name}_int8"], name=f"{name}_gather", axis=axis),
+            helper.make_node("Cast", [f"{name}_int8"], [f"{name}_steps"], name=f"{name}_cast", to=TensorProto.FLOAT),
+            helper.make_node("Gather", [scales, gather.input[1]], [f"{name}_scale"], name=f"{name}_scales", axis=0),
         ]
-        scale = f"{out}_scale"
+        scale = f"{name}_scale"
         if axis == 0:  # fetched [*ids, dim], scales [*ids]
             minus = graph.set_constant("last_axis", np.array([-1], np.int64))
-            new.append(helper.make_node("Unsqueeze", [scale, minus], [f"{scale}s"], name=f"{out}_unsqueeze"))
+            new.append(helper.make_node("Unsqueeze", [scale, minus], [f"{scale}s"], name=f"{name}_unsqueeze"))
             scale = f"{scale}s"
-        new.append(helper.make_node("Mul", [f"{out}_steps", scale], [out], name=f"{out}_scaled"))
+        new.append(helper.make_node("Mul", [f"{name}_steps", scale], [name], name=f"{name}_scaled"))
         graph.replace([gather], new)
     graph.prune()
     return PassResult(NAME, cost={"shared_with_output_layer": shared, "rounded": separate})
