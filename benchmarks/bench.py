@@ -13,20 +13,21 @@ from ..devices import get_profile, require_reachable
 from ..runtime.errors import UsageError
 from .quality import Photo, split_photos
 from .record import build, machine_load
-from .subjects import Origin, Subject, bundle_subject, newest_bundle, peer_subject, unique_names
+from .subjects import Origin, Subject, bundle_subject, newest_bundle, peer_subject, unique_names, ways
 from .suite import Progress, Settings, run
 
 
 def choose(
-    bundles: Sequence[Path], peers: Sequence[str], *, beam: int | None = None, runs: Path = Path("runs")
+    bundles: Sequence[Path], peers: Sequence[str], *, beams: Sequence[int] = (), runs: Path = Path("runs")
 ) -> tuple[list[Subject], Origin | None]:
     """The subjects in the order given, bundles first, and the data of the first lineage that names some.
 
-    Without bundles, the newest one under `runs`. Peers decode with the first bundle's options. Raises
-    EdgecapError.
+    Without bundles, the newest one under `runs`. beams: every bundle once with each of them. A bundle that also holds
+    the whole captioner as one graph is a second subject run that way. Peers decode with the first bundle's options.
+    Raises EdgecapError.
     """
-    found = [bundle_subject(path, beam=beam) for path in bundles or [newest_bundle(runs)]]
-    subjects = [subject for subject, _ in found]
+    found = [bundle_subject(path, beam=beam) for path in bundles or [newest_bundle(runs)] for beam in beams or [None]]
+    subjects = [way for subject, _ in found for way in ways(subject, several_beams=len(set(beams)) > 1)]
     subjects += [peer_subject(spec, subjects[0].decoding) for spec in peers]
     return unique_names(subjects), next((origin for _, origin in found if origin), None)
 
@@ -39,7 +40,7 @@ def bench(
     skip_bad: bool = False,
     split: str = "test",
     limit: int | None = None,
-    beam: int | None = None,
+    beams: Sequence[int] = (),
     peers: Sequence[str] = (),
     settings: Settings | None = None,
     runs: Path = Path("runs"),
@@ -48,7 +49,8 @@ def bench(
     """Measure bundles and peers on this machine and return the record (see record.build).
 
     data: a data spec, by default the one in the lineage of the first bundle. skip_bad: leave bad examples out; always
-    so where the bundle's recipe did. limit: photos, by default the whole split. beam: replaces what the bundles say.
+    so where the bundle's recipe did. limit: photos, by default the whole split. beams: replace what the bundles say,
+    each bundle once with each.
     Raises EdgecapError for anything that cannot be measured as asked; a subject that fails while it is measured is a
     row that says so.
     """
@@ -57,7 +59,7 @@ def bench(
 
     profile = get_profile(device)
     require_reachable(profile)
-    subjects, origin = choose(bundles, peers, beam=beam, runs=runs)
+    subjects, origin = choose(bundles, peers, beams=beams, runs=runs)
     spec = data or (origin and origin.spec)
     if not spec:
         raise UsageError(f"{subjects[0].path} does not say what data it was trained on: name some with --data")

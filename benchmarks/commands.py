@@ -67,7 +67,9 @@ def data(spec: str, skip_bad: bool, verify: bool, sample: int | None, out: Path 
 @click.option("--split", default="test", show_default=True, help="The split to caption.")
 @click.option("--limit", type=click.IntRange(1), help="Caption only the first N photos of the split.")
 @click.option("--threads", type=click.IntRange(1, 1024), default=1, show_default=True, help="Of each subject.")
-@click.option("--beam", type=click.IntRange(1, 64), help="Replace the bundles' own; 1 is greedy.")
+@click.option(
+    "--beam", "beams", multiple=True, type=click.IntRange(1, 64), help="Replace the bundles' own; may be given twice."
+)
 @click.option("--rounds", type=click.IntRange(10), default=20, show_default=True, help="Interleaved rounds, A B A B …")
 @click.option("--peer", "peers", multiple=True, metavar="KIND:PATH", help="Measure this too: torch:CHECKPOINT.")
 @click.option("--json", "json_file", metavar="FILE", help="Write the whole record here; - is stdout.")
@@ -80,7 +82,7 @@ def bench(
     split: str,
     limit: int | None,
     threads: int,
-    beam: int | None,
+    beams: tuple[int, ...],
     rounds: int,
     peers: tuple[str, ...],
     json_file: str | None,
@@ -116,7 +118,7 @@ def bench(
             skip_bad=skip_bad,
             split=split,
             limit=limit,
-            beam=beam,
+            beams=beams,
             peers=peers,
             settings=Settings(threads=threads, rounds=rounds),
             progress=bars,

@@ -17,6 +17,8 @@ STAGES = {
     "encode": "everything done once per photo before the first token's step: the encoder graph",
     "first_token": "the decoder's first step (BOS and prompt), after encode",
     "next_token": "each further token: the decoder's step and the search around it",
+    "decode": "everything after encode: first token, further tokens, search",
+    "picture_to_text": "a decoded picture of its own size → text: resize, encode, decode",
     "end_to_end": "JPEG file → text, through the same call an app makes",
 }
 

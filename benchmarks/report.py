@@ -18,6 +18,8 @@ LABELS = {
     "encode": "encode",
     "first_token": "first token",
     "next_token": "per further token",
+    "decode": "decode",
+    "picture_to_text": "picture → text",
     "end_to_end": "JPEG → text",
 }
 
@@ -195,6 +197,11 @@ def _notes(record: Mapping[str, Any]) -> Iterator[str]:
         imports = ", ".join(name.partition(".")[0] for name in reference["imports"])
         peak = f" and {_mb(reference['peak_rss'])} MB" if reference["peak_rss"] else ""
         yield f"imports: a process that only imports {imports}: {reference['seconds']:.2f} s{peak}"
+    for row in rows:
+        ratios = row.get("times_encode") or {}
+        if ratios:
+            decode, whole = (_ratio(ratios.get(stage)) for stage in ("decode", "picture_to_text"))
+            yield f"{row['name']}: × its encoder's time: decode {decode}, picture → text {whole}"
     beams = {row["name"]: row["decoding"].get("beam") for row in rows}
     if len(set(beams.values())) > 1:
         yield "beam: " + ", ".join(f"{name} {beam}" for name, beam in beams.items())

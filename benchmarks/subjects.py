@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,10 @@ class Subject:
     command: tuple[str, ...]  # argv of the worker
     decoding: Mapping[str, Any] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)  # sha256, bytes, target, precision, …
+    fused: bool = False  # run by the one graph that holds the whole captioner
 
     def load_request(self, threads: int) -> dict[str, Any]:
-        return {"path": str(self.path), "threads": threads, "decoding": dict(self.decoding)}
+        return {"path": str(self.path), "threads": threads, "decoding": dict(self.decoding), "fused": self.fused}
 
 
 def newest_bundle(folder: Path = Path("runs")) -> Path:
@@ -63,6 +64,7 @@ def bundle_subject(path: Path, *, beam: int | None = None) -> tuple[Subject, Ori
         "target": manifest.get("target"),
         "precision": manifest.get("precision"),
         "created_with": dict(manifest.get("created_with", {})),
+        "fused": "fused" in manifest.get("graphs", {}),
         "checkpoint_sha256": manifest.get("lineage", {}).get("checkpoint", {}).get("sha256"),
     }
     decoding = dict(manifest["decoding"]) | ({} if beam is None else {"beam": beam})
@@ -72,6 +74,14 @@ def bundle_subject(path: Path, *, beam: int | None = None) -> tuple[Subject, Ori
     data = lineage.get("checkpoint", {}).get("recipe", {}).get("data", {})
     skip_bad = isinstance(data, Mapping) and data.get("skip_bad") is True
     return subject, Origin(lineage["data"], skip_bad) if lineage.get("data") else None
+
+
+def ways(subject: Subject, *, several_beams: bool) -> list[Subject]:
+    """The subject, and the same run by its one-graph form where it has one; their names say what tells them apart."""
+    name = subject.name + (f" beam {subject.decoding.get('beam', 1)}" if several_beams else "")
+    subject = replace(subject, name=name)
+    fused = [replace(subject, name=f"{name} fused", fused=True)] if subject.facts.get("fused") else []
+    return [subject, *fused]
 
 
 def graph_bytes(manifest: Mapping[str, Any]) -> int:
@@ -114,7 +124,6 @@ def unique_names(subjects: Sequence[Subject]) -> list[Subject]:
     enough.
     """
     from collections import Counter
-    from dataclasses import replace
 
     count = Counter(s.name for s in subjects)
     longer = [replace(s, name=f"{s.path.resolve().parent.name}/{s.name}") if count[s.name] > 1 else s for s in subjects]

@@ -228,6 +228,18 @@ def _speedups(other: Row, row: Row) -> dict[str, Any]:
     return result
 
 
+def _times_encode(row: Row) -> dict[str, Any]:
+    """How many times the encoder's own time decoding and the whole way from picture to text take."""
+    encode = _stage_rounds(row, "encode")
+    result = {}
+    for stage in ("decode", "picture_to_text"):
+        pairs = [(middle(a), middle(b)) for a, b in zip(_stage_rounds(row, stage), encode, strict=True) if a and b]
+        if len(pairs) >= 2:
+            a, b = zip(*pairs, strict=True)
+            result[stage] = speedup(a, b).to_dict()
+    return result
+
+
 def _results(rows: Sequence[Row], photos: Sequence[Photo], reference: dict[str, Any]) -> list[dict[str, Any]]:
     """The record's rows. Captions are compared with those of the first subject that ran through."""
     first = next(iter(_alive(rows)), None)
@@ -258,6 +270,7 @@ def _results(rows: Sequence[Row], photos: Sequence[Photo], reference: dict[str, 
                 "facts": facts,
                 "latency": _latency(row),
                 "speedup": speedups,  # times faster than each other subject, by its name and the stage
+                "times_encode": _times_encode(row),
                 "memory": _memory(row, reference),
                 "cold_start": _cold_start(row, reference),
                 "quality": quality,

@@ -8,7 +8,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from ...runtime.errors import need
-from ..worker import serve, special_ids, versions
+from ..worker import decoded, serve, special_ids, versions
 
 if TYPE_CHECKING:
     import numpy as np
@@ -65,6 +65,9 @@ class TorchEngine:
     def pixels(self, photo: str) -> np.ndarray:
         return self._checkpoint.preprocess.load(photo)[None]  # [1, H, W, 3]
 
+    def picture(self, photo: str) -> Any:
+        return decoded(photo)
+
     def session(self) -> Any:
         return SplitSession(self._checkpoint.model.session())
 
@@ -73,8 +76,8 @@ class TorchEngine:
             found = self._search(session, pixels, self._options, eos_id=self._eos, suppress=self._suppress)
         return found[0][0]
 
-    def caption(self, photo: str) -> dict[str, Any]:
-        best = self.decode(self.session(), self.pixels(photo))
+    def caption(self, photo: Any) -> dict[str, Any]:
+        best = self.decode(self.session(), self._checkpoint.preprocess.load(photo)[None])
         text = self._checkpoint.tokenizer.decode(best.token_ids)
         return {"text": text, "logprob": best.logprob, "tokens": len(best.token_ids)}
 

@@ -52,6 +52,9 @@ class Fake:
         self._fail("pixels")
         return np.zeros((1, 2, 2, 3), np.uint8)
 
+    def picture(self, photo: str) -> str:
+        return photo
+
     def session(self) -> Any:
         return self
 

@@ -36,7 +36,7 @@ QUICK = Settings(rounds=3, min_runs=6, min_seconds=0.01, warmup=2, cold_starts=1
 STATS = {"runs": int, "p50": float, "p90": float, "p99": float, "min": float, "mean": float}
 RATIO = {"ratio": float, "low": float, "high": float, "rounds": int, "level": float}
 INTERVAL = {"mean": float, "low": float, "high": float, "level": float}
-STAGES = ("preprocess", "encode", "first_token", "next_token", "end_to_end")
+STAGES = ("preprocess", "encode", "first_token", "next_token", "decode", "picture_to_text", "end_to_end")
 MAYBE = (int, float, type(None))
 QUALITY = {
     "photos": int,
@@ -60,6 +60,7 @@ ROW = {
     "facts": dict,
     "latency": {"load": STATS, **dict.fromkeys(STAGES, STATS), "tokens_per_caption": float},
     "speedup": dict,
+    "times_encode": {"decode": RATIO, "picture_to_text": RATIO},
     "memory": {"peak_rss": MAYBE, "over_idle": MAYBE},
     "cold_start": {
         "seconds": float,
@@ -128,7 +129,7 @@ def record(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     """One run over both bundles and a peer whose checkpoint is none."""
     nothing = tmp_path_factory.mktemp("no-checkpoint")
     bundles = [folder / "runs" / "first.edgecap", folder / "runs" / "second.edgecap"]
-    return bench(bundles, beam=2, peers=[f"torch:{nothing}"], settings=QUICK)
+    return bench(bundles, beams=[2], peers=[f"torch:{nothing}"], settings=QUICK)
 
 
 def invoke(*arguments: str | Path) -> Result:
@@ -159,13 +160,13 @@ def test_a_folder_without_a_manifest_is_no_bundle(folder: Path, tmp_path: Path) 
 def test_the_beam_that_is_asked_for_replaces_every_bundle_s_own(folder: Path) -> None:
     path = folder / "runs" / "first.edgecap"
     (own,), _ = choose([path], [])
-    (asked,), _ = choose([path], [], beam=3)
+    (asked,), _ = choose([path], [], beams=[3])
     assert own.decoding["beam"] == 1
     assert asked.decoding == {**own.decoding, "beam": 3}
 
 
 def test_peers_decode_as_the_first_bundle_does(folder: Path) -> None:
-    subjects, _ = choose([folder / "runs" / "first.edgecap"], [f"torch:{folder}"], beam=2)
+    subjects, _ = choose([folder / "runs" / "first.edgecap"], [f"torch:{folder}"], beams=[2])
     assert subjects[1].decoding == subjects[0].decoding
 
 
