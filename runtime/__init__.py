@@ -10,6 +10,7 @@ print(caption.text, caption.logprob)
 from __future__ import annotations
 
 import os
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,9 @@ from .errors import EdgecapError, MissingExtra, UsageError
 # Official builds of ONNX Runtime ≥ 1.29 send telemetry to Microsoft (sessions, hashes of models, a device id that they
 # keep on disk). Nothing here may do that unasked; what the user has set stays. It counts before the first import only.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+# OpenVINO and NNCF report their imports and conversions to Google Analytics through this package, which knows no such
+# variable; where it cannot be imported they do without.
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 if TYPE_CHECKING:
     from .backends import BACKENDS, load_model

@@ -174,6 +174,7 @@ _SESSION = _object(
     {"ids": _object({"input": _text, "rank": _integer(1, 2)}), "logits": _text},
     {
         "photo_index": _text,
+        "beam_idx": _text,
         "photo": _mapping(_text),
         "state": _list(_object({"input": _text, "output": _text, "init": _text})),
         "prefix": _object({"input": _text, "from": _text, "dim": _SIZE}),
@@ -292,7 +293,7 @@ def decoder_inputs(session: dict[str, Any]) -> list[str]:
     """The decoder inputs that the session's roles feed, in no particular order."""
     names = [session["ids"]["input"], *session.get("photo", {})]
     names += [entry["input"] for entry in [*session.get("state", []), *session.get("kv", [])]]
-    names += [session["photo_index"]] if "photo_index" in session else []
+    names += [session[key] for key in ("photo_index", "beam_idx") if key in session]
     return names + ([session["prefix"]["input"]] if "prefix" in session else [])
 
 
