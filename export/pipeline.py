@@ -90,7 +90,7 @@ def export(
     with folder_beside(out) as scratch:
         (scratch / "build").mkdir()
         source = Source(loaded, calibrator, scratch / "build", options, progress)
-        job = _Job(source, target, chosen, out.name.removesuffix(".edgecap"), photos, max_cider_drop, scratch, progress)
+        job = Job(source, target, chosen, out.name.removesuffix(".edgecap"), photos, max_cider_drop, scratch, progress)
         try:
             artifact = chosen.build(source)
             result = job.gate(artifact)
@@ -113,7 +113,7 @@ def export(
 
 
 @dataclass
-class _Job:
+class Job:
     """One export under way: what is built is written to `scratch`, loaded as a device would, and compared."""
 
     source: Source
