@@ -14,7 +14,7 @@ import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .errors import EdgecapError, MissingExtra, UsageError
+from .errors import BundleError, EdgecapError, MissingExtra, UsageError
 
 # Official builds of ONNX Runtime ≥ 1.29 send telemetry to Microsoft (sessions, hashes of models, a device id that they
 # keep on disk). Nothing here may do that unasked; what the user has set stays. It counts before the first import only.
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BACKENDS",
     "Bundle",
+    "BundleError",
     "Caption",
     "Captioner",
     "DecodeOptions",

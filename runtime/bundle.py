@@ -1,9 +1,10 @@
-"""The bundle on disk: opened only if whole and untouched, written all at once or not at all."""
+"""The bundle on disk: opened only if whole, untouched and honest, written all at once or not at all."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 import re
 import stat
@@ -13,11 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from .errors import EdgecapError, UsageError
-from .manifest import check_manifest, parse_manifest
+from .claims import check_npy, check_openvino, gguf_summary
+from .errors import BundleError, EdgecapError, UsageError
+from .graphfile import GraphError, check_onnx
+from .manifest import check_manifest, check_path, parse_manifest
 
 MANIFEST = "bundle.json"
-MAX_MANIFEST_BYTES = 8 * 2**20
+MAX_MANIFEST_BYTES = 2 * 2**20
 MAX_FILE_BYTES = 4 * 2**30
 MAX_BUNDLE_BYTES = 8 * 2**30
 MAX_FILES = 256
@@ -35,11 +38,11 @@ class Bundle:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], verify: Literal["hash", "sizes"] = "hash") -> Bundle:
-        """Open a bundle folder and check every file's size and, with "hash", SHA-256.
+        """Open a bundle folder: check every file's size and, with "hash", SHA-256, then what its graphs claim.
 
-        "sizes" saves the hashing when a bundle already verified is loaded again. Raises UsageError if there
-        is no bundle at `path`, EdgecapError if it is incomplete, changed, unsafe, too large or from a newer
-        edgecap.
+        No engine sees anything yet: the checks read headers and run nothing. "sizes" saves the hashing when a bundle
+        already verified is loaded again. Raises UsageError if there is no bundle at `path`, BundleError if it is
+        incomplete, changed, unsafe, too large, from a newer edgecap, or if its graphs are not what it says.
         """
         if verify not in ("hash", "sizes"):
             raise UsageError(f"verify must be 'hash' or 'sizes', not {verify!r}")
@@ -50,8 +53,9 @@ class Bundle:
         try:
             manifest = _read_manifest(folder)
             _check_folder(folder, manifest["files"], verify)
+            _check_contents(folder, manifest)
         except OSError as error:
-            raise EdgecapError(f"{folder}: cannot be read ({error.strerror or error})") from None
+            raise BundleError(f"{folder}: cannot be read ({error.strerror or error})") from None
         return cls(folder, manifest)
 
     @property
@@ -70,9 +74,9 @@ class Bundle:
         return hashlib.sha256((self.path / MANIFEST).read_bytes()).hexdigest()
 
     def file(self, name: str) -> Path:
-        """Path of a listed file; anything else is an EdgecapError."""
-        if name not in self.manifest["files"]:
-            raise EdgecapError(f"{self.path}: {name} is not a file of this bundle")
+        """Path of a listed file, or of a folder of listed files; anything else is a BundleError."""
+        if name not in self.manifest["files"] and name not in _folders(self.manifest["files"]):
+            raise BundleError(f"{self.path}: {name} is not a file of this bundle")
         return self.path / name
 
     def read(self, name: str) -> bytes:
@@ -80,7 +84,7 @@ class Bundle:
         try:
             return self.file(name).read_bytes()
         except OSError as error:
-            raise EdgecapError(f"{self.path}: {name} cannot be read ({error.strerror or error})") from None
+            raise BundleError(f"{self.path}: {name} cannot be read ({error.strerror or error})") from None
 
 
 # --- reading ----------------------------------------------------------------------------------------
@@ -89,49 +93,101 @@ class Bundle:
 def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not os.path.lexists(path):
-        raise EdgecapError(f"{folder}: there is no {MANIFEST}, so the bundle is incomplete; export it again")
+        raise BundleError(f"{folder}: there is no {MANIFEST}, so the bundle is incomplete; export it again")
     info = path.lstat()
     if not stat.S_ISREG(info.st_mode):
-        raise EdgecapError(f"{folder}: {MANIFEST} is not a plain file; a bundle holds no links")
+        raise BundleError(f"{folder}: {MANIFEST} is not a plain file; a bundle holds no links")
     if info.st_size > MAX_MANIFEST_BYTES:
-        raise EdgecapError(f"{folder}: {MANIFEST} is larger than {MAX_MANIFEST_BYTES:,} bytes")
+        raise BundleError(f"{folder}: {MANIFEST} is larger than {MAX_MANIFEST_BYTES:,} bytes")
     return parse_manifest(path.read_bytes(), str(path))
 
 
 def _check_folder(folder: Path, files: Mapping[str, Any], verify: str) -> None:
     if MANIFEST in files:
-        raise EdgecapError(f"{folder}: {MANIFEST} lists itself; export the bundle again")
+        raise BundleError(f"{folder}: {MANIFEST} lists itself; export the bundle again")
     if len(files) > MAX_FILES:
-        raise EdgecapError(f"{folder}: {len(files)} files, more than the limit of {MAX_FILES}")
+        raise BundleError(f"{folder}: {len(files)} files, more than the limit of {MAX_FILES}")
     total = 0
     for name, entry in files.items():
         total += entry["bytes"]
         if entry["bytes"] > MAX_FILE_BYTES or total > MAX_BUNDLE_BYTES:
-            raise EdgecapError(f"{folder}: {name} makes it larger than a bundle may be ({MAX_BUNDLE_BYTES:,} bytes)")
-    with os.scandir(folder) as entries:
-        present = {entry.name: entry for entry in entries if entry.name not in _IGNORED}
-    for name, entry in present.items():
-        if entry.is_symlink():
-            raise EdgecapError(f"{folder}: {name} is a link; a bundle holds plain files")
-        if name != MANIFEST and name not in files:
-            raise EdgecapError(f"{folder}: {name} is not listed in {MANIFEST}; remove it or export again")
+            raise BundleError(f"{folder}: {name} makes it larger than a bundle may be ({MAX_BUNDLE_BYTES:,} bytes)")
+    present = set(_walk(folder, files, _folders(files)))
     for name, entry in files.items():
         if name not in present:
-            raise EdgecapError(f"{folder}: {name} is missing; copy the bundle again or export it again")
-        _check_file(folder / name, entry, verify)
+            raise BundleError(f"{folder}: {name} is missing; copy the bundle again or export it again")
+        _check_file(folder, name, entry, verify)
 
 
-def _check_file(path: Path, entry: Mapping[str, Any], verify: str) -> None:
-    where, again = f"{path.parent}: {path.name}", "copy the bundle again or export it again"
+def _folders(files: Mapping[str, Any]) -> set[str]:
+    """The folders that listed files lie in."""
+    return {name[:at] for name in files for at, character in enumerate(name) if character == "/"}
+
+
+def _walk(folder: Path, files: Mapping[str, Any], folders: set[str], prefix: str = "") -> Iterator[str]:
+    """Names of what lies in the bundle. BundleError at the first link, and at what is not listed."""
+    with os.scandir(folder / prefix) as entries:
+        for entry in entries:
+            name = prefix + entry.name
+            if entry.name in _IGNORED:
+                continue
+            if entry.is_symlink():
+                raise BundleError(f"{folder}: {name} is a link; a bundle holds plain files")
+            if name in folders and entry.is_dir(follow_symlinks=False):
+                yield from _walk(folder, files, folders, name + "/")
+            elif name in files or name == MANIFEST:
+                yield name
+            else:
+                raise BundleError(f"{folder}: {name} is not listed in {MANIFEST}; remove it or export again")
+
+
+def _check_file(folder: Path, name: str, entry: Mapping[str, Any], verify: str) -> None:
+    path, where, again = folder / name, f"{folder}: {name}", "copy the bundle again or export it again"
     info = path.lstat()
     if not stat.S_ISREG(info.st_mode):
-        raise EdgecapError(f"{where} is not a plain file")
+        raise BundleError(f"{where} is not a plain file")
     if info.st_size != entry["bytes"]:
-        raise EdgecapError(f"{where} has {info.st_size:,} bytes instead of {entry['bytes']:,}; {again}")
+        raise BundleError(f"{where} has {info.st_size:,} bytes instead of {entry['bytes']:,}; {again}")
     if _may_run_code(path, info.st_size):
-        raise EdgecapError(f"{where} is a pickle, archive or program, which a bundle may not hold")
+        raise BundleError(f"{where} is a pickle, archive or program, which a bundle may not hold")
     if verify == "hash" and _sha256(path) != entry["sha256"]:
-        raise EdgecapError(f"{where} is not the file that was exported (SHA-256 differs); {again}")
+        raise BundleError(f"{where} is not the file that was exported (SHA-256 differs); {again}")
+
+
+def _check_contents(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Read what every graph and array claims to be, so that no engine is handed one that lies.
+
+    A file is read as what its name ends in says, for so do the engines; a graph of the onnx backend always as ONNX.
+    """
+    files, graphs = manifest["files"], {graph["file"]: graph for graph in manifest.get("graphs", {}).values()}
+    for name, entry in files.items():
+        graph = graphs.get(name)
+        kind = ".onnx" if graph and manifest["backend"] == "onnx" else Path(name).suffix.lower()
+        if kind not in (".onnx", ".gguf", ".npy") and not (kind == ".xml" and graph):
+            continue
+        try:
+            with _mapped(folder / name, entry["bytes"]) as data:
+                if kind == ".onnx":
+                    check_onnx(data, graph)
+                elif kind == ".gguf":
+                    gguf_summary(data)
+                elif kind == ".npy":
+                    check_npy(data)
+                else:
+                    check_openvino(data, files[graph["weights"]]["bytes"] if "weights" in graph else None)
+        except GraphError as error:
+            raise BundleError(f"{folder}: {name} cannot be loaded: {error}") from None
+
+
+@contextmanager
+def _mapped(path: Path, size: int) -> Iterator[memoryview]:
+    """A file's contents without reading more of it than is looked at."""
+    if not size:
+        yield memoryview(b"")
+        return
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as pages:
+        with memoryview(pages) as view:
+            yield view
 
 
 def _may_run_code(path: Path, size: int) -> bool:
@@ -160,15 +216,19 @@ def write_bundle(out: str | os.PathLike[str], manifest: Mapping[str, Any], files
     """Write a bundle folder atomically and return it, opened.
 
     manifest: without "files", which is filled in here with the size and SHA-256 of each of `files` (name →
-    path or contents). All is written and synced beside `out`, bundle.json last, and only then takes the
-    place of an earlier bundle; what a killed process left is cleaned up. Raises UsageError if something that
-    is no bundle lies at `out`.
+    path or contents; a name may be in folders: "x.mlpackage/Manifest.json"). All is written and synced beside
+    `out`, bundle.json last, and only then takes the place of an earlier bundle; what a killed process left is
+    cleaned up. Raises UsageError if something that is no bundle lies at `out`.
     """
     out = Path(out).absolute()
     if os.path.lexists(out) and (out.is_symlink() or not out.is_dir() or not _replaceable(out)):
         raise UsageError(f"{out} exists and is not a bundle; choose another place or remove it")
+    for name in files:
+        check_path(name, str(out / MANIFEST))
     with folder_beside(out) as temporary:
         try:
+            for name in sorted(_folders(files)):
+                (temporary / name).mkdir(exist_ok=True)
             complete = {
                 **manifest,
                 "files": {name: _write(temporary / name, files[name]) for name in sorted(files)},
@@ -176,6 +236,8 @@ def write_bundle(out: str | os.PathLike[str], manifest: Mapping[str, Any], files
             check_manifest(complete, str(out / MANIFEST))
             text = json.dumps(complete, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
             _write(temporary / MANIFEST, text.encode())
+            for name in sorted(_folders(files), reverse=True):
+                _sync_folder(temporary / name)
             _sync_folder(temporary)
             Bundle.open(temporary, verify="sizes")
             _swap(temporary, out)

@@ -19,6 +19,10 @@ class UsageError(EdgecapError):
     exit_code = 2
 
 
+class BundleError(UsageError):
+    """A bundle that the loader refuses: incomplete, changed, unsafe or from a newer edgecap."""
+
+
 class MissingExtra(UsageError):
     """A command needs an optional dependency that is not installed."""
 

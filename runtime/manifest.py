@@ -8,28 +8,33 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from .decode import DecodeOptions
-from .errors import EdgecapError
+from .errors import BundleError, EdgecapError
 from .preprocess import Preprocess
 
 FORMAT, VERSION = "edgecap", 1
 DTYPES = ("uint8", "int32", "int64", "float16", "float32", "bool")
+WITH_ROLES = ("onnx", "openvino")  # backends that "session" describes; the others have an object of their own name
+GRAPH_FILES = {"openvino": (".xml",), "gguf": (".gguf", ".onnx"), "coreml": (".mlpackage",)}  # what names end in
+MAX_NESTING = 32
+MAX_FOLDERS = 6  # a name's components
 
 Check = Callable[[Any, str], None]
 
 
 def parse_manifest(data: bytes, where: str) -> dict[str, Any]:
-    """Decode and check a bundle.json. Raises EdgecapError, naming `where` and the key that is wrong."""
+    """Decode and check a bundle.json. Raises BundleError, naming `where` and the key that is wrong."""
     try:
-        manifest = json.loads(data.decode("utf-8"), parse_constant=_no_constant)
+        manifest = json.loads(data.decode("utf-8"), parse_constant=_no_constant, object_pairs_hook=_object_of)
+        _check_json(manifest, 0)
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)[:120]
-        raise EdgecapError(f"{where} is not valid JSON ({reason}); export the bundle again") from None
+        raise BundleError(f"{where} is not valid JSON ({reason}); export the bundle again") from None
     check_manifest(manifest, where)
     return manifest
 
 
 def check_manifest(manifest: Any, where: str = "bundle.json") -> None:
-    """Raise EdgecapError if `manifest` is not a version 1 manifest whose parts agree with each other."""
+    """Raise BundleError if `manifest` is not a version 1 manifest whose parts agree with each other."""
     try:
         if not isinstance(manifest, dict):
             raise _Bad(f"must be an object, not {_kind(manifest)}")
@@ -42,10 +47,17 @@ def check_manifest(manifest: Any, where: str = "bundle.json") -> None:
         _MANIFEST(manifest, "")
         _check_files(manifest)
         _check_values(manifest)
-        if "session" in manifest:
-            _check_session(manifest)
+        _check_backend(manifest)
     except _Bad as error:
-        raise EdgecapError(f"{where}: {error}") from None
+        raise BundleError(f"{where}: {error}") from None
+
+
+def check_path(name: str, where: str) -> None:
+    """Raise BundleError if `name` is no name that a file of a bundle may have."""
+    try:
+        _path(name, "files")
+    except _Bad as error:
+        raise BundleError(f"{where}: {error}") from None
 
 
 class _Bad(Exception):
@@ -54,6 +66,34 @@ class _Bad(Exception):
 
 def _no_constant(text: str) -> None:
     raise ValueError(f"{text} is not a JSON number")
+
+
+def _object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key is there twice")
+    return found
+
+
+def _check_json(value: Any, depth: int) -> None:
+    """ValueError for what can be read but neither printed nor computed with."""
+    if depth > MAX_NESTING:
+        raise ValueError("nested too deeply")
+    if isinstance(value, str):
+        value.encode()  # half of a surrogate pair: UnicodeEncodeError
+    elif isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValueError("a number is too large")
+    elif isinstance(value, int):
+        if not -(2**63) <= value < 2**64:
+            raise ValueError("a number is too large")
+    elif isinstance(value, dict):
+        for key, each in value.items():
+            key.encode()
+            _check_json(each, depth + 1)
+    elif isinstance(value, list):
+        for each in value:
+            _check_json(each, depth + 1)
 
 
 def _kind(value: Any) -> str:
@@ -156,6 +196,16 @@ def _name(value: Any, at: str) -> None:
         raise _Bad(f"{at}: {value[:80]!r} is not a plain file name inside the bundle")
 
 
+def _path(value: Any, at: str) -> None:
+    """Plain names joined by "/": a file inside the bundle, in folders of its own or in none."""
+    _text(value, at)
+    parts = value.split("/")
+    if len(parts) > MAX_FOLDERS:
+        raise _Bad(f"{at}: {value[:80]!r} lies deeper than {MAX_FOLDERS - 1} folders")
+    for part in parts:
+        _name(part, at)
+
+
 def _sha256(value: Any, at: str) -> None:
     _text(value, at)
     if len(value) != 64 or set(value) - set("0123456789abcdef"):
@@ -167,8 +217,19 @@ def _dimension(value: Any, at: str) -> None:
         _integer(0)(value, at)
 
 
-_TENSORS = _mapping(_object({"dtype": _one_of(*DTYPES), "shape": _list(_dimension)}))
-_GRAPH = _object({"file": _name, "inputs": _TENSORS, "outputs": _TENSORS})
+def _graph(*dtypes: str) -> Check:
+    tensors = _mapping(_object({"dtype": _one_of(*dtypes), "shape": _list(_dimension)}))
+    return _object({"file": _path, "inputs": tensors, "outputs": tensors}, {"weights": _path})
+
+
+_GRAPH, _OTHER = _graph(*DTYPES), _graph(*DTYPES, "string")  # a fused graph may give the text itself
+
+
+def _graphs(value: Any, at: str) -> None:
+    _object({"encoder": _GRAPH, "decoder": _GRAPH})(value, at)
+    _mapping(_OTHER)(value, at)
+
+
 _SIZE = _integer(1, 2**31 - 1)
 _SESSION = _object(
     {"ids": _object({"input": _text, "rank": _integer(1, 2)}), "logits": _text},
@@ -203,16 +264,16 @@ _MANIFEST = _object(
         "decoding": _mapping(_number),
         "golden": _object(
             {
-                "image": _name,
+                "image": _path,
                 "token_ids": _list(_integer(0)),
-                "logits": _name,
+                "logits": _path,
                 "tolerance": _object({"same_tokens": _boolean, "min_cosine": _number}),
             }
         ),
     },
     {
         "created_with": _mapping(_text),
-        "graphs": _object({"encoder": _GRAPH, "decoder": _GRAPH}),
+        "graphs": _graphs,
         "session": _SESSION,
         "lineage": _object(
             {},
@@ -222,6 +283,8 @@ _MANIFEST = _object(
             },
         ),
         "measured": _mapping(_any),
+        "gguf": _mapping(_any),
+        "coreml": _mapping(_any),
     },
 )
 
@@ -232,13 +295,22 @@ _MANIFEST = _object(
 def _check_files(manifest: dict[str, Any]) -> None:
     files = manifest["files"]
     for name in files:
-        _name(name, "files")
+        _path(name, "files")
     used = {"the tokenizer": "tokenizer.json"}
     used |= {f"golden.{key}": manifest["golden"][key] for key in ("image", "logits")}
-    used |= {f"graphs.{name}.file": graph["file"] for name, graph in manifest.get("graphs", {}).items()}
+    graphs = manifest.get("graphs", {})
+    used |= {f"graphs.{name}.weights": graph["weights"] for name, graph in graphs.items() if "weights" in graph}
+    for name, graph in graphs.items():
+        folder = graph["file"].lower().endswith(".mlpackage")
+        if not folder or not any(file.startswith(graph["file"] + "/") for file in files):
+            used[f"graphs.{name}.file"] = graph["file"]
     for at, name in used.items():
         if name not in files:
             raise _Bad(f"{at} names {name}, which is not among its files; export the bundle again")
+    for name, graph in graphs.items():
+        endings = GRAPH_FILES.get(manifest["backend"], ())
+        if endings and not graph["file"].lower().endswith(endings):
+            raise _Bad(f"graphs.{name}.file must end in {' or '.join(endings)}, not be {graph['file']}")
 
 
 def _check_values(manifest: dict[str, Any]) -> None:
@@ -254,6 +326,17 @@ def _check_values(manifest: dict[str, Any]) -> None:
             raise _Bad(f"tokens.{name} is {value}, outside the vocabulary of {vocab}")
     if any(token >= vocab for token in manifest["golden"]["token_ids"]):
         raise _Bad(f"golden.token_ids has an id outside the vocabulary of {vocab}")
+
+
+def _check_backend(manifest: dict[str, Any]) -> None:
+    """What the backend needs is there. One that this edgecap does not know is refused when it is loaded."""
+    backend = manifest["backend"]
+    if backend in WITH_ROLES and "session" not in manifest:
+        raise _Bad("session is missing; export the bundle again")
+    if backend in GRAPH_FILES and backend not in WITH_ROLES and backend not in manifest:
+        raise _Bad(f"{backend} is missing; export the bundle again")
+    if backend in WITH_ROLES:
+        _check_session(manifest)
 
 
 def _check_session(manifest: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from .errors import EdgecapError
+from .errors import BundleError
 
 # Words as captions are learnt: "don't" is "do n't", "dog's" is "dog 's"; "t-shirt" and "2.5" stay whole.
 _WORD = re.compile(r"n't\b|'(?:s|re|ve|ll|d|m)\b|\w+?(?=n't\b)|\bcan(?=not\b)|\w+(?:[-.,/]\w+)*|[#&]")
@@ -26,17 +26,23 @@ class Tokenizer:
 
     @classmethod
     def load(cls, source: str | Path | bytes) -> Tokenizer:
-        """Read a tokenizer.json (a path, or its bytes). Raises EdgecapError if it is not one."""
+        """Read a tokenizer.json (a path, or its bytes). Raises BundleError if it is not one."""
         from tokenizers import Tokenizer as Inner
 
         name = "tokenizer.json" if isinstance(source, bytes) else str(source)
         try:
             data = source if isinstance(source, bytes) else Path(source).read_bytes()
-            return cls(Inner.from_str(data.decode("utf-8")))
+            inner = Inner.from_str(data.decode("utf-8"))
+            # What the file says of these would cut a prompt or fill it up, to any length that it likes.
+            inner.no_truncation()
+            inner.no_padding()
+            return cls(inner)
         except OSError as error:
-            raise EdgecapError(f"cannot read {name}: {error.strerror}") from None
-        except Exception as error:  # tokenizers raises plain Exception
-            raise EdgecapError(f"{name} is not a tokenizer of the tokenizers library: {error}") from None
+            raise BundleError(f"cannot read {name}: {error.strerror}") from None
+        except BaseException as error:  # tokenizers raises plain Exception, and a panic of its Rust is none
+            if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
+                raise
+            raise BundleError(f"{name} is not a tokenizer of the tokenizers library: {str(error)[:300]}") from None
 
     @property
     def vocab_size(self) -> int:

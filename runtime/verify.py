@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from .captioner import Captioner
-from .errors import EdgecapError
+from .errors import BundleError
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def teacher_forced(captioner: Captioner, pixels: np.ndarray, token_ids: list[int
 def verify_golden(captioner: Captioner) -> Verification:
     """Caption the bundle's golden photo greedily, and compare teacher-forced logits with those it recorded.
 
-    Raises EdgecapError if the golden pair itself is broken.
+    Raises BundleError if the golden pair itself is broken.
     """
     bundle = captioner.bundle
     golden = bundle.manifest["golden"]
@@ -85,8 +85,8 @@ def _reference(captioner: Captioner, golden: dict[str, Any], rows: int) -> np.nd
         # Never pickles: an array of objects would run code.
         reference = np.load(io.BytesIO(captioner.bundle.read(golden["logits"])), allow_pickle=False)
     except (ValueError, EOFError, MemoryError, OverflowError) as error:
-        raise EdgecapError(f"{where} is not a NumPy array ({str(error)[:80]}); export the bundle again") from None
+        raise BundleError(f"{where} is not a NumPy array ({str(error)[:80]}); export the bundle again") from None
     shape = (rows, captioner.tokens["vocab_size"])
     if not isinstance(reference, np.ndarray) or reference.dtype.kind != "f" or reference.shape != shape:
-        raise EdgecapError(f"{where} must be floats {list(shape)}; export the bundle again")
+        raise BundleError(f"{where} must be floats {list(shape)}; export the bundle again")
     return reference.astype(np.float64)

@@ -101,7 +101,8 @@ def test_folder_in_place_of_a_file(bundle_copy):
 
 
 @pytest.mark.parametrize(
-    "name", ["../evil.onnx", "/etc/passwd", "a/b", "a\\b", "C:evil", ".hidden", "", "x\n", "bundle.json"]
+    "name",
+    ["../evil.onnx", "/etc/passwd", "a/../b", "a//b", "a/", "a\\b", "C:evil", ".hidden", "", "x\n", "bundle.json"],
 )
 def test_path_that_leaves(bundle_copy, name):
     def change(values):

@@ -108,7 +108,7 @@ def test_changed_bundle(command, bundle_copy, album):
     data[100] ^= 4
     (bundle_copy / "encoder.onnx").write_bytes(data)
     done = edgecap(command, bundle_copy, *([album] if command == "caption" else []))
-    assert done.returncode == 1 and done.stdout == ""
+    assert done.returncode == 2 and done.stdout == ""
     assert "encoder.onnx is not the file that was exported" in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
