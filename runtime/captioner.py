@@ -80,7 +80,7 @@ class Captioner:
         old.
         """
         bundle = Bundle.open(path, verify)
-        tokenizer = Tokenizer.load(bundle.read("tokenizer.json"))
+        tokenizer = Tokenizer.load(bundle.file("tokenizer.json"))
         return cls(bundle, model or load_model(bundle, threads=threads), tokenizer)
 
     def session(self) -> Session:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from .errors import BundleError
+
+MAX_BYTES = 64 * 2**20
 
 # Words as captions are learnt: "don't" is "do n't", "dog's" is "dog 's"; "t-shirt" and "2.5" stay whole.
 _WORD = re.compile(r"n't\b|'(?:s|re|ve|ll|d|m)\b|\w+?(?=n't\b)|\bcan(?=not\b)|\w+(?:[-.,/]\w+)*|[#&]")
@@ -26,23 +30,28 @@ class Tokenizer:
 
     @classmethod
     def load(cls, source: str | Path | bytes) -> Tokenizer:
-        """Read a tokenizer.json (a path, or its bytes). Raises BundleError if it is not one."""
+        """Read a tokenizer.json (a path, or its bytes). Raises BundleError if it is not one, or too large."""
         from tokenizers import Tokenizer as Inner
 
         name = "tokenizer.json" if isinstance(source, bytes) else str(source)
         try:
-            data = source if isinstance(source, bytes) else Path(source).read_bytes()
-            inner = Inner.from_str(data.decode("utf-8"))
+            data = source if isinstance(source, bytes) else _read(Path(source))
+            if len(data) > MAX_BYTES:
+                raise BundleError(f"{name} is larger than {MAX_BYTES:,} bytes")
+            text = data.decode("utf-8")
+        except OSError as error:
+            raise BundleError(f"cannot read {name}: {error.strerror}") from None
+        except UnicodeDecodeError:
+            raise BundleError(f"{name} is not a tokenizer of the tokenizers library: not UTF-8") from None
+        with _panics(name), _muted():
+            inner = Inner.from_str(text)
             # What the file says of these would cut a prompt or fill it up, to any length that it likes.
             inner.no_truncation()
             inner.no_padding()
-            return cls(inner)
-        except OSError as error:
-            raise BundleError(f"cannot read {name}: {error.strerror}") from None
-        except BaseException as error:  # tokenizers raises plain Exception, and a panic of its Rust is none
-            if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
-                raise
-            raise BundleError(f"{name} is not a tokenizer of the tokenizers library: {str(error)[:300]}") from None
+            # A file whose parts do not fit each other is found out by use; better now than at a user's first photo.
+            inner.encode("a photo", add_special_tokens=False)
+            inner.decode(list(range(min(inner.get_vocab_size(), 256))), skip_special_tokens=True)
+        return cls(inner)
 
     @property
     def vocab_size(self) -> int:
@@ -51,8 +60,52 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, without BOS or EOS."""
-        return self.inner.encode(text, add_special_tokens=False).ids
+        with _panics("tokenizer.json"):
+            return self.inner.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`; special tokens are skipped."""
-        return self.inner.decode(list(ids), skip_special_tokens=True).strip()
+        with _panics("tokenizer.json"):
+            return self.inner.decode(list(ids), skip_special_tokens=True).strip()
+
+
+def _read(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(MAX_BYTES + 1)
+
+
+@contextmanager
+def _panics(name: str) -> Iterator[None]:
+    """What `tokenizers` raises, told in one line: plain Exceptions, and its Rust's panics, which are none."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise BundleError(f"{name} is not a tokenizer of the tokenizers library: {str(error)[:300]}") from None
+
+
+@contextmanager
+def _muted() -> Iterator[None]:
+    """Hold back what is written to standard error itself, and let it out unless a panic ended it: Rust prints its
+    panics there before Python hears of them.
+    """
+    try:
+        kept, (read, write) = os.dup(2), os.pipe()
+    except OSError:  # no standard error
+        yield
+        return
+    os.set_blocking(write, False)
+    os.set_blocking(read, False)
+    os.dup2(write, 2)
+    held = True
+    try:
+        yield
+        held = False
+    finally:
+        os.dup2(kept, 2)
+        with suppress(OSError):
+            if not held:
+                os.write(2, os.read(read, 65536))
+        for each in (kept, read, write):
+            os.close(each)
