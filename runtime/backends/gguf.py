@@ -1,0 +1,156 @@
+"""GGUF: the photo's embeddings go into llama.cpp as a prefix, then tokens; the encoder runs in ONNX Runtime."""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from ..errors import EdgecapError
+from .llama import MAX_ROWS, Context, LlamaModel, Pool
+
+if TYPE_CHECKING:
+    from ..bundle import Bundle
+    from ..session import Ids, Logits, Pixels
+
+PHOTOS = 4  # of one context: with the widest beam, its rows are all that a context can have
+
+
+class Encoder(Protocol):
+    """Photos uint8 [N, H, W, 3] → prefix embeddings float32 [N, L, dim]; any threads at once."""
+
+    def __call__(self, pixels: Pixels) -> np.ndarray: ...
+
+
+class GgufModel:
+    """Encoder and decoder, shared by all sessions; each session decodes in contexts of its own."""
+
+    def __init__(self, encoder: Encoder, decoder: LlamaModel, manifest: dict[str, Any]) -> None:
+        self.encoder, self.decoder, self.pool = encoder, decoder, Pool(decoder)
+        self.bos: int = manifest["tokens"]["bos"]
+        defaults = manifest["decoding"]
+        self.beam, self.length = defaults.get("beam", 1), defaults.get("max_length", 24)
+
+    @classmethod
+    def load(cls, bundle: Bundle, *, threads: int | None = None) -> GgufModel:
+        """Load both. Raises EdgecapError if one cannot be loaded or is not what the manifest says."""
+        manifest, where = bundle.manifest, f"{bundle.path}/bundle.json"
+        settings = manifest.get("gguf")
+        if not isinstance(settings, dict) or settings.get("encoder") not in ("onnx", "mmproj"):
+            raise EdgecapError(f'{where}: gguf must say which "encoder" there is (onnx or mmproj); export it again')
+        path = bundle.path / manifest["graphs"]["decoder"]["file"]
+        decoder = LlamaModel(path, threads=threads)
+        if decoder.vocab_size != manifest["tokens"]["vocab_size"]:
+            raise EdgecapError(f"{path} has {decoder.vocab_size} words, not those of bundle.json; export it again")
+        return cls(_onnx_encoder(bundle, settings, threads), decoder, manifest)
+
+    def session(self) -> GgufSession:
+        return GgufSession(self)
+
+    def encode(self, pixels: Pixels) -> np.ndarray:
+        """Photos uint8 [N, H, W, 3] → prefix float32 [N, L, dim]."""
+        prefix = self.encoder(np.ascontiguousarray(pixels)).astype(np.float32, copy=False)
+        if prefix.ndim != 3 or prefix.shape[2] != self.decoder.dim:
+            size = f"{list(prefix.shape)}, not [photos, positions, {self.decoder.dim}]"
+            raise EdgecapError(f"the encoder's output is {size}, which the decoder needs; export the bundle again")
+        return prefix
+
+
+def _onnx_encoder(bundle: Bundle, settings: dict[str, Any], threads: int | None) -> Encoder:
+    from .onnx import _load, _options, _run
+
+    graph = bundle.manifest["graphs"]["encoder"]
+    output = settings.get("prefix")
+    if len(graph["inputs"]) != 1 or output not in graph["outputs"]:
+        where = f"{bundle.path}/bundle.json"
+        raise EdgecapError(f"{where}: gguf.prefix must name an output of the encoder, which has one input")
+    (pixels_name,) = graph["inputs"]
+    session = _load(bundle, graph, _options(threads))
+    return lambda pixels: _run(session, [output], {pixels_name: pixels})[0]
+
+
+class Lane:
+    """A few photos in one context: `rows` are llama.cpp's sequences, all at the same `position`."""
+
+    def __init__(self, model: GgufModel, prefix: np.ndarray, first: np.ndarray, contexts: list[Context]) -> None:
+        photos, length, dim = prefix.shape
+        self.start = length + len(first)
+        self.photos, self.position = photos, self.start
+        cells = photos * (self.start + model.beam * model.length)
+        context = model.pool.take(cells, photos * model.beam)
+        self.contexts, self.index = contexts, len(contexts)
+        contexts.append(context)
+        self.rows = np.arange(photos, dtype=np.int32)
+        places = np.tile(np.arange(self.start, dtype=np.int32), photos)
+        rows = np.repeat(self.rows, self.start)
+        of_photo = places < length
+        context.decode(np.ascontiguousarray(prefix.reshape(-1, dim)), places[of_photo], rows[of_photo])
+        ids = np.tile(first.astype(np.int32), photos)  # [photos · (1 + prompt)]
+        wanted = (places[~of_photo] == self.start - 1).astype(np.int8)
+        self.logits = context.logits(ids, places[~of_photo], rows[~of_photo], wanted)  # [photos, vocab]
+
+    def step(self, ids: np.ndarray, parents: np.ndarray) -> Logits:
+        """Each new row continues the sequence `parents` names. The first child of a sequence goes on in its place."""
+        if len(parents) > MAX_ROWS:
+            raise EdgecapError(f"llama.cpp decodes at most {MAX_ROWS} rows of {PHOTOS} photos; ask for a smaller beam")
+        cells = self.photos * self.start + len(parents) * (self.position + 1 - self.start)
+        context = self.contexts[self.index] = self.contexts[self.index].grown(cells, len(parents))
+        for row in np.setdiff1d(self.rows, parents):
+            context.drop(int(row))
+        _, first = np.unique(parents, return_index=True)
+        free = iter(np.setdiff1d(np.arange(context.rows), parents).tolist())
+        rows = parents.astype(np.int32)
+        for place in np.setdiff1d(np.arange(len(parents)), first):
+            rows[place] = next(free)
+            context.copy(int(parents[place]), int(rows[place]))
+        self.rows = rows
+        places = np.full(len(rows), self.position, np.int32)
+        self.position += 1
+        return context.logits(ids.astype(np.int32), places, rows)
+
+
+class GgufSession:
+    """The state of one batch: lanes of a few photos, and for each row its lane and its sequence there."""
+
+    def __init__(self, model: GgufModel) -> None:
+        self.model = model
+        self._contexts: list[Context] = []
+        self._lanes: list[Lane] = []
+        self._prefix = np.zeros((0, 0, 0), np.float32)  # between encode and prefill
+        # Not at exit: the contexts are gone by then.
+        weakref.finalize(self, model.pool.give_back, self._contexts).atexit = False
+
+    def start(self, pixels: Pixels, prompt_ids: Ids | None = None) -> Logits:
+        """See `Session.start`."""
+        self.encode(pixels)
+        return self.prefill(prompt_ids)
+
+    def encode(self, pixels: Pixels) -> None:
+        """The first half of `start`: what the encoder does."""
+        self._prefix = self.model.encode(pixels)
+
+    def prefill(self, prompt_ids: Ids | None = None) -> Logits:
+        """The second half of `start`: feed prefix, BOS and prompt to the decoder; logits [N, vocab]."""
+        model, prefix = self.model, self._prefix
+        self._prefix = np.zeros((0, 0, 0), np.float32)
+        model.pool.give_back(self._contexts)
+        first = np.concatenate([[model.bos], np.asarray(prompt_ids if prompt_ids is not None else [], np.int64)])
+        chunks = [prefix[at : at + PHOTOS] for at in range(0, len(prefix), PHOTOS)]
+        self._lanes = [Lane(model, chunk, first, self._contexts) for chunk in chunks]
+        self._lane = np.repeat(np.arange(len(chunks)), [len(chunk) for chunk in chunks])
+        self._row = np.concatenate([lane.rows for lane in self._lanes])
+        return np.concatenate([lane.logits for lane in self._lanes])
+
+    def step(self, ids: Ids, parents: Ids) -> Logits:
+        """See `Session.step`."""
+        ids = np.asarray(ids)
+        self._lane, sequences = self._lane[parents], self._row[parents]
+        self._row = np.empty(len(parents), np.int32)
+        logits = np.empty((len(parents), self.model.decoder.vocab_size), np.float32)
+        for index, lane in enumerate(self._lanes):
+            mine = np.flatnonzero(self._lane == index)
+            if len(mine):
+                logits[mine] = lane.step(ids[mine], sequences[mine])
+                self._row[mine] = lane.rows
+        return logits
