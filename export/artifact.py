@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ..runtime.session import Model
     from ..train.checkpoint import Checkpoint
     from .calibration import Calibration
+    from .statistics import Statistics
 
 MIN_ENGINE = {18: "1.18", OPSET_ATTENTION: "1.23"}  # ONNX Runtime; 1.18 reads IR version 10
 
@@ -46,6 +47,7 @@ class Source:
     options: BuildOptions = field(default_factory=BuildOptions)
     progress: Callable[[str, int, int], None] = lambda phase, done, total: None
     _trunk: OnnxPair | None = None
+    _statistics: dict[str, Statistics] = field(default_factory=dict)  # of the fp32 graphs: see onnx_quantized
 
     def trunk(self) -> OnnxPair:
         """The fp32 graphs; a fresh copy each time, to be changed at will. Raises EdgecapError if torch cannot trace."""

@@ -1,4 +1,4 @@
-"""Static int8: QDQ per channel, u8 activations and s8 weights, calibrated on training photos.
+"""Static int8: QDQ per channel, u8 activations and s8 (or 4-bit) weights, calibrated on training photos.
 
 This is the form every engine's fast path reads: ONNX Runtime fuses it to QLinearConv and MatMulIntegerToFloat on x86,
 ARM and WASM. Unlike dynamic int8, whose scales depend on the whole batch, a photo gets the same caption in any batch.
@@ -7,9 +7,9 @@ ARM and WASM. Unlike dynamic int8, whose scales depend on the whole batch, a pho
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import onnx
@@ -18,7 +18,7 @@ from onnxruntime.quantization.calibrate import TensorData, TensorsData
 from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 
 from .graph import Graph, PassResult, attribute
-from .rounding import Rounded, round_weights, worst_pair
+from .rounding import Rounded, round_blocks, round_weights, worst_pair
 from .statistics import Feeds, Layer, Statistics, layers_of
 
 SHAPE_ONLY = ("Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze")
@@ -26,38 +26,68 @@ SHAPE_ONLY = ("Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze")
 
 @dataclass(frozen=True)
 class StaticOptions:
-    """range: "mse" or "minmax"; rounding: "covariance" or "nearest"; pairs: keep clear of int16 saturation."""
+    """range: "mse" or "minmax"; rounding: "covariance" or "nearest"; pairs: keep clear of int16 saturation.
+
+    bits: 4 rounds the weights of pointwise Convs, MatMuls and Gemms to 4 bits times a multiplier for at most `block`
+    inputs (see `round_blocks`), and all scales to what fp16 holds; the smallest layers, up to the share `spared` of
+    these weights, stay at 8 bits: few bytes, much of the error. precision: node name → "int8" or "fp32" where it is to
+    be higher.
+    """
 
     range: str = "mse"
     rounding: str = "covariance"
     pairs: bool = True
     damping: float = 0.01
     seed: int = 0
+    bits: int = 8
+    block: int = 64
+    spared: float = 0.1
+    precision: Mapping[str, str] = field(default_factory=dict)
+
+
+def calibrate(
+    model: onnx.ModelProto,
+    feeds: Iterable[Feeds],
+    *,
+    seed: int = 0,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Statistics:
+    """What `quantize_static` must know about a graph's tensors, whatever it will then be asked to quantize.
+
+    feeds: the graph's inputs for each calibration run, from the training split; a convolutional graph takes one photo a
+    run. progress is called with the runs done. Deterministic for the same feeds and seed.
+    """
+    graph = Graph(model)
+    layers = layers_of(graph)
+    statistics = Statistics(model, _tensors(graph, _nodes(graph, layers)), layers, seed=seed)
+    for each in feeds:
+        statistics.add(each)
+        progress(statistics.runs)
+    return statistics
 
 
 def quantize_static(
     model: onnx.ModelProto,
-    feeds: Iterable[Feeds],
+    feeds: Iterable[Feeds] | Statistics,
     *,
     options: StaticOptions = StaticOptions(),
     progress: Callable[[int], None] = lambda done: None,
 ) -> PassResult:
     """Quantize in place: Conv (with the Clip or Relu behind it), MatMul and Gemm with constant weights, residual Adds.
 
-    feeds: the graph's inputs for each calibration run, from the training split; a convolutional graph takes one photo a
-    run. progress is called with the runs done. Everything downstream is deterministic for the same feeds and seed.
+    feeds: the inputs to calibrate with (see `calibrate`), or what `calibrate` found for this graph.
     """
+    if isinstance(feeds, Statistics):
+        statistics = feeds
+    else:
+        statistics = calibrate(model, feeds, seed=options.seed, progress=progress)
     graph = Graph(model)
     del model.graph.value_info[:]  # stale shapes make the quantizer fail
-    layers = layers_of(graph)
-    nodes = [layer.node for layer in layers]
-    activations = _activations(graph, nodes)
-    nodes += activations + _residuals(graph, layers, activations)
+    layers = [layer for layer in layers_of(graph) if options.precision.get(layer.node.name) != "fp32"]
+    if not layers:
+        return PassResult("static_int8", cost={"layers": 0})
+    nodes = _nodes(graph, layers)
     tensors = _tensors(graph, nodes)
-    statistics = Statistics(model, tensors, layers, seed=options.seed)
-    for each in feeds:
-        statistics.add(each)
-        progress(statistics.runs)
     overrides = {name: [_fixed(graph, name)] for name in tensors if _fixed(graph, name)}
     ranges = {}
     for name in tensors:
@@ -65,9 +95,9 @@ def quantize_static(
         ranges[name] = TensorData(lowest=np.float32(low), highest=np.float32(high))
     _share_ranges(graph, ranges)
 
-    worst = 0
+    worst, four = 0, _four_bits(layers, options)
     for layer in layers:
-        rounded = _round(graph, layer, statistics, ranges, options)
+        rounded = _round(graph, layer, statistics, ranges, options, four=layer.node.name in four)
         if not layer.depthwise:
             worst = max(worst, worst_pair(rounded.weights))
         overrides[layer.node.input[1]] = _apply(graph, layer, rounded)
@@ -100,14 +130,21 @@ def quantize_static(
         {
             "format": "QDQ",
             "activations": "uint8",
-            "weights": "int8 per channel",
+            "weights": "int8 per channel" if options.bits == 8 else "int4 in blocks, int8 where kernels are small",
             "range": options.range,
             "rounding": options.rounding,
             "calibration_runs": statistics.runs,
-            "seed": options.seed,
+            "seed": statistics.seed,
         },
-        {"layers": len(layers), "worst_weight_pair": worst},
+        {"layers": len(layers), "worst_weight_pair": worst} | ({"four_bits": len(four)} if options.bits == 4 else {}),
     )
+
+
+def _nodes(graph: Graph, layers: list[Layer]) -> list[onnx.NodeProto]:
+    """The layers and what is quantized with them."""
+    nodes = [layer.node for layer in layers]
+    activations = _activations(graph, nodes)
+    return nodes + activations + _residuals(graph, layers, activations)
 
 
 def _activations(graph: Graph, nodes: list[onnx.NodeProto]) -> list[onnx.NodeProto]:
@@ -170,7 +207,13 @@ def _share_ranges(graph: Graph, ranges: dict[str, TensorData]) -> None:
 
 
 def _round(
-    graph: Graph, layer: Layer, statistics: Statistics, ranges: dict[str, TensorData], options: StaticOptions
+    graph: Graph,
+    layer: Layer,
+    statistics: Statistics,
+    ranges: dict[str, TensorData],
+    options: StaticOptions,
+    *,
+    four: bool,
 ) -> Rounded:
     covariance = mean = None
     if options.rounding == "covariance":
@@ -186,14 +229,37 @@ def _round(
     wide = not layer.depthwise and not layer.pointwise
     if options.pairs and wide:
         floor = np.maximum(floor, np.abs(layer.weights).max(-1) / 64)
+    if four:
+        block = block_size(layer.weights.shape[-1], options.block)
+        return round_blocks(layer.weights, covariance, mean, block=block, floor=floor, damping=options.damping)
     return round_weights(
         layer.weights,
         covariance,
         mean,
         pairs=options.pairs and not layer.depthwise,
         floor=floor,
+        half=options.bits == 4,
         damping=options.damping,
     )
+
+
+def _four_bits(layers: list[Layer], options: StaticOptions) -> set[str]:
+    """The names of the layers whose weights are rounded to 4 bits; small kernels (depthwise, the stem) never are."""
+    if options.bits == 8:
+        return set()
+    layers = [layer for layer in layers if layer.pointwise and layer.weights.shape[-1] >= 8]
+    spare = options.spared * sum(layer.weights.size for layer in layers)
+    chosen = set()
+    for layer in sorted(layers, key=lambda layer: layer.weights.size):
+        spare -= layer.weights.size
+        if spare < 0 and layer.node.name not in options.precision:
+            chosen.add(layer.node.name)
+    return chosen
+
+
+def block_size(width: int, limit: int) -> int:
+    """The largest divisor of `width` up to `limit`."""
+    return max(size for size in range(1, min(width, limit) + 1) if width % size == 0)
 
 
 def _apply(graph: Graph, layer: Layer, rounded: Rounded) -> list[dict]:

@@ -1,4 +1,4 @@
-"""Rounding weights to int8 so that a layer's *output* changes least, and so that no x86 kernel can saturate.
+"""Rounding weights to int8 or 4 bits so that a layer's *output* changes least and no x86 kernel can saturate.
 
 Two things ruin 8-bit MobileNets on plain CPUs. Rounding each weight by itself shifts the outputs of depthwise layers;
 here each column's error is passed on to the columns not yet rounded, weighted by the inputs' covariance (GPTQ, Frantar
@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 
 PAIR_LIMIT = 128  # 255 · 128 = 32640 < 2^15
+NIBBLE = 7  # 4-bit weights are -7..7
+MULTIPLIERS = 9  # 7 · 9 = 63: two neighbours stay within PAIR_LIMIT
 
 
 @dataclass(frozen=True)
@@ -67,24 +69,123 @@ def round_weights(
     *,
     pairs: bool = True,
     floor: np.ndarray | float = 0.0,
+    half: bool = False,
     damping: float = 0.01,
 ) -> Rounded:
     """Round float weights [G, O, K] (G groups of O outputs with K inputs each) to int8.
 
-    covariance [G, K, K] and mean [G, K] are of the layer's inputs; None rounds to nearest. damping: share of the mean
-    variance added to the diagonal, so that inputs that hardly vary stay well conditioned.
+    covariance [G, K, K] and mean [G, K] are of the layer's inputs; None rounds to nearest. half: only scales that fp16
+    holds. damping: share of the mean variance added to the diagonal, so that inputs that hardly vary stay well
+    conditioned.
     """
-    groups, _, width = weights.shape
     scales = channel_scales(weights, pairs=pairs, floor=floor)  # [G, O]
-    left = weights.astype(np.float64).copy()
-    whole = np.zeros(weights.shape, np.int8)
+    if half:
+        scales = _half(scales).astype(np.float32)
+    whole = _pass_on(weights, scales[..., None], 127, covariance, damping, pairs=pairs).astype(np.int8)
+    return Rounded(whole, scales, _shift(weights, whole * scales[..., None].astype(np.float64), mean))
+
+
+def round_blocks(
+    weights: np.ndarray,
+    covariance: np.ndarray | None,
+    mean: np.ndarray | None,
+    *,
+    block: int,
+    floor: np.ndarray | float = 0.0,
+    damping: float = 0.01,
+) -> Rounded:
+    """Round float weights [G, O, K] to 4 bits times a whole multiplier for each `block` inputs: int8 all the same.
+
+    The weights returned are q · m with q in -7..7 and m in 1..9, one m for `block` neighbours along K (which it must
+    divide), so they run in int8 kernels but can be stored in 4 bits. Other arguments as for `round_weights`.
+    """
+    groups, outputs, width = weights.shape
+    power = np.ones((groups, width)) if covariance is None else np.einsum("gkk->gk", covariance)
+    power = (power + damping * power.mean(1, keepdims=True) + 1e-12)[:, None]  # [G, 1, K]
+    blocked = weights.reshape(groups, outputs, width // block, block)
+    power = power.reshape(groups, 1, width // block, block)
+    largest = np.abs(weights).max(axis=-1) / (NIBBLE * MULTIPLIERS)  # [G, O]
+    best = np.full(largest.shape, np.inf)
+    scales, whole = np.ones_like(largest), np.ones(blocked.shape[:3])
+    for share in (1.0, 0.9, 0.8, 0.7, 0.6):
+        scale = _half(np.maximum(largest * share, floor))
+        error, choice = np.full(blocked.shape[:3], np.inf), np.ones(blocked.shape[:3])
+        for multiplier in range(1, MULTIPLIERS + 1):
+            step = (scale * multiplier)[..., None, None]
+            lost = (blocked - np.clip(np.rint(blocked / step), -NIBBLE, NIBBLE) * step) ** 2
+            lost = (lost * power).sum(-1)  # [G, O, blocks]
+            choice = np.where(lost < error, multiplier, choice)
+            error = np.minimum(error, lost)
+        better = error.sum(-1) < best
+        best = np.where(better, error.sum(-1), best)
+        scales = np.where(better, scale, scales)
+        whole = np.where(better[..., None], choice, whole)
+    multipliers = whole.repeat(block, axis=-1)  # [G, O, K]
+    steps = scales[..., None] * multipliers
+    quarters = _pass_on(weights, steps, NIBBLE, covariance, damping)
+    rounded = (quarters * multipliers).astype(np.int8)
+    return Rounded(rounded, scales.astype(np.float32), _shift(weights, rounded * scales[..., None], mean))
+
+
+def round_float_blocks(
+    weights: np.ndarray,
+    covariance: np.ndarray | None,
+    *,
+    block: int,
+    damping: float = 0.01,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Round float weights [O, K] to -7..7 with an fp16 scale for each `block` inputs: int8 [O, K], [O, K / block]."""
+    outputs, width = weights.shape
+    power = np.ones(width) if covariance is None else np.einsum("kk->k", covariance)
+    power = (power + damping * power.mean() + 1e-12).reshape(width // block, block)
+    blocked = weights.reshape(outputs, width // block, block)
+    largest = np.abs(blocked).max(axis=-1) / NIBBLE  # [O, blocks]
+    best, scales = np.full(largest.shape, np.inf), largest
+    for share in np.linspace(1.0, 0.6, 17):
+        scale = _half(largest * share)
+        step = scale[..., None]
+        lost = (blocked - np.clip(np.rint(blocked / step), -NIBBLE, NIBBLE) * step) ** 2
+        lost = (lost * power).sum(-1)
+        scales = np.where(lost < best, scale, scales)
+        best = np.minimum(best, lost)
+    steps = scales.repeat(block, axis=-1)[None]  # [1, O, K]
+    held = None if covariance is None else covariance[None]
+    whole = _pass_on(weights[None], steps, NIBBLE, held, damping)[0]
+    return whole.astype(np.int8), scales.astype(np.float16)
+
+
+def _half(scale: np.ndarray) -> np.ndarray:
+    """The nearest number that fp16 holds, 0 aside."""
+    return np.maximum(scale, 2.0**-20).astype(np.float16).astype(np.float64)
+
+
+def _shift(weights: np.ndarray, real: np.ndarray, mean: np.ndarray | None) -> np.ndarray:
+    if mean is None:
+        return np.zeros(weights.shape[:2], np.float32)
+    return np.einsum("gok,gk->go", weights - real, mean).astype(np.float32)
+
+
+def _pass_on(
+    weights: np.ndarray,
+    steps: np.ndarray,
+    limit: int,
+    covariance: np.ndarray | None,
+    damping: float,
+    *,
+    pairs: bool = False,
+) -> np.ndarray:
+    """Weights [G, O, K] in whole steps ([G, O, 1] or [G, O, K]) within ±limit, each column's error passed on (GPTQ)."""
+    groups, _, width = weights.shape
+    steps = np.broadcast_to(steps, weights.shape)
+    whole = np.zeros(weights.shape)
+    if covariance is None and not pairs:
+        return np.clip(np.rint(weights / steps), -limit, limit)
     if covariance is None:
         order = np.arange(width)[None].repeat(groups, 0)
         upper = np.eye(width)[None].repeat(groups, 0)
     else:
-        order = np.argsort(
-            -np.einsum("gkk->gk", covariance), axis=1, kind="stable"
-        )  # the inputs that vary most come first
+        # The inputs that vary most come first.
+        order = np.argsort(-np.einsum("gkk->gk", covariance), axis=1, kind="stable")
         ranked = np.take_along_axis(np.take_along_axis(covariance, order[:, :, None], 1), order[:, None, :], 2)
         power = np.einsum("gkk->g", ranked)[:, None, None] / width
         # In units of the mean variance; an input that never varied (a dead channel) has none.
@@ -92,22 +193,18 @@ def round_weights(
         inverse = np.linalg.inv(ranked)
         upper = np.linalg.cholesky((inverse + inverse.transpose(0, 2, 1)) / 2).transpose(0, 2, 1)  # [G, K, K]
     group = np.arange(groups)
-    left = np.take_along_axis(left, order[:, None, :], 2)
-    for step in range(width):
-        column = left[:, :, step]  # [G, O]
-        index = order[:, step]
-        value = np.clip(np.rint(column / scales), -127, 127)
+    left = np.take_along_axis(weights.astype(np.float64), order[:, None, :], 2)
+    for done in range(width):
+        column, index = left[:, :, done], order[:, done]  # [G, O], [G]
+        step = steps[group, :, index]  # [G, O]
+        value = np.clip(np.rint(column / step), -limit, limit)
         partner = index ^ 1
         if pairs:
             inside = partner < width
-            other = np.where(inside[:, None], whole[group, :, np.minimum(partner, width - 1)], 0).astype(
-                np.float64
-            )  # [G, O]
+            other = np.where(inside[:, None], whole[group, :, np.minimum(partner, width - 1)], 0)  # [G, O]
             room = PAIR_LIMIT - np.where(np.sign(other) == np.sign(value), np.abs(other), 0)
             value = np.clip(value, -room, room)
         whole[group, :, index] = value
-        error = (column - value * scales) / upper[:, step, step][:, None]
-        left[:, :, step + 1 :] -= error[:, :, None] * upper[:, step, None, step + 1 :]
-    real = whole.astype(np.float64) * scales[..., None]
-    shift = np.zeros(scales.shape) if mean is None else np.einsum("gok,gk->go", weights - real, mean)
-    return Rounded(whole, scales, shift.astype(np.float32))
+        error = (column - value * step) / upper[:, done, done][:, None]
+        left[:, :, done + 1 :] -= error[:, :, None] * upper[:, done, None, done + 1 :]
+    return whole

@@ -79,12 +79,13 @@ class Statistics:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
         self.session = ort.InferenceSession(probe.SerializeToString(), options, providers=["CPUExecutionProvider"])
         self.wanted = wanted
-        self.random = np.random.default_rng(seed)
+        self.seed, self.random = seed, np.random.default_rng(seed)
         self.samples: dict[str, list[np.ndarray]] = {name: [] for name in self.tensors}
         self.lows = dict.fromkeys(self.tensors, np.inf)
         self.highs = dict.fromkeys(self.tensors, -np.inf)
         self.moments: dict[str, tuple[int, np.ndarray, np.ndarray]] = {}
         self.offsets: dict[str, np.ndarray] = {}
+        self.ranges: dict[tuple[str, str], tuple[float, float]] = {}
         self.runs = 0
 
     def add(self, feeds: Feeds) -> None:
@@ -143,6 +144,11 @@ class Statistics:
 
     def range(self, name: str, *, method: str = "mse") -> tuple[float, float]:
         """The range [low, high] that 256 steps cover with the least squared error (or "minmax"); always includes 0."""
+        if (name, method) not in self.ranges:
+            self.ranges[name, method] = self._range(name, method)
+        return self.ranges[name, method]
+
+    def _range(self, name: str, method: str) -> tuple[float, float]:
         low, high = min(self.lows[name], 0.0), max(self.highs[name], 0.0)
         if method == "minmax" or high - low == 0:
             return low, high

@@ -1,0 +1,83 @@
+"""Both graphs of an ONNX bundle, each at the precision asked for: what onnx-int8, onnx-int4 and tuned bundles share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import onnx
+
+from .artifact import Artifact, BuildOptions, Source, onnx_artifact
+from .embedding8 import quantize_embeddings
+from .graph import Graph, PassResult
+from .half import store_half
+from .int4_blocks import quantize_blocks
+from .int4_pack import pack, short_names
+from .int8_static import StaticOptions, calibrate, quantize_static
+from .pixels import fold_pixels
+from .statistics import Statistics, layers_of
+
+PARTS = ("encoder", "decoder")
+HIGHER = {"int4": "int8", "int8": "fp32"}
+# Weights of this many bytes (as int8) are in no cache: a step then waits for memory, and half the bytes beat the
+# arithmetic of unpacking them at each step.
+STREAMED = 32_000_000
+
+
+def build_graphs(source: Source, precision: str) -> Artifact:
+    """Both graphs at `precision` ("fp32", "int8", "int4"), or at what options.graphs says of one."""
+    pair = source.trunk()
+    for name in PARTS:
+        wanted = source.options.graphs.get(name, precision)
+        model = getattr(pair, name)
+        done = quantize(source, name, model, wanted)
+        pair.passes += [result.on(name) for result in done]
+    return onnx_artifact(pair)
+
+
+def quantize(source: Source, name: str, model: onnx.ModelProto, precision: str) -> list[PassResult]:
+    """One graph of the trunk, in place. name: "encoder" or "decoder"; layers in options.keep stay more precise."""
+    if precision == "fp32":
+        return []
+    done = [fold_pixels(model)] if name == "encoder" else []
+    known, raised = statistics(source, name), raised_layers(source.options, name, precision)
+    if precision == "int8":
+        done.append(quantize_static(model, known, options=StaticOptions(precision=raised)))
+        return done + ([quantize_embeddings(model)] if name == "decoder" else [])
+    if name == "decoder" and _matrix_bytes(model) > STREAMED:
+        return [*done, quantize_blocks(model, known, precision=raised), store_half(model), short_names(model)]
+    done.append(quantize_static(model, known, options=StaticOptions(bits=4, precision=raised)))
+    if name == "decoder":
+        done.append(quantize_embeddings(model))
+    return [*done, pack(model), store_half(model), short_names(model)]
+
+
+def statistics(source: Source, name: str) -> Statistics:
+    """What calibration says about the fp32 graph, measured once for a source."""
+    if name not in source._statistics:
+        pair, calibration = source.trunk(), source.calibration
+        if name == "encoder":
+            fold_pixels(pair.encoder)
+            feeds = calibration.encoder_feeds()
+        else:
+            feeds = calibration.decoder_feeds(pair)
+        report = calibration.reporter(name, len(feeds))
+        source._statistics[name] = calibrate(getattr(pair, name), feeds, progress=report)
+    return source._statistics[name]
+
+
+def raised_layers(options: BuildOptions, name: str, precision: str) -> Mapping[str, str]:
+    """Node name → its precision, for the layers of graph `name` in options.keep.
+
+    "encoder:NODE" is one step more precise than its graph (int4 → int8 → fp32), "encoder:NODE:fp32" stays fp32.
+    """
+    raised = {}
+    for entry in sorted(options.keep):
+        graph, _, rest = entry.partition(":")
+        node, _, wanted = rest.partition(":")
+        if graph == name and precision in HIGHER:
+            raised[node] = wanted or HIGHER[precision]
+    return raised
+
+
+def _matrix_bytes(model: onnx.ModelProto) -> int:
+    return sum(layer.weights.size for layer in layers_of(Graph(model)) if layer.node.op_type != "Conv")
