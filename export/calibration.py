@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -13,6 +13,9 @@ import onnxruntime as ort
 from ..runtime.backends.onnx import OnnxModel
 from .statistics import Feeds
 from .trunk import OnnxPair
+
+if TYPE_CHECKING:
+    from ..runtime.session import Session
 
 BATCH = 8
 
@@ -37,24 +40,28 @@ class Calibration:
         """The decoder's inputs while it is fed the photos' own captions, several photos a run."""
         manifest = {"session": pair.session, "tokens": self.tokens, "graphs": pair.graphs()}
         recorder = _Recorder(pair.decoder)
-        model = OnnxModel(manifest, _session(pair.encoder), recorder)  # type: ignore[arg-type]
+        model = OnnxModel(manifest, engine(pair.encoder), recorder)  # type: ignore[arg-type]
         for start in range(0, len(self.pixels), BATCH):
-            captions = [list(ids) for ids in self.captions[start : start + BATCH]]
-            session = model.session()
-            session.start(self.pixels[start : start + BATCH])
-            alive = np.arange(len(captions))
-            for step in range(max(map(len, captions))):
-                going = np.flatnonzero([len(captions[row]) > step for row in alive])
-                alive = alive[going]
-                session.step(np.array([captions[row][step] for row in alive]), going)
+            teacher_force(model.session(), self.pixels[start : start + BATCH], self.captions[start : start + BATCH])
         return recorder.feeds
+
+
+def teacher_force(session: Session, pixels: np.ndarray, captions: Sequence[Sequence[int]]) -> np.ndarray:
+    """Feed photos uint8 [N, H, W, 3] their own captions: logits after BOS and each token, [positions, vocab]."""
+    logits = [session.start(pixels)]
+    alive = np.arange(len(captions))
+    for step in range(max(map(len, captions))):
+        going = np.flatnonzero([len(captions[row]) > step for row in alive])
+        alive = alive[going]
+        logits.append(session.step(np.array([captions[row][step] for row in alive]), going))
+    return np.concatenate(logits)
 
 
 class _Recorder:
     """Stands in for the decoder's engine session and keeps what it was fed."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
-        self.inner = _session(model)
+        self.inner = engine(model)
         self.feeds: list[Feeds] = []
 
     def run(self, names: list[str], feed: dict[str, Any]) -> list[np.ndarray]:
@@ -62,7 +69,8 @@ class _Recorder:
         return self.inner.run(names, feed)
 
 
-def _session(model: onnx.ModelProto) -> ort.InferenceSession:
+def engine(model: onnx.ModelProto) -> ort.InferenceSession:
+    """A graph in ONNX Runtime, one thread."""
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = 1  # the same sums in the same order every time

@@ -30,8 +30,8 @@ class StaticOptions:
 
     bits: 4 rounds the weights of pointwise Convs, MatMuls and Gemms to 4 bits times a multiplier for at most `block`
     inputs (see `round_blocks`), and all scales to what fp16 holds; the smallest layers, up to the share `spared` of
-    these weights, stay at 8 bits: few bytes, much of the error. precision: node name → "int8" or "fp32" where it is to
-    be higher.
+    these weights and none above a tenth of that, stay at 8 bits: few bytes, much of the error. precision: node name →
+    "int8" or "fp32" where it is to be higher.
     """
 
     range: str = "mse"
@@ -248,11 +248,11 @@ def _four_bits(layers: list[Layer], options: StaticOptions) -> set[str]:
     if options.bits == 8:
         return set()
     layers = [layer for layer in layers if layer.pointwise and layer.weights.shape[-1] >= 8]
-    spare = options.spared * sum(layer.weights.size for layer in layers)
-    chosen = set()
+    most = options.spared * sum(layer.weights.size for layer in layers)
+    chosen, spared = set(), 0
     for layer in sorted(layers, key=lambda layer: layer.weights.size):
-        spare -= layer.weights.size
-        if spare < 0 and layer.node.name not in options.precision:
+        spared += layer.weights.size
+        if (spared > most or layer.weights.size > most / 10) and layer.node.name not in options.precision:
             chosen.add(layer.node.name)
     return chosen
 
