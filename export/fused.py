@@ -61,13 +61,14 @@ def fuse(
     width = _clipped(main, "beam", MAX_BEAM)
     longest = _clipped(main, "max_length", MAX_LENGTH)
     alone = main("Equal", main("Squeeze", width), main.constant(1))
-    ids, logprob = main.many(
-        "If",
-        alone,
-        count=2,
-        then_branch=greedy(main, decoder, rules, longest),
-        else_branch=beam(main, decoder, rules, width, longest),
-    )
+    # Both loops lie in the main graph, and one of them makes no step: in the branches of an If, ONNX Runtime would pack
+    # the weights anew at every step. It looks for constants only one graph further out.
+    none = main.constant([0])
+    steps = main("Where", alone, longest, none)
+    greedy_ids, greedy_logprob = greedy(main, decoder, rules, steps)
+    beam_ids, beam_logprob = beam(main, decoder, rules, width, longest, main("Where", alone, none, longest))
+    ids = main("Concat", greedy_ids, beam_ids, axis=0)
+    logprob = main("Cast", main("Where", alone, greedy_logprob, beam_logprob), to=FLOAT)
     outputs = [("ids", ids, INT64, ["length"]), ("logprob", logprob, FLOAT, [])]
     if pieces:
         outputs.append(("text", _text(main, ids, *pieces), TensorProto.STRING, [1]))

@@ -195,9 +195,8 @@ def _ban(body: Body, rules: Rules, vocab: int, logits: str, history: str | None)
     return scope("ScatterElements", allowed, ends, scope("Where", seen, worst, best), axis=1, reduction="min")
 
 
-def greedy(main: Scope, decoder: Decoder, rules: Rules, max_length: str) -> onnx.GraphProto:
-    """The branch for beam 1: outputs ids [length] and logprob."""
-    around = Scope("greedy_", main)
+def greedy(around: Scope, decoder: Decoder, rules: Rules, trips: str) -> tuple[str, str]:
+    """Greedy search of at most `trips` [1] tokens → names of ids [length] and logprob (double scalar)."""
     body = Body(around, "greedy")
     constant = around.constant
     scope = body.scope
@@ -215,7 +214,7 @@ def greedy(main: Scope, decoder: Decoder, rules: Rules, max_length: str) -> onnx
         body.nexts.append((scope("Concat", history, scope("Unsqueeze", best, constant([0])), axis=1), INT64))
     hand_on(None)
     body.scans = [(best, INT64), (gain, FLOAT)]
-    *_, tokens, gains = body.close(max_length, scope("Squeeze", scope("Not", ended)))
+    *_, tokens, gains = body.close(trips, scope("Squeeze", scope("Not", ended)))
 
     # Where nothing may follow (gain -inf) the caption ends, too, unfinished; the steps after it are in vain.
     flat = constant([-1])
@@ -225,9 +224,7 @@ def greedy(main: Scope, decoder: Decoder, rules: Rules, max_length: str) -> onnx
     length = _first(around, stops)
     counted = around("Where", stuck, constant(0, np.float64), around("Cast", gains, to=DOUBLE))
     counted = around("Slice", counted, constant([0]), around("Add", length, constant([1])))
-    logprob = around("Cast", around("ReduceSum", counted, keepdims=0), to=FLOAT)
-    ids = around("Slice", tokens, constant([0]), length)
-    return _branch(around, ids, logprob)
+    return around("Slice", tokens, constant([0]), length), around("ReduceSum", counted, keepdims=0)
 
 
 def _first(scope: Scope, flags: str) -> str:
@@ -236,18 +233,13 @@ def _first(scope: Scope, flags: str) -> str:
     return scope("ArgMax", scope("Cast", closed, to=FLOAT), axis=0)
 
 
-def _branch(scope: Scope, ids: str, logprob: str) -> onnx.GraphProto:
-    outputs = [value(ids, INT64, [f"{scope.name}length"]), value(logprob, FLOAT, [])]
-    return helper.make_graph(scope.nodes, scope.name.rstrip("_"), [], outputs)
+def beam(around: Scope, decoder: Decoder, rules: Rules, width: str, max_length: str, trips: str) -> tuple[str, str]:
+    """Beam search → names of the best hypothesis' ids [length] and logprob (double scalar).
 
-
-def beam(main: Scope, decoder: Decoder, rules: Rules, width: str, max_length: str) -> onnx.GraphProto:
-    """The branch for a beam: outputs ids [length] and logprob of the best hypothesis.
-
-    width, max_length: names of int64 [1]. Hypotheses are rows of max_length ids filled up with EOS. The pool starts
-    full of hypotheses that score -inf, so that it need not be asked for its size.
+    width, max_length, trips (max_length, or 0 for no search at all): names of int64 [1].
+    Hypotheses are rows of max_length ids filled up with EOS. The pool starts full of hypotheses that score -inf, so
+    that it need not be asked for its size.
     """
-    around = Scope("beam_", main)
     body = Body(around, "beam")
     constant, scope = around.constant, body.scope
     penalty, vocab = rules.options.length_penalty, decoder.vocab
@@ -329,12 +321,11 @@ def beam(main: Scope, decoder: Decoder, rules: Rules, width: str, max_length: st
         (scope("Gather", texts_all, at), INT64),
     ]
     hand_on(parents)
-    results = body.close(max_length, scope("Squeeze", going))
+    results = body.close(trips, scope("Squeeze", going))
     _, _, _, _, logprobs, texts, *_ = results
     text = around("Gather", texts, constant(0))  # [max_length]
     length = _first(around, around("Equal", text, constant(rules.eos)))
-    logprob = around("Cast", around("Gather", logprobs, constant(0)), to=FLOAT)
-    return _branch(around, around("Slice", text, zero, length), logprob)
+    return around("Slice", text, zero, length), around("Gather", logprobs, constant(0))
 
 
 def _none(scope: Scope, scores: str) -> str:
