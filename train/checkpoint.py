@@ -14,6 +14,7 @@ from ..runtime.preprocess import Preprocess
 from ..runtime.tokenizer import Tokenizer
 from .models import CaptionModel, build_model
 from .recipe import Recipe, recipe_from_dict
+from .shapes import shrink_to
 from .state import load_model_tensors, read_tensors
 from .tokenizer import token_ids
 
@@ -56,6 +57,8 @@ def load_checkpoint(path: str | Path, *, unfinished_ok: bool = False) -> Checkpo
     tokens = token_ids(tokenizer.inner)
     model = model_for(recipe, tokens, load_weights=False)
     tensors, _ = read_tensors(path / WEIGHTS)
+    if metrics.get("pruned"):
+        shrink_to(model, tensors)
     load_model_tensors(model, tensors, f"{path / WEIGHTS}")
     digest = hashlib.sha256((path / WEIGHTS).read_bytes()).hexdigest()
     return Checkpoint(path, recipe, model, tokenizer, tokens, preprocess_for(recipe), metrics, digest)

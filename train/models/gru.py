@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .widths import Columns, Width, units
+
 
 class GRUDecoder(nn.Module):
     """Photo memory [N, L, D] and word ids in, logits out. The state is one vector [rows, hidden].
@@ -128,6 +130,24 @@ class GRUDecoder(nn.Module):
         """ids [B], photo index [B], state h [B, H] → logits [B, V], next state."""
         logits, hidden = self.step(ids.unsqueeze(1), photo["grid"][index], state["h"].unsqueeze(1))
         return logits.squeeze(1), {"h": hidden.squeeze(1)}
+
+    # --- what pruning needs to know ----------------------------------------------------------------------------
+
+    vocab_rows = ("embedding.weight", "out_bias")
+
+    def widths(self) -> list[Width]:
+        """The hidden units: each is one row of each of the three gates, and one column of all that reads the state."""
+        unit = units(self.hidden)
+        gates = torch.cat([unit + gate * self.hidden for gate in range(3)], dim=1)  # [H, 3]
+        rows = {name: (0, gates) for name in ("from_word.weight", "from_word.bias", "from_context.weight")}
+        rows |= {name: (0, gates) for name in ("from_hidden.weight", "from_hidden.bias")}
+        rows |= {name: (0, unit) for name in ("start.weight", "start.bias")}
+        readers = tuple(Columns(name, unit) for name in ("out", "query", "from_hidden"))
+        return [Width("hidden", "hidden units", rows, readers)]
+
+    def follows(self, options: dict[str, int]) -> dict[str, int]:
+        """The recipe's other settings that change with pruned ones."""
+        return {}
 
     # --- what the export needs to know -------------------------------------------------------------------------
 

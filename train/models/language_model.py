@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
 from ...runtime.errors import UsageError
+from .widths import Columns, Width, units
 
 COMMON = {"tie_word_embeddings": True, "bos_token_id": None, "eos_token_id": None, "attn_implementation": "sdpa"}
 
@@ -21,12 +25,22 @@ class LanguageModelDecoder(nn.Module):
     memory_kind = "prefix"
     lm: nn.Module
 
-    def __init__(self, memory_dim: int, dim: int, layers: int, heads: int, kv_heads: int, max_positions: int) -> None:
+    def __init__(
+        self,
+        memory_dim: int,
+        dim: int,
+        layers: int,
+        heads: int,
+        kv_heads: int,
+        max_positions: int,
+        head_dim: int = 0,
+    ) -> None:
         super().__init__()
-        if dim % heads or heads % kv_heads:
+        if (dim % heads and not head_dim) or heads % kv_heads:
             raise ValueError(f"heads must divide dim ({heads}, {dim}), and kv_heads heads ({kv_heads}, {heads})")
         self.project = nn.Linear(memory_dim, dim)
-        self.dim, self.layers, self.heads, self.kv_heads, self.head_dim = dim, layers, heads, kv_heads, dim // heads
+        self.dim, self.layers, self.heads, self.kv_heads = dim, layers, heads, kv_heads
+        self.head_dim = head_dim or dim // heads
         self.max_positions = max_positions
 
     @property
@@ -94,6 +108,34 @@ class LanguageModelDecoder(nn.Module):
         logits, present = self.run(photo["prefix"].new_zeros(len(ids), 0, self.dim), ids.unsqueeze(1), past)
         return logits, _stack(present)
 
+    # --- what pruning needs to know ----------------------------------------------------------------------------
+
+    stack = ""  # where the layers are: a ModuleList
+    embedded = ""  # the word embedding's weight
+
+    @property
+    def vocab_rows(self) -> tuple[str, ...]:
+        """Parameters with a row for each word."""
+        return (self.embedded, "lm.lm_head.weight")
+
+    def follows(self, options: dict[str, int]) -> dict[str, int]:
+        """The recipe's other settings that change with pruned ones."""
+        return {}
+
+    @contextmanager
+    def without(self, layer: int) -> Iterator[None]:
+        """Inside the block, teacher forcing skips a layer."""
+        above, _, name = self.stack.rpartition(".")
+        parent, config = self.get_submodule(above), self.lm.base_model.config
+        layers, count = getattr(parent, name), config.num_hidden_layers
+        setattr(parent, name, nn.ModuleList(block for i, block in enumerate(layers) if i != layer))
+        config.num_hidden_layers = count - 1
+        try:
+            yield
+        finally:
+            setattr(parent, name, layers)
+            config.num_hidden_layers = count
+
     # --- what the export needs to know -------------------------------------------------------------------------
 
     photo_outputs = ("prefix",)
@@ -139,7 +181,10 @@ class LanguageModelDecoder(nn.Module):
 
 
 class LlamaDecoder(LanguageModelDecoder):
-    """A small llama (Touvron et al. 2023, arXiv:2302.13971): rotary positions, grouped-query attention, SwiGLU."""
+    """A small llama (Touvron et al. 2023, arXiv:2302.13971): rotary positions, grouped-query attention, SwiGLU.
+
+    head_dim: size of an attention head, 0 = dim / heads (which it no longer is once heads are pruned).
+    """
 
     def __init__(
         self,
@@ -153,8 +198,9 @@ class LlamaDecoder(LanguageModelDecoder):
         ffn: int = 512,
         dropout: float = 0.1,
         max_positions: int = 256,
+        head_dim: int = 0,
     ) -> None:
-        super().__init__(memory_dim, dim, layers, heads, kv_heads, max_positions)
+        super().__init__(memory_dim, dim, layers, heads, kv_heads, max_positions, head_dim)
         from transformers import LlamaConfig, LlamaForCausalLM
 
         config = LlamaConfig(
@@ -163,12 +209,38 @@ class LlamaDecoder(LanguageModelDecoder):
             num_hidden_layers=layers,
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
+            head_dim=self.head_dim,
             intermediate_size=ffn,
             max_position_embeddings=max_positions,
             attention_dropout=dropout,
             **COMMON,
         )
         self.lm = LlamaForCausalLM(config)
+
+    stack, embedded = "lm.model.layers", "lm.model.embed_tokens.weight"
+
+    def widths(self) -> list[Width]:
+        """Each layer's MLP units and attention heads. With grouped queries every key-value head keeps as many query
+        heads as the others; without, a head goes with its keys and values."""
+        found = []
+        head = torch.arange(self.heads * self.head_dim).view(self.heads, self.head_dim)
+        shared = self.heads // self.kv_heads
+        for i in range(self.layers):
+            at, ffn = f"{self.stack}.{i}", units(self.lm.config.intermediate_size)
+            rows = {f"{at}.mlp.{name}_proj.weight": (0, ffn) for name in ("gate", "up")}
+            found.append(Width("ffn", f"ffn of layer {i}", rows, (Columns(f"{at}.mlp.down_proj", ffn),)))
+            parts = "q" if shared > 1 else "qkv"
+            rows = {f"{at}.self_attn.{part}_proj.weight": (0, head) for part in parts}
+            buckets = tuple(j // shared for j in range(self.heads)) if shared > 1 else ()
+            readers = (Columns(f"{at}.self_attn.o_proj", head),)
+            found.append(Width("heads", f"heads of layer {i}", rows, readers, buckets))
+        return found
+
+    def follows(self, options: dict[str, int]) -> dict[str, int]:
+        if "heads" not in options:
+            return {}
+        kv_heads = self.kv_heads if self.heads > self.kv_heads else options["heads"]
+        return {"kv_heads": kv_heads, "head_dim": self.head_dim}
 
 
 class GPT2Decoder(LanguageModelDecoder):
@@ -203,6 +275,17 @@ class GPT2Decoder(LanguageModelDecoder):
         )
         self.lm = GPT2LMHeadModel(config)
 
+    stack, embedded = "lm.transformer.h", "lm.transformer.wte.weight"
+
+    def widths(self) -> list[Width]:
+        """Each layer's MLP units; GPT-2's weights are stored [in, out]. transformers ties heads to the hidden size."""
+        found, ffn = [], units(self.lm.config.n_inner)
+        for i in range(self.layers):
+            at = f"{self.stack}.{i}.mlp"
+            rows = {f"{at}.c_fc.weight": (1, ffn), f"{at}.c_fc.bias": (0, ffn)}
+            found.append(Width("ffn", f"ffn of layer {i}", rows, (Columns(f"{at}.c_proj", ffn, dim=0),)))
+        return found
+
 
 class OPTDecoder(LanguageModelDecoder):
     """A small OPT (Zhang et al. 2022, arXiv:2205.01068): learnt positions behind an offset of two, ReLU."""
@@ -236,6 +319,17 @@ class OPTDecoder(LanguageModelDecoder):
             **COMMON,
         )
         self.lm = OPTForCausalLM(config)
+
+    stack, embedded = "lm.model.decoder.layers", "lm.model.decoder.embed_tokens.weight"
+
+    def widths(self) -> list[Width]:
+        """Each layer's MLP units. transformers ties OPT's heads to its hidden size."""
+        found, ffn = [], units(self.lm.config.ffn_dim)
+        for i in range(self.layers):
+            at = f"{self.stack}.{i}"
+            rows = {f"{at}.fc1.weight": (0, ffn), f"{at}.fc1.bias": (0, ffn)}
+            found.append(Width("ffn", f"ffn of layer {i}", rows, (Columns(f"{at}.fc2", ffn),)))
+        return found
 
 
 def _stack(present: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
