@@ -1,0 +1,250 @@
+"""GGUF files against the torch decoder in llama.cpp itself: numbers, rows, lanes, growth, and every refusal."""
+
+from __future__ import annotations
+
+import gc
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+for module in ("gguf", "llama_cpp"):
+    pytest.importorskip(module, reason=f"needs {module}: pip install 'edgecap[gguf]'")
+
+from edgecap.export.artifact import BuildOptions, Source  # noqa: E402
+from edgecap.export.assemble import assemble  # noqa: E402
+from edgecap.export.calibration import Calibration  # noqa: E402
+from edgecap.export.gguf_decoder import ARCHITECTURES, tensors, write_decoder  # noqa: E402
+from edgecap.export.gguf_targets import q8_0, refuses  # noqa: E402
+from edgecap.export.golden import make_golden  # noqa: E402
+from edgecap.export.targets import Target  # noqa: E402
+from edgecap.export.trunk import OnnxPair, trace  # noqa: E402
+from edgecap.runtime import Captioner, EdgecapError, verify_golden, write_bundle  # noqa: E402
+from edgecap.runtime.backends.gguf import GgufModel  # noqa: E402
+from edgecap.runtime.backends.llama import LlamaModel  # noqa: E402
+from edgecap.runtime.decode import DecodeOptions, decode  # noqa: E402
+from edgecap.runtime.tokenizer import Tokenizer  # noqa: E402
+from edgecap.train.checkpoint import load_checkpoint  # noqa: E402
+from edgecap.train.recipe import TokenizerSettings  # noqa: E402
+from edgecap.train.tokenizer import token_ids, train_tokenizer  # noqa: E402
+
+from ..train.tiny import SIZE, tiny_model  # noqa: E402
+from .nets import photos, save_run  # noqa: E402
+
+VOCAB = 40
+TOKENS = {"bos": 1, "eos": 2, "pad": 0, "unk": 3, "vocab_size": VOCAB}
+WORDS = Tokenizer(
+    train_tokenizer([f"w{i}" for i in range(VOCAB - 4)], TokenizerSettings(kind="word", min_count=1, vocab_size=VOCAB))
+)
+
+
+def written(folder: Path, kind: str, precision: str = "f16", **options):
+    model = tiny_model(kind, vocab_size=VOCAB)
+    with torch.no_grad():
+        for parameter in model.decoder.lm.parameters():
+            if parameter.ndim == 1:  # biases start at zero and norms at one, which hides mistakes
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    path = folder / f"{kind}.gguf"
+    result = write_decoder(path, model.decoder, kind, precision, tokenizer=WORDS, tokens=TOKENS, **options)
+    return model, path, result
+
+
+def opened(model, path: Path, *, beam: int = 1, length: int = 8) -> GgufModel:
+    manifest = {"tokens": TOKENS, "decoding": {"beam": beam, "max_length": length}}
+
+    def encode(pixels: np.ndarray) -> np.ndarray:
+        with torch.no_grad():
+            return model.photo(pixels=torch.from_numpy(pixels))["prefix"].numpy()
+
+    return GgufModel(encode, LlamaModel(path, threads=1), manifest)
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
+    model, path, _ = written(tmp_path_factory.mktemp("f16"), request.param)
+    return model, opened(model, path)
+
+
+def test_logits_are_torch_s_while_rows_are_doubled_dropped_and_reordered(pair) -> None:
+    """Six photos are two lanes; rows move within and out of both, and their number outgrows the contexts."""
+    model, ours = pair
+    pixels, prompt = photos(6, SIZE), np.array([7, 9])
+    session, reference = ours.session(), model.session()
+    np.testing.assert_allclose(session.start(pixels, prompt), reference.start(pixels, prompt), atol=0.01)
+    random = np.random.default_rng(0)
+    plan = [[0, 1, 2, 3, 4, 5], [5, 5, 0, 0, 0, 1, 4, 3], [7, 6, 0, 0, 1], [4, 4, 4, 4], list(range(4)) * 8, [31, 0]]
+    for parents in [np.array(rows) for rows in plan]:
+        ids = random.integers(4, VOCAB, len(parents))
+        np.testing.assert_allclose(session.step(ids, parents), reference.step(ids, parents), atol=0.01)
+    assert session.step(np.zeros(0, np.int64), np.zeros(0, np.int64)).shape == (0, VOCAB)
+
+
+@pytest.mark.parametrize("beam", [1, 3])
+def test_captions_are_torch_s_and_a_batch_is_its_photos_one_by_one(pair, beam: int) -> None:
+    model, ours = pair
+    pixels = photos(5, SIZE, seed=1)
+    options = DecodeOptions(beam=beam, max_length=9)
+    theirs = decode(model.session(), pixels, options, eos_id=2)
+    batch = decode(ours.session(), pixels, options, eos_id=2)
+    alone = [decode(ours.session(), pixels[i : i + 1], options, eos_id=2)[0] for i in range(5)]
+    assert [each[0].token_ids for each in batch] == [each[0].token_ids for each in theirs]
+    assert [each[0].token_ids for each in batch] == [each[0].token_ids for each in alone]
+
+
+def test_sessions_are_their_own(pair) -> None:
+    """Two sessions in turns, and two in threads, say what each says alone."""
+    _, ours = pair
+    pixels = photos(2, SIZE, seed=2)
+    ids, row = np.array([5, 9, 11, 4]), np.zeros(1, np.int64)
+
+    def say(photo: int, session=None):
+        session = session or ours.session()
+        yield session.start(pixels[photo : photo + 1])
+        for token in ids:
+            yield session.step(np.array([token]), row)
+
+    alone = [list(say(0)), list(say(1))]
+    turns = list(zip(say(0), say(1), strict=True))
+    for photo in (0, 1):
+        np.testing.assert_array_equal([pair_of[photo] for pair_of in turns], alone[photo])
+    found: dict[int, list] = {}
+    threads = [threading.Thread(target=lambda i=i: found.__setitem__(i, list(say(i)))) for i in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    np.testing.assert_array_equal([found[0], found[1]], alone)
+
+
+def test_a_session_may_start_again_and_its_contexts_are_used_again(pair) -> None:
+    _, ours = pair
+    gc.collect()
+    session = ours.session()
+    first = session.start(photos(5, SIZE))
+    used = {id(context) for context in session._contexts}
+    session.step(np.full(5, 6), np.arange(5))
+    np.testing.assert_array_equal(session.start(photos(5, SIZE)), first)
+    assert {id(context) for context in session._contexts} == used and len(used) == 2
+    del session
+    gc.collect()
+    assert used <= {id(context) for context in ours.pool._idle}
+
+
+@pytest.mark.parametrize("precision", ["q8_0", "q4_0"])
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_what_blocks_divide_is_quantized_and_nothing_else(kind: str, precision: str, tmp_path: Path) -> None:
+    from gguf import GGUFReader
+    from gguf.quants import dequantize
+
+    model, path, result = written(tmp_path, kind, precision, keep={"blk.0.attn_output.weight"})
+    stored = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
+    source = dict(tensors(model.decoder, kind))
+    assert stored.keys() == source.keys()
+    coarse = 0
+    for name, tensor in stored.items():
+        real = dequantize(tensor.data, tensor.tensor_type).reshape(source[name].shape)
+        if source[name].ndim == 1:
+            expected, tolerance = "F32", 0.0
+        elif name in ("position_embd.weight", "blk.0.attn_output.weight") or source[name].shape[1] % 32:
+            expected, tolerance = "F16", 1e-3
+        elif name == "token_embd.weight":
+            expected, tolerance = "Q8_0", 0.02
+        else:
+            expected, tolerance = precision.upper(), {"q8_0": 0.02, "q4_0": 0.25}[precision]
+            coarse += 1
+        assert tensor.tensor_type.name == expected, name
+        assert np.abs(real - source[name]).max() <= tolerance * np.abs(source[name]).max(), name
+    assert coarse >= 5 and "blk.0.ffn_down.weight" in result.cost["f16"]  # its 48 inputs are one block and a half
+    pixels = photos(2, SIZE)
+    ours, theirs = opened(model, path).session().start(pixels), model.session().start(pixels)
+    cosine = (ours * theirs).sum(1) / np.linalg.norm(ours, axis=1) / np.linalg.norm(theirs, axis=1)
+    assert cosine.min() > 0.95 and not np.array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("kind", ["word", "bpe", "unigram"])
+def test_any_tokenizer_gives_a_file_that_llama_cpp_loads(kind: str, tmp_path: Path) -> None:
+    captions = ["a red square above a blue circle", "two green triangles beside a small dog"] * 4
+    tokenizer = train_tokenizer(captions, TokenizerSettings(kind=kind, vocab_size=300, min_count=1))
+    tokens = token_ids(tokenizer)
+    decoder = tiny_model("llama", vocab_size=tokens["vocab_size"]).decoder
+    options = {"tokenizer": Tokenizer(tokenizer), "tokens": tokens}
+    for name in "ab":
+        write_decoder(tmp_path / name, decoder, "llama", "q4_0", **options)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    assert LlamaModel(tmp_path / "a").vocab_size == tokens["vocab_size"]
+
+
+def test_nothing_is_printed_and_leaving_early_is_clean(tmp_path: Path) -> None:
+    """A process that ends with sessions open frees in the right order, and llama.cpp says nothing."""
+    _, path, _ = written(tmp_path, "gpt2")
+    program = f"""
+import numpy as np
+from edgecap.runtime.backends.gguf import GgufModel
+from edgecap.runtime.backends.llama import LlamaModel
+manifest = {{"tokens": {{"bos": 1}}, "decoding": {{}}}}
+model = GgufModel(lambda pixels: np.ones((len(pixels), 3, 32), np.float32), LlamaModel({str(path)!r}), manifest)
+sessions = [model.session() for _ in range(2)]
+for session in sessions:
+    session.start(np.zeros((5, 8, 8, 3), np.uint8))
+    session.step(np.full(40, 5), np.arange(40) % 5)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_mistakes_are_one_line_and_never_end_the_process(pair, tmp_path: Path) -> None:
+    model, ours = pair
+    session = ours.session()
+    session.start(photos(1, SIZE))
+    row = np.zeros(1, np.int64)
+    with pytest.raises(EdgecapError, match="llama.cpp .* failed with code -1"):
+        session.step(np.array([VOCAB]), row)
+    with pytest.raises(EdgecapError, match="at most 256 rows of 4 photos"):
+        session.step(np.full(257, 5), np.zeros(257, np.int64))
+    with pytest.raises(EdgecapError, match="has 256 positions for photo, prompt and caption together"):
+        session.start(photos(1, SIZE), np.full(256, 5))
+    (tmp_path / "x.gguf").write_bytes(b"GGUF and then nothing")
+    with pytest.raises(EdgecapError, match=r"x.gguf cannot be loaded by llama.cpp"):
+        LlamaModel(tmp_path / "x.gguf")
+    wrong = GgufModel(lambda pixels: np.zeros((1, 3, 31), np.float32), ours.decoder, {"tokens": TOKENS, "decoding": {}})
+    with pytest.raises(EdgecapError, match=r"the encoder's output is \[1, 3, 31\], not \[photos, positions, 32\]"):
+        wrong.session().start(photos(1, SIZE))
+
+
+def test_what_cannot_be_says_why() -> None:
+    parts = {"encoder": "mobilenet_v2", "bridge": "linear"}
+    plain, mmproj = BuildOptions(), BuildOptions(mmproj="f16")
+    assert all(refuses({**parts, "decoder": kind}, plain) is None for kind in ("llama", "gpt2"))
+    assert "OPT is not an architecture llama.cpp knows" in refuses({**parts, "decoder": "opt"}, plain)
+    assert "llama.cpp runs language models (llama, gpt2)" in refuses({**parts, "decoder": "gru"}, plain)
+    assert "leave --mmproj out" in refuses({**parts, "decoder": "llama"}, mmproj)
+
+
+def test_a_bundle_holds_both_and_captions(tmp_path: Path) -> None:
+    loaded = load_checkpoint(save_run(tmp_path / "run", "llama"))
+    random = np.random.default_rng(0)
+    words = [random.integers(4, loaded.tokens["vocab_size"], 5).tolist() for _ in range(4)]
+    (tmp_path / "build").mkdir()
+    graphs = loaded.model.graphs()
+    encoder = trace(graphs.encoder, graphs.encoder_inputs, graphs.encoder_outputs, 18)
+    trunk = OnnxPair(encoder, onnx.ModelProto(), graphs.session, [])  # of the trunk, the encoder alone is used
+    source = Source(loaded, Calibration(photos(4), words, loaded.tokens), tmp_path / "build", _trunk=trunk)
+    artifact = q8_0(source)
+    assert [result.name for result in artifact.passes][-2:] == ["static_int8", "gguf"]
+    target = Target("gguf", "q8_0", "", "", False, 0.9)
+    manifest, files = assemble(loaded, ("gguf-q8_0", target), "x", artifact, make_golden(loaded), [])
+    manifest["measured"] = {}
+    write_bundle(tmp_path / "x.edgecap", manifest, files)
+    with Captioner.load(tmp_path / "x.edgecap") as captioner:
+        assert verify_golden(captioner).ok
+        one, three = (captioner.caption_arrays(photos(5), beam=beam, max_length=6) for beam in (1, 3))
+        assert len(one) == len(three) == 5
+    manifest["gguf"] = {"encoder": "tape"}
+    write_bundle(tmp_path / "y.edgecap", manifest, files)
+    with pytest.raises(EdgecapError, match='gguf must say which "encoder" there is'):
+        Captioner.load(tmp_path / "y.edgecap")
