@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
@@ -105,56 +106,71 @@ class _Rules:
     eos_id: int
     suppress: Ids
 
-    def apply(self, logits: Logits, history: Ids) -> tuple[Logits, Logits]:
-        """Logits [rows, vocab] after history [rows, t] → (logits, -inf where banned; normaliser [rows])."""
-        top = logits.max(axis=1, keepdims=True)  # [rows, 1]
-        normaliser = top[:, 0] + np.log(np.exp(logits - top).sum(axis=1))  # [rows]
-        if not np.isfinite(normaliser).all():
+    def shift(self, logits: Logits) -> tuple[Logits, list[float]]:
+        """Logits [rows, vocab] → a copy less each row's largest, and log Σ exp of that [rows].
+
+        Their difference is the log softmax. Raises EdgecapError for a row that has none.
+        """
+        shifted = logits - logits.max(axis=1, keepdims=True)  # [rows, vocab]
+        normaliser = np.log(np.exp(shifted).sum(axis=1)).tolist()  # [rows]
+        if not all(map(math.isfinite, normaliser)):
             raise EdgecapError(
                 "the model's output is not a number (NaN or infinity): its graph is broken, export it again"
             )
-        allowed = logits.copy()
-        allowed[:, self.suppress] = -np.inf
-        length, n = history.shape[1], self.options.no_repeat_ngram
+        return shifted, normaliser
+
+    def free(self, length: int) -> bool:
+        """Whether nothing but `suppress` is banned after this many tokens."""
+        return length >= self.options.min_length and not 0 < self.options.no_repeat_ngram <= length
+
+    def ban(self, values: Logits, histories: Sequence[Sequence[int]]) -> None:
+        """Set to -inf what may not follow, in values [rows, vocab] after histories [rows][t] of one length."""
+        values[:, self.suppress] = -np.inf
+        length, n = len(histories[0]), self.options.no_repeat_ngram
         if length < self.options.min_length:
-            allowed[:, self.eos_id] = -np.inf
+            values[:, self.eos_id] = -np.inf
         if 0 < n <= length:
+            history = np.array(histories, np.int64)  # [rows, t]
             grams = np.lib.stride_tricks.sliding_window_view(history, n, axis=1)  # [rows, length-n+1, n]
             seen = (grams[:, :, :-1] == history[:, None, length - n + 1 :]).all(axis=2)
             rows, at = np.nonzero(seen)
-            allowed[rows, grams[rows, at, -1]] = -np.inf
-        return allowed, normaliser
+            values[rows, grams[rows, at, -1]] = -np.inf
 
 
 def _greedy(session: Session, logits: Logits, rules: _Rules) -> list[list[Hypothesis]]:
-    options, photos = rules.options, len(logits)
-    tokens = np.zeros((photos, options.max_length), np.int64)
-    logprobs = np.zeros(photos)
-    found: list[list[Hypothesis]] = [[] for _ in range(photos)]
-    live = np.arange(photos)  # the photo of each row
+    options, banned = rules.options, set(rules.suppress.tolist())
+    found: list[list[Hypothesis]] = [[] for _ in range(len(logits))]
+    live = list(range(len(logits)))  # the photo of each row
+    tokens: list[list[int]] = [[] for _ in live]  # of each row
+    logprobs = [0.0 for _ in live]
 
-    def close(photo: int, length: int, finished: bool) -> None:
-        logprob = float(logprobs[photo])
-        score = _score(logprob, length + finished, options.length_penalty)
-        found[photo].append(Hypothesis(tuple(tokens[photo, :length].tolist()), logprob, score, finished))
+    def close(row: int, finished: bool) -> None:
+        score = _score(logprobs[row], len(tokens[row]) + finished, options.length_penalty)
+        found[live[row]].append(Hypothesis(tuple(tokens[row]), logprobs[row], score, finished))
 
     for length in range(options.max_length):
-        allowed, normaliser = rules.apply(logits, tokens[live, :length])
-        best = allowed.argmax(axis=1)  # [rows]
-        gain = allowed[np.arange(len(live)), best] - normaliser  # [rows]
-        stuck = np.isneginf(gain)  # nothing may follow
-        logprobs[live] += np.where(stuck, 0.0, gain)
-        tokens[live, length] = best
-        ended = best == rules.eos_id
-        for row in np.flatnonzero(ended | stuck):
-            close(live[row], length, finished=not stuck[row])
-        going = np.flatnonzero(~(ended | stuck))
-        live = live[going]
-        if not len(live) or length + 1 == options.max_length:
+        shifted, normaliser = rules.shift(logits)
+        best = shifted.argmax(axis=1)  # [rows]
+        if not (rules.free(length) and banned.isdisjoint(best.tolist())):
+            rules.ban(shifted, tokens)
+            best = shifted.argmax(axis=1)
+        going = []
+        for row, token in enumerate(best.tolist()):
+            gain = float(shifted[row, token]) - normaliser[row]
+            stuck = gain == -math.inf  # nothing may follow
+            logprobs[row] += 0.0 if stuck else gain
+            if stuck or token == rules.eos_id:
+                close(row, finished=not stuck)
+            else:
+                tokens[row].append(token)
+                going.append(row)
+        if len(going) < len(live):
+            live, tokens, logprobs = ([values[row] for row in going] for values in (live, tokens, logprobs))
+        if not live or length + 1 == options.max_length:
             break
-        logits = session.step(best[going], going)
-    for photo in live:
-        close(photo, options.max_length, finished=False)
+        logits = session.step(best[going], np.array(going))
+    for row in range(len(live)):
+        close(row, finished=False)
     return found
 
 
@@ -166,82 +182,79 @@ def _beam(session: Session, logits: Logits, rules: _Rules) -> list[list[Hypothes
     hypothesis would, at its present length, not enter it: so with beam 1 the search is greedy for every
     length penalty.
     """
-    options, width = rules.options, rules.options.beam
+    options, width, eos = rules.options, rules.options.beam, rules.eos_id
     pools: list[list[Hypothesis]] = [[] for _ in range(len(logits))]
-    live = np.arange(len(logits))  # [A] the photos still being searched
-    totals = np.zeros((len(logits), 1))  # [A, beams] log-probability so far; one beam at first
-    tokens = np.zeros((len(logits), 1, 0), np.int64)  # [A, beams, length]
+    live = list(range(len(logits)))  # the photos still being searched, one after the other in the rows
+    beams = 1  # rows of each of them
+    tokens: list[tuple[int, ...]] = [()] * len(live)  # of each row
+    totals = [0.0] * len(live)  # log-probability of each row so far
 
     for length in range(options.max_length):
-        active, beams = totals.shape
         last = length + 1 == options.max_length
-        allowed, normaliser = rules.apply(logits, tokens.reshape(active * beams, length))
-        ids, gains = _top(allowed, 2 * width)  # [A*beams, c] each
-        each = ids.shape[1]
-        sums = totals[:, :, None] + (gains - normaliser[:, None]).reshape(active, beams, each)
-        order = np.argsort(-sums.reshape(active, -1), axis=1, kind="stable")[:, : 2 * width]  # [A, ≤ 2·beam]
-        sums = np.take_along_axis(sums.reshape(active, -1), order, axis=1)
-        ids = np.take_along_axis(ids.reshape(active, -1), order, axis=1)
-        origin = order // each  # [A, ≤ 2·beam] the beam each continues
-
-        keep, next_tokens, next_totals, parents = [], [], [], []
-        for a in range(active):
+        shifted, normaliser = rules.shift(logits)
+        rules.ban(shifted, tokens)
+        tops = shifted.argmax(axis=1).tolist()  # [rows]
+        going: list[int] = []  # the photos that live on, and for each of their rows:
+        parents: list[int] = []
+        next_tokens: list[tuple[int, ...]] = []
+        next_totals: list[float] = []
+        for place, photo in enumerate(live):
+            rows = slice(place * beams, (place + 1) * beams)
+            offsets = [total - lost for total, lost in zip(totals[rows], normaliser[rows], strict=True)]
+            best = _best(shifted[rows], offsets, tops[rows], 2 * width)
+            pool = pools[photo]
             alive = []
-            pool = pools[live[a]]
-            for place, (total, token, beam) in enumerate(zip(sums[a], ids[a], origin[a], strict=True)):
-                if total == -np.inf:
-                    break
-                ends = bool(token == rules.eos_id)
-                if not ends:
-                    alive.append(place)
-                if (ends or last) and place < width:
-                    text = tuple(tokens[a, beam].tolist()) + (() if ends else (int(token),))
-                    score = _score(float(total), length + 1, options.length_penalty)
-                    pool.append(Hypothesis(text, float(total), score, ends))
-            if not alive:  # every continuation ends or is banned
-                pool.extend(_cut_off(tokens[a], totals[a], options) if not pool else ())
+            for rank, (total, beam, token) in enumerate(best):
+                if token != eos:
+                    alive.append((total, beam, token))
+                if rank < width and (last or token == eos):
+                    text = tokens[rows.start + beam] + (() if token == eos else (token,))
+                    score = _score(total, length + 1, options.length_penalty)
+                    pool.append(Hypothesis(text, total, score, token == eos))
+            if not alive and not pool:  # every continuation is banned
+                pool.extend(_cut_off(tokens[rows], totals[rows], options))
             pool.sort(key=lambda hypothesis: -hypothesis.score)  # stable: earlier finds stay first
             del pool[width:]
             if last or not alive:
                 continue
-            best = _score(float(sums[a, alive[0]]), length + 1, options.length_penalty)
-            if len(pool) == width and best <= pool[-1].score:
+            if len(pool) == width and _score(alive[0][0], length + 1, options.length_penalty) <= pool[-1].score:
                 continue
             # Beams that do not exist (a vocabulary smaller than the beam) are filled up at -inf.
-            alive = alive[:width]
-            missing = width - len(alive)
-            picked = alive + [alive[0]] * missing
-            keep.append(a)
-            parents.append(a * beams + origin[a, picked])
-            next_totals.append(np.concatenate([sums[a, alive], np.full(missing, -np.inf)]))
-            grown = np.concatenate([tokens[a, origin[a, picked]], ids[a, picked, None]], axis=1)
-            next_tokens.append(grown)  # [beam, length+1]
-        if not keep:
+            missing = (-math.inf, *alive[0][1:])
+            going.append(photo)
+            for total, beam, token in (alive + [missing] * width)[:width]:
+                parents.append(rows.start + beam)
+                next_totals.append(total)
+                next_tokens.append((*tokens[rows.start + beam], token))
+        if not going:
             break
-        live, totals, tokens = live[keep], np.stack(next_totals), np.stack(next_tokens)
-        logits = session.step(tokens[:, :, -1].reshape(-1), np.concatenate(parents))
+        live, beams, totals, tokens = going, width, next_totals, next_tokens
+        logits = session.step(np.array([ids[-1] for ids in tokens]), np.array(parents))
     return pools
 
 
-def _top(values: Logits, count: int) -> tuple[Ids, Logits]:
-    """The `count` largest of each row [rows, n], best first, ties to the lower index → (indices, values)."""
-    count = min(count, values.shape[1])
-    rows = np.arange(len(values))
-    values = values.copy()
-    ids = np.empty((len(values), count), np.int64)
-    best = np.empty((len(values), count), values.dtype)
-    for place in range(count):  # argmax is vectorised and takes the first of equals; count is small
-        ids[:, place] = values.argmax(axis=1)
-        best[:, place] = values[rows, ids[:, place]]
-        values[rows, ids[:, place]] = -np.inf
-    return ids, best
+def _best(values: Logits, offsets: list[float], tops: list[int], count: int) -> list[tuple[float, int, int]]:
+    """The `count` largest of values [beams, vocab] + offsets [beams], best first: (sum, beam, token).
+
+    Ties go to the lower beam, then the lower token; sums of -inf are left out. tops: the largest of each beam. What is
+    returned is taken out of `values`. A few more argmax of single rows cost less than any sort of all.
+    """
+    sums = [float(row[top]) + offset for row, top, offset in zip(values, tops, offsets, strict=True)]
+    found = []
+    while len(found) < count and (total := max(sums)) > -math.inf:
+        beam = sums.index(total)
+        row = values[beam]
+        found.append((total, beam, tops[beam]))
+        row[tops[beam]] = -np.inf
+        tops[beam] = top = int(row.argmax())
+        sums[beam] = float(row[top]) + offsets[beam]
+    return found
 
 
-def _cut_off(tokens: Ids, totals: np.ndarray, options: DecodeOptions) -> list[Hypothesis]:
-    """Live hypotheses [beams, length] that nothing may follow, as unfinished ones."""
-    length = tokens.shape[1]
+def _cut_off(tokens: Sequence[tuple[int, ...]], totals: Sequence[float], options: DecodeOptions) -> list[Hypothesis]:
+    """Live hypotheses that nothing may follow, as unfinished ones."""
     return [
-        Hypothesis(tuple(row.tolist()), float(total), _score(float(total), length, options.length_penalty), False)
+        Hypothesis(row, total, _score(total, len(row), options.length_penalty), False)
         for row, total in zip(tokens, totals, strict=True)
-        if total > -np.inf
+        if total > -math.inf
     ]
