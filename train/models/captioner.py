@@ -92,14 +92,15 @@ class EncoderGraph(nn.Module):
 
 
 class DecoderGraph(nn.Module):
-    """The decoder's `graph` as a module of its own."""
+    """The decoder's graph as a module of its own: its `graph_form`, where it has one, or its `graph`."""
 
     def __init__(self, model: CaptionModel) -> None:
         super().__init__()
-        self.decoder = model.decoder
+        form = getattr(model.decoder, "graph_form", None)
+        self.decoder = model.decoder if form is None else form()
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        return self.decoder.graph(*inputs)
+        return getattr(self.decoder, "graph", self.decoder)(*inputs)
 
 
 class TorchSession:

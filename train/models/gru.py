@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .gru_graph import GRUStep
 from .widths import Columns, Width, units
 
 
@@ -50,17 +51,18 @@ class GRUDecoder(nn.Module):
         nn.init.orthogonal_(self.from_hidden.weight)
 
     def photo(self, memory: Tensor) -> dict[str, Tensor]:
-        """Everything that is computed once per photo: the grid [N, L, D] and the first state h0 [N, hidden]."""
-        return {"grid": memory, "h0": torch.tanh(self.start(memory.mean(dim=1)))}
+        """Everything that is computed once per photo: memory [N, L, D] → the grid as the heads see it
+        [N, heads, L, D / heads] and the first state h0 [N, hidden]."""
+        grid = memory.unflatten(2, (self.heads, self.memory_dim // self.heads)).transpose(1, 2)
+        return {"grid": grid, "h0": torch.tanh(self.start(memory.mean(dim=1)))}
 
     def attend(self, hidden: Tensor, grid: Tensor) -> Tensor:
-        """Context [N, R, D] for R rows per photo: hidden [N, R, H], grid [N, L, D]."""
+        """Context [N, R, D] for R rows per photo: hidden [N, R, H], grid [N, heads, L, size]."""
         n, rows, _ = hidden.shape
         size = self.memory_dim // self.heads
         query = self.query(hidden).view(n, rows, self.heads, size).transpose(1, 2)  # [N, heads, R, size]
-        keys = grid.unflatten(2, (self.heads, size)).transpose(1, 2)  # [N, heads, L, size]
-        weights = torch.softmax(query @ keys.transpose(2, 3) * size**-0.5, dim=-1)  # [N, heads, R, L]
-        return (weights @ keys).transpose(1, 2).reshape(n, rows, self.memory_dim)
+        weights = torch.softmax(query @ grid.transpose(2, 3) * size**-0.5, dim=-1)  # [N, heads, R, L]
+        return (weights @ grid).transpose(1, 2).reshape(n, rows, self.memory_dim)
 
     def cell(self, word_gates: Tensor, context: Tensor, hidden: Tensor) -> Tensor:
         """One GRU step (Cho et al. 2014, PyTorch's form) written as MatMul and gates, so that its weights quantize."""
@@ -76,7 +78,7 @@ class GRUDecoder(nn.Module):
         return F.linear(self.dropout(out), self.embedding.weight, self.out_bias)
 
     def step(self, ids: Tensor, grid: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """One word for R rows per photo: ids [N, R], grid [N, L, D], hidden [N, R, H] → logits [N, R, V], hidden."""
+        """One word for R rows per photo: ids [N, R], hidden [N, R, H] → logits [N, R, V], next hidden."""
         word = self.dropout(self.embedding(ids))
         context = self.attend(hidden, grid)
         hidden = self.cell(self.from_word(word), context, hidden)
@@ -168,14 +170,12 @@ class GRUDecoder(nn.Module):
         return {
             "ids": (torch.ones(3, dtype=torch.long), {0: "rows"}),
             "photo": (torch.tensor([0, 1, 1]), {0: "rows"}),
-            "grid": (torch.randn(2, grid_cells, self.memory_dim), {0: "batch"}),
+            "grid": (torch.randn(2, self.heads, grid_cells, self.memory_dim // self.heads), {0: "batch"}),
             "h": (torch.randn(3, self.hidden), {0: "rows"}),
         }
 
     graph_outputs = ("logits", "h_next")
 
-    def graph(self, ids: Tensor, photo: Tensor, grid: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        """The decoder graph's forward: one step for every row."""
-        # index_select: exports as one Gather and keeps the grid stored once per photo outside the graph.
-        logits, state = self.step(ids.unsqueeze(1), grid.index_select(0, photo), h.unsqueeze(1))
-        return logits.squeeze(1), state.squeeze(1)
+    def graph_form(self) -> GRUStep:
+        """The decoder graph: one step for every row."""
+        return GRUStep(self)
