@@ -10,7 +10,11 @@ class EdgecapError(Exception):
 
     @property
     def message(self) -> str:
-        return " ".join(str(self).split())
+        """One line that a terminal prints as it is: a broken file may put anything into it."""
+        text = " ".join(str(self).split())
+        if text.isprintable():
+            return text
+        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class UsageError(EdgecapError):

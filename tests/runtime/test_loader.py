@@ -337,7 +337,7 @@ def test_every_type_of_tensor(kind, raw):
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         pytest.skip(f"onnx cannot write it: {error}")
     model = helper.make_model(helper.make_graph([], "g", [], [], [tensor]))
-    if kind > TensorProto.INT2:  # newer than any engine reads
+    if kind > 26:  # newer than any engine reads
         with pytest.raises(GraphError, match="unknown type"):
             onnx_summary(model.SerializeToString())
         return
