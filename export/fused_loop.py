@@ -140,7 +140,7 @@ def _add_decoder(
         if rows is not None:
             empty = around("Expand", empty, around("Concat", rows, constant([1, 1]), axis=0))
         empties.append((empty, kinds[name]))
-    outputs = inline(decoder.model, given, scope, f"{body.name}/", weights="decoder/", fixed=fixed)
+    outputs = inline(decoder.model, given, scope, f"{body.name}/decoder/", weights="decoder/", fixed=fixed)
     logits = outputs[roles["logits"]]
     if {each.name: each for each in decoder.model.graph.output}[roles["logits"]].type.tensor_type.elem_type != FLOAT:
         logits = scope("Cast", logits, to=FLOAT)
