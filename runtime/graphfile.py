@@ -94,10 +94,12 @@ class _Onnx:
             at += 1
             if key > 127:
                 key, at = self.varint(at - 1)
+                if key >> 32:
+                    raise GraphError("malformed")
             self.left -= 1
-            kind = key & 7
-            if key < 8 or key >> 32 or self.left < 0:
+            if key < 8 or self.left < 0:
                 raise GraphError("malformed" if self.left >= 0 else f"more than {MAX_FIELDS:,} fields")
+            kind = key & 7
             if kind == 2:
                 size = view[at]
                 at += 1
@@ -269,14 +271,15 @@ class _Onnx:
                 capacity += 1
             elif key == _EXTERNAL or (key == _LOCATION and a):
                 external = True
-        where = f"tensor {name[:80]!r}"
         if external:
-            raise GraphError(f"{where} keeps its weights in another file (external data), which a bundle may not")
+            raise GraphError(
+                f"{_named(name)} keeps its weights in another file (external data), which a bundle may not"
+            )
         if code not in _DTYPES:
-            raise GraphError(f"{where} is of an unknown type ({code})")
+            raise GraphError(f"{_named(name)} is of an unknown type ({code})")
         dtype, bits = _DTYPES[code]
-        if len(shape) > MAX_RANK or any(dim < 0 for dim in shape):
-            raise GraphError(f"{where} has a size that no tensor can have")
+        if len(shape) > MAX_RANK or (shape and min(shape) < 0):
+            raise GraphError(f"{_named(name)} has a size that no tensor can have")
         elements = prod(shape)
         if dtype == "string":
             fits = elements == strings
@@ -285,7 +288,9 @@ class _Onnx:
         else:
             fits = elements <= capacity * (8 // bits if bits < 8 else 1)
         if not fits:
-            raise GraphError(f"{where} claims {_claim(elements, bits)}, and the file holds {size:,} bytes for it")
+            raise GraphError(
+                f"{_named(name)} claims {_claim(elements, bits)}, and the file holds {size:,} bytes for it"
+            )
         found = Tensor(name, dtype, tuple(shape), size, start, stop)
         self.found.initializers.append(found)
         return found
@@ -419,6 +424,10 @@ def _claim(elements: int, bits: int) -> str:
     if elements >= 10**15:
         return "more elements than there is memory for"
     return f"{elements:,} elements" + (f" ({elements * bits + 7 >> 3:,} bytes)" if bits else "")
+
+
+def _named(name: str) -> str:
+    return f"tensor {name[:80]!r}"
 
 
 def _signed(value: int) -> int:
