@@ -1,0 +1,300 @@
+"""Targets coreml-fp16, coreml-int8 and coreml-int4: two .mlpackage folders through torch.jit.trace and coremltools.
+
+Core ML runs on Apple's systems only. What can be known elsewhere is checked here: the packages are read back, every
+weight is compared with torch's, and for the gate the programs are computed op by op (coreml_program).
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import uuid
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..runtime.backends.coreml import CoreMLModel
+from ..runtime.decode import MAX_BEAM
+from ..runtime.errors import EdgecapError
+from .artifact import Artifact, Source
+from .coreml_program import Program
+from .coreml_weights import compare_weights
+from .graph import PassResult
+
+if TYPE_CHECKING:
+    from ..train.models import CaptionModel, GraphPair
+
+LARGE = 2048  # weights of fewer values stay fp16: they are biases, norms and the smallest depthwise filters
+# Weights that share a scale in 4 bits.
+BLOCK = 32
+PROMPT_ROOM = 32  # tokens of a prompt that the KV cache has room for
+WIDE_BEAM = 8  # beams for which the KV cache has room at the bundle's max_length
+# iOS 18 and macOS 15 brought states and blocks of 4 bits; what needs neither also runs on iOS 16 and macOS 13.
+SYSTEMS = {"iOS16": "iOS 16, macOS 13", "iOS18": "iOS 18, macOS 15"}
+
+
+def fp16(source: Source) -> Artifact:
+    return build(source, "fp16")
+
+
+def int8(source: Source) -> Artifact:
+    return build(source, "int8")
+
+
+def int4(source: Source) -> Artifact:
+    return build(source, "int4")
+
+
+def build(source: Source, precision: str) -> Artifact:
+    """Encoder and decoder as Core ML programs, checked. Raises EdgecapError where one cannot be made or is wrong."""
+    model = source.checkpoint.model
+    pair = model.graphs()
+    wanted = {
+        part: source.options.graphs.get(part, precision).replace("fp32", "fp16") for part in ("encoder", "decoder")
+    }
+    slots = "kv" in pair.session
+    target = "iOS18" if slots or "int4" in wanted.values() else "iOS16"
+    files: dict[str, bytes | Path] = {}
+    programs, passes, graphs = {}, [], {}
+    with quiet():
+        roles = _roles(source, pair)
+        for number, (part, kind) in enumerate(wanted.items()):
+            source.progress("graphs", number, 2)
+            module, described = _encoder(model, pair) if part == "encoder" else _decoder(model, pair, roles)
+            package = source.scratch / f"{part}.mlpackage"
+            converted = compress(convert(module, described, target), kind)
+            converted.save(str(package))
+            normalise(package, f"edgecap {part}, {kind}, for {SYSTEMS[target]} or newer")
+            programs[part] = Program(package)
+            cost = compare_weights(programs[part], module)
+            passes.append(PassResult("coreml", {"graph": part, "precision": kind, "target": target}, cost))
+            graphs[part] = _manifest(programs[part], part, model)
+            files |= _files(package)
+    source.progress("graphs", 2, 2)
+    bos = source.checkpoint.tokens["bos"]
+    return Artifact(
+        files=files,
+        graphs=graphs,
+        session=None,
+        requires={"coremltools": "8.0"},  # the first with states
+        passes=passes,
+        more={"coreml": {**roles, "systems": SYSTEMS[target]}},
+        simulate=lambda: CoreMLModel(roles, bos, programs["encoder"], programs["decoder"]),
+    )
+
+
+# --- torch → Core ML ---------------------------------------------------------------------------------------------
+
+
+def _roles(source: Source, pair: GraphPair) -> dict[str, Any]:
+    """The manifest's "coreml": how a session wires the two programs."""
+    roles: dict[str, Any] = {"image": "image", "logits": pair.session["logits"], "rows": MAX_BEAM}
+    if "kv" not in pair.session:
+        return {"decoder": "recurrent", **roles, "photo": pair.session["photo"], "state": pair.session["state"]}
+    decoder = source.checkpoint.model.decoder
+    prefix = pair.encoder_outputs[0]
+    cells = _shapes(pair)[prefix][1]
+    longest = int(source.checkpoint.recipe.to_dict()["decoding"].get("max_length", 24))
+    room = cells + PROMPT_ROOM + WIDE_BEAM * longest
+    slots = max(decoder.max_positions, -(-room // 64) * 64)
+    return {"decoder": "slots", **roles, "prefix": prefix, "slots": slots, "positions": decoder.max_positions}
+
+
+def _shapes(pair: GraphPair) -> dict[str, tuple[int, ...]]:
+    """The encoder's outputs for one photo."""
+    import torch
+
+    pixels, _ = pair.encoder_inputs["pixels"]
+    with torch.no_grad():
+        return {n: tuple(v.shape) for n, v in zip(pair.encoder_outputs, pair.encoder(pixels[:1]), strict=True)}
+
+
+def _encoder(model: CaptionModel, pair: GraphPair) -> tuple[Any, dict[str, Any]]:
+    """The encoder module and the arguments of ct.convert that describe it."""
+    import coremltools as ct
+    import torch
+
+    from .coreml_torch import ImageEncoder
+
+    shape = (1, 3, *model.size)
+    image = ct.ImageType("image", shape=shape, color_layout=ct.colorlayout.RGB)
+    outputs = [ct.TensorType(name, dtype=np.float16) for name in pair.encoder_outputs]
+    example = (torch.zeros(shape),)
+    return ImageEncoder(pair.encoder).eval(), {"example": example, "inputs": [image], "outputs": outputs}
+
+
+def _decoder(model: CaptionModel, pair: GraphPair, roles: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The decoder module and the arguments of ct.convert that describe it."""
+    import coremltools as ct
+    import torch
+
+    from .coreml_torch import STATES, RecurrentStep, SlotDecoder
+
+    half, whole, tensor = np.float16, np.int32, ct.TensorType
+    rows = ct.RangeDim(1, roles["rows"], 1)
+    logits = tensor(roles["logits"], dtype=np.float32)
+    if roles["decoder"] == "recurrent":
+        # One photo: its tensors are as the encoder makes them. Its rows: as many as there are beams.
+        state = [each["input"] for each in roles["state"]]
+        inputs, example = [tensor("ids", shape=(rows,), dtype=whole)], [torch.ones(3, dtype=torch.int32)]
+        shapes = _shapes(pair)
+        for name, source in roles["photo"].items():
+            inputs.append(tensor(name, shape=shapes[source], dtype=half))
+            example.append(torch.zeros(shapes[source]))
+        for each in roles["state"]:
+            inputs.append(tensor(each["input"], shape=(rows, *shapes[each["init"]][1:]), dtype=half))
+            example.append(torch.zeros(3, *shapes[each["init"]][1:]))
+        outputs = [logits, *(tensor(each["output"], dtype=half) for each in roles["state"])]
+        described = {"example": tuple(example), "inputs": inputs, "outputs": outputs}
+        return RecurrentStep(model.decoder, roles["photo"], state).eval(), described
+    decoder, slots = model.decoder, roles["slots"]
+    module = SlotDecoder(decoder, slots).eval()
+    length, end = ct.RangeDim(1, slots, 1), ct.RangeDim(1, slots, 1)
+    given = {  # name → (shape, dtype, example of 5 new tokens after 4)
+        "ids": ((1, length), whole, torch.ones(1, 5, dtype=torch.int32)),
+        "words": ((1, length, 1), half, torch.ones(1, 5, 1)),
+        "prefix": ((1, length, decoder.dim), half, torch.zeros(1, 5, decoder.dim)),
+        "positions": ((1, length), whole, torch.arange(5, dtype=torch.int32).unsqueeze(0)),
+        "mask": ((1, 1, length, end), half, torch.zeros(1, 1, 5, 9)),
+        "wanted": ((rows,), whole, torch.tensor([1, 2, 4], dtype=torch.int32)),
+    }
+    shape = getattr(module, STATES[0]).shape
+    return module, {
+        "example": tuple(example for _, _, example in given.values()),
+        "inputs": [tensor(name, shape=shape, dtype=dtype) for name, (shape, dtype, _) in given.items()],
+        "outputs": [logits],
+        "states": [ct.StateType(tensor(shape=shape, dtype=half), name=name) for name in STATES],
+    }
+
+
+def convert(module: Any, described: dict[str, Any], target: str) -> Any:
+    """A torch module → coremltools' MLModel in fp16. Raises EdgecapError where coremltools cannot."""
+    import coremltools as ct
+    import torch
+
+    arguments = dict(described)
+    example = arguments.pop("example")
+    try:
+        with torch.no_grad():
+            traced = torch.jit.trace(module, example, check_trace=False)
+            for state in arguments.get("states", []):
+                module.get_buffer(state.name).zero_()  # the trace wrote into it
+        return ct.convert(
+            traced,
+            **arguments,
+            minimum_deployment_target=getattr(ct.target, target),
+            compute_precision=ct.transform.FP16ComputePrecision(op_selector=_fits_half),
+            skip_model_load=True,
+        )
+    except Exception as error:  # torch's and coremltools' exceptions share no base class
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise EdgecapError(f"coremltools cannot convert {type(module).__name__}: {lines[-1][:200]}") from error
+
+
+def _fits_half(op: Any) -> bool:
+    """False for the squares of RMSNorm, which overflow fp16 (65504) in large models: they stay fp32, as in torch."""
+    mean = op.op_type == "add" and op.x.op is not None and op.x.op.op_type == "reduce_mean"  # mean of squares + epsilon
+    return op.op_type not in ("pow", "reduce_mean", "rsqrt") and not mean
+
+
+def compress(converted: Any, precision: str) -> Any:
+    """The same program with its large weights in 8 bits, or in 4 with convolutions in 8.
+
+    4 bits are blocks with a scale each, not palettes: see BLOCK.
+    """
+    from coremltools.optimize import coreml as cto
+
+    if precision == "fp16":
+        return converted
+    common = {"mode": "linear_symmetric", "weight_threshold": LARGE}
+    bytewise = cto.OpLinearQuantizerConfig(**common, dtype="int8")
+    if precision == "int8":
+        return cto.linear_quantize_weights(converted, cto.OptimizationConfig(bytewise))
+    blocks = cto.OpLinearQuantizerConfig(**common, dtype="int4", granularity="per_block", block_size=BLOCK)
+    return cto.linear_quantize_weights(converted, cto.OptimizationConfig(blocks, op_type_configs={"conv": bytewise}))
+
+
+# --- the package as files ----------------------------------------------------------------------------------------
+
+PARTS = {"model.mlmodel": "CoreML Model Specification", "weights": "CoreML Model Weights"}
+
+
+def normalise(package: Path, description: str) -> None:
+    """Rewrite what changes from run to run: dates, random identifiers, the order of maps."""
+    import coremltools as ct
+
+    path = package / "Data" / "com.apple.CoreML" / "model.mlmodel"
+    spec = ct.utils.load_spec(str(package))
+    spec.description.metadata.Clear()
+    spec.description.metadata.shortDescription = description
+    path.write_bytes(spec.SerializeToString(deterministic=True))
+    ids = {name: str(uuid.uuid5(uuid.NAMESPACE_OID, f"edgecap/{name}")) for name in PARTS}
+    manifest = {
+        "fileFormatVersion": "1.0.0",
+        "itemInfoEntries": {
+            ids[name]: {
+                "author": "com.apple.CoreML",
+                "description": text,
+                "name": name,
+                "path": f"com.apple.CoreML/{name}",
+            }
+            for name, text in PARTS.items()
+        },
+        "rootModelIdentifier": ids["model.mlmodel"],
+    }
+    (package / "Manifest.json").write_text(json.dumps(manifest, indent=4) + "\n")
+
+
+def _files(package: Path) -> dict[str, bytes | Path]:
+    """Every file of the folder by its name in the bundle."""
+    found = (path for path in sorted(package.rglob("*")) if path.is_file())
+    return {f"{package.name}/{path.relative_to(package).as_posix()}": path for path in found}
+
+
+def _manifest(program: Program, part: str, model: CaptionModel) -> dict[str, Any]:
+    """This graph's entry in the manifest, from the package's own description."""
+    described: dict[str, Any] = {"file": f"{part}.mlpackage"}
+    for role in ("input", "output", "state"):
+        entries = {}
+        for feature in getattr(program.spec.description, role):
+            kind = feature.type.WhichOneof("Type")
+            if kind == "imageType":
+                entries[feature.name] = {"dtype": "uint8", "shape": [1, *model.size, 3]}
+                continue
+            array = feature.type.stateType.arrayType if kind == "stateType" else feature.type.multiArrayType
+            entries[feature.name] = {"dtype": _DTYPES[array.dataType], "shape": _sizes(array)}
+        if entries or role != "state":
+            described[f"{role}s"] = entries
+    return described
+
+
+_DTYPES = {65552: "float16", 65568: "float32", 131104: "int32"}  # ArrayFeatureType.ArrayDataType
+
+
+def _sizes(array: Any) -> list[int | str]:
+    """The shape; a flexible axis as its range, "1..64"."""
+    if array.WhichOneof("ShapeFlexibility") != "shapeRange":
+        return [int(size) for size in array.shape]
+    spans = [(int(span.lowerBound), int(span.upperBound)) for span in array.shapeRange.sizeRanges]
+    return [low if low == high else f"{low}..{high}" for low, high in spans]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """coremltools logs advice about versions and draws progress bars; none of it is the user's."""
+    loggers = [logging.getLogger(name) for name in ("coremltools", "transformers")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
