@@ -13,11 +13,16 @@ from ...runtime.errors import UsageError
 
 
 class Encoder(nn.Module):
-    """Wraps a transformers vision model: uint8 [N, H, W, 3] → features float32 [N, L, dim]."""
+    """Wraps a transformers vision model: uint8 [N, H, W, 3] → features float32 [N, L, dim].
 
-    def __init__(self, body: nn.Module, dim: int, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    mean, std: of pixels in [0, 1], for each channel. size: height and width of the photos, None for any.
+    """
+
+    def __init__(
+        self, body: nn.Module, dim: int, mean: tuple[float, ...], std: tuple[float, ...], size: int | None = None
+    ) -> None:
         super().__init__()
-        self.body, self.dim = body, dim
+        self.body, self.dim, self.size, self.mean, self.std = body, dim, size, mean, std
         # x / 255 normalised by mean and std, folded into one multiply and one add per channel.
         scale = torch.tensor([1 / (255 * s) for s in std]).view(1, 3, 1, 1)
         shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)]).view(1, 3, 1, 1)
@@ -32,6 +37,12 @@ class Encoder(nn.Module):
         return {k: v for k, v in self.body.config.to_diff_dict().items() if k not in labels and v is not None}
 
     def forward(self, pixels: Tensor) -> Tensor:
+        if self.size is not None and pixels.shape[1:3] != (self.size, self.size):
+            height, width = pixels.shape[1:3]
+            raise UsageError(
+                f"the encoder takes photos of {self.size} × {self.size}, not {height} × {width}: "
+                f"--set data.image_size={self.size}"
+            )
         x = pixels.permute(0, 3, 1, 2).to(torch.float32) * self.scale + self.shift  # [N, 3, H, W]
         if not torch.compiler.is_exporting():
             x = x.contiguous(memory_format=torch.channels_last)
@@ -57,8 +68,26 @@ def mobilenet_v2(source: str | None, config: dict[str, Any]) -> Encoder:
     return Encoder(body, dim, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
-def _pretrained(cls: Any, source: str, **options: Any) -> nn.Module:
-    """Load weights by hub id or local directory, all of them, without transformers' load report."""
+def siglip(source: str | None, config: dict[str, Any]) -> Encoder:
+    """SigLIP's image half (Zhai et al. 2023, arXiv:2303.15343) by hub id or directory; without `source`, from `config`.
+
+    Takes square photos of the configuration's image_size only, patch_size of which are one feature; no pooling head.
+    """
+    from transformers import SiglipVisionConfig, SiglipVisionModel
+
+    settings = {**config, "vision_use_head": False}
+    if source:
+        body = _pretrained(SiglipVisionModel, source, whole="siglip", vision_use_head=False)
+    else:
+        body = SiglipVisionModel(_known("encoder.config", SiglipVisionConfig, settings))
+    return Encoder(body, body.config.hidden_size, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), size=body.config.image_size)
+
+
+def _pretrained(cls: Any, source: str, *, whole: str = "", **options: Any) -> nn.Module:
+    """Load weights by hub id or local directory, all of them, without transformers' load report.
+
+    whole: type of the model that the encoder is a part of, where that will do, too.
+    """
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
     from transformers.utils import logging
@@ -73,7 +102,7 @@ def _pretrained(cls: Any, source: str, **options: Any) -> nn.Module:
     try:
         place = str(path) if path.exists() else source
         kind, wanted = cls.config_class.get_config_dict(place)[0].get("model_type"), cls.config_class.model_type
-        if kind and kind != wanted:
+        if kind and kind not in (wanted, whole):
             raise UsageError(f"encoder {source} is a {kind} model; encoder.kind needs a {wanted} model")
         model, info = cls.from_pretrained(place, output_loading_info=True, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
@@ -101,4 +130,7 @@ def _known(where: str, config_class: Any, config: dict[str, Any]) -> Any:
         raise UsageError(f"{where}: {error}") from error
 
 
-ENCODERS: dict[str, Callable[[str | None, dict[str, Any]], Encoder]] = {"mobilenet_v2": mobilenet_v2}
+ENCODERS: dict[str, Callable[[str | None, dict[str, Any]], Encoder]] = {
+    "mobilenet_v2": mobilenet_v2,
+    "siglip": siglip,
+}
