@@ -14,10 +14,13 @@ from ..runtime.errors import EdgecapError
 from ..runtime.preprocess import Preprocess
 from .fused_build import FLOAT, INT64, Scope, inline, value
 from .fused_loop import Body, Decoder, Rules, beam, greedy
+from .graph import PassResult, save
+from .trunk import OnnxPair
 
 if TYPE_CHECKING:
     from ..runtime.tokenizer import Tokenizer
-    from .trunk import OnnxPair
+    from ..train.checkpoint import Checkpoint
+    from .artifact import Artifact
 
 FILE = "fused.onnx"
 OPSET_TEXT = 20  # the first with StringConcat
@@ -103,6 +106,29 @@ def _check_meaning(model: onnx.ModelProto, opset: int) -> None:
     changed = sorted({node.op_type for node in model.graph.node} & CHANGED)
     if _opset(model) != opset and changed:
         raise EdgecapError(f"--fused cannot bring {', '.join(changed)} from opset {_opset(model)} to {opset}")
+
+
+def add_fused(artifact: Artifact, checkpoint: Checkpoint) -> None:
+    """Put fused.onnx, made of the artifact's own encoder and decoder graphs, into an ONNX artifact.
+
+    Raises EdgecapError for graphs it cannot merge.
+    """
+    models = []
+    for part in ("encoder", "decoder"):
+        file = artifact.files[artifact.graphs[part]["file"]]
+        models.append(onnx.load_from_string(file if isinstance(file, bytes) else file.read_bytes()))
+    assert artifact.session is not None  # ONNX Runtime's artifacts have one
+    model = fuse(
+        OnnxPair(models[0], models[1], artifact.session, []),
+        tokens=checkpoint.tokens,
+        preprocess=checkpoint.preprocess,
+        tokenizer=checkpoint.tokenizer,
+        decoding=checkpoint.recipe.to_dict()["decoding"],
+    )
+    artifact.files[FILE] = save(model)
+    artifact.graphs["fused"] = describe(model)
+    text = "text" in artifact.graphs["fused"]["outputs"]
+    artifact.passes.append(PassResult("fuse", {"opset": _opset(model), "text": text}, {"nodes": len(model.graph.node)}))
 
 
 def describe(model: onnx.ModelProto) -> dict[str, Any]:

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import onnx
-import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
-from edgecap.export.fused import _resize, describe, fuse
+from edgecap.export.fused import _resize, fuse
 from edgecap.export.fused_build import Scope
-from edgecap.export.graph import save
 from edgecap.export.trunk import OnnxPair
 from edgecap.runtime import UsageError
 from edgecap.runtime.backends.onnx import OnnxModel
 from edgecap.runtime.decode import DecodeOptions, decode
 from edgecap.runtime.fused import FusedCaptioner
-from edgecap.runtime.graphfile import check_onnx
 from edgecap.runtime.preprocess import Preprocess
 from edgecap.runtime.tokenizer import Tokenizer
 
