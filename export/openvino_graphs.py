@@ -5,24 +5,27 @@ from __future__ import annotations
 import io
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import onnx
 
 from ..runtime.errors import EdgecapError
 from .artifact import Artifact, Source
 from .graph import Graph, PassResult, save
-from .int8_static import quantize_static
+from .int8_static import StaticOptions, quantize_static
+from .onnx_quantized import raised_layers, statistics
+from .pixels import fold_pixels
 from .statistics import layers_of
 
 if TYPE_CHECKING:
-    import onnx
+    import nncf
     import openvino as ov
 
-REQUIRES = {"openvino": "2025.0"}
+REQUIRES = {"openvino": "2024.6"}
 GROUP, SMALLEST_GROUP = 64, 8  # weights that share one scale at 4 bits; fewer where the layer's width is no multiple
 BEAM_IDX = "beam_idx"
 
@@ -54,16 +57,21 @@ def _at_precision(
     source: Source, name: str, graph: onnx.ModelProto, precision: str
 ) -> tuple[ov.Model, list[PassResult]]:
     passes = []
+    raised = raised_layers(source.options, name, precision)
     quantized = precision in ("int8", "int4")
-    convolutional = is_convolutional(graph)
+    convolutional = name == "encoder" and is_convolutional(graph)
     if quantized and convolutional:
-        feeds = source.calibration.encoder_feeds()
-        passes.append(quantize_static(graph, feeds, progress=source.calibration.reporter(name, len(feeds))))
+        # At 4 bits, too: there is no fast convolution for less, and nothing that ran slower would be worth the bytes.
+        raised = {node: wanted for node, wanted in raised.items() if wanted == "fp32"}
+        passes.append(fold_pixels(graph))
+        known = statistics(source, name)
+        passes.append(quantize_static(graph, known, options=StaticOptions(precision=raised)))
+        _quantize_pixels(graph)
+        _float_biases(graph)
     model = convert(graph, source.scratch / f"{name}.onnx")
     passes.append(share_embedding(model))
     if quantized and not convolutional:
-        keep = [each.partition(":")[2] for each in source.options.keep if each.startswith(f"{name}:")]
-        passes.append(compress_weights(model, 8 if precision == "int8" else 4, sorted(keep)))
+        passes.append(compress_weights(model, 8 if precision == "int8" else 4, raised))
     if precision == "fp16":
         passes.append(PassResult("fp16_weights"))
     return model, passes
@@ -75,6 +83,35 @@ def is_convolutional(graph: onnx.ModelProto) -> bool:
     for layer in layers_of(Graph(graph)):
         sizes[layer.node.op_type == "Conv"] += layer.weights.size
     return sizes[True] > sizes[False]
+
+
+def _quantize_pixels(graph: onnx.ModelProto) -> None:
+    """Say once more that the dequantized pixels have 256 steps: only then does the first convolution run in int8."""
+    index = Graph(graph)
+    for node in list(graph.graph.node):
+        if node.op_type == "DequantizeLinear" and node.name == "pixels_dequantize":
+            real, scale, zero = node.output[0], node.input[1], node.input[2]
+            index.reroute(real, "pixels_again")
+            new = [
+                onnx.NodeProto.FromString(node.SerializeToString()),
+                onnx.helper.make_node("QuantizeLinear", [real, scale, zero], ["pixels_whole"], name="pixels_quantize"),
+                onnx.helper.make_node(
+                    "DequantizeLinear", ["pixels_whole", scale, zero], ["pixels_again"], name="pixels_dequantize_again"
+                ),
+            ]
+            index.replace([node], new)
+
+
+def _float_biases(graph: onnx.ModelProto) -> None:
+    """Biases as plain numbers: OpenVINO adds them as floats and would store three nodes for each int32 one."""
+    index = Graph(graph)
+    for node in list(graph.graph.node):
+        whole = index.constant(node.input[0]) if node.op_type == "DequantizeLinear" else None
+        if whole is not None and whole.dtype == np.int32:
+            real = (whole * index.constant(node.input[1])).astype(np.float32)
+            index.reroute(node.output[0], index.set_constant(f"{node.output[0]}_float", real))
+    index.refresh()
+    index.prune()
 
 
 def convert(graph: onnx.ModelProto, scratch: Path) -> ov.Model:
@@ -114,32 +151,37 @@ def share_embedding(model: ov.Model) -> PassResult:
     return PassResult("share_embedding", cost={"shared": shared})
 
 
-def compress_weights(model: ov.Model, bits: int, keep: Sequence[str] = ()) -> PassResult:
+def compress_weights(model: ov.Model, bits: int, raised: Mapping[str, str]) -> PassResult:
     """Store the weights of matrix products and embeddings at 8 bits per channel or 4 bits per group, symmetric.
 
-    Layers named in `keep` stay one step more precise. Activations are float.
+    raised: layers that stay at "int8" or "fp32". Activations are float.
     """
     import nncf
 
-    scope = nncf.IgnoredScope(names=list(keep), validate=False) if keep else None
-    params: dict[str, Any] = {"weights": f"int{bits} symmetric", "keep": list(keep)}
+    params: dict[str, Any] = {"weights": f"int{bits} symmetric", "raised": dict(sorted(raised.items()))}
     with _quiet():
         if bits == 4:
-            params |= {"group": GROUP}
+            params["group"] = GROUP
             nncf.compress_weights(
                 model,
                 mode=nncf.CompressWeightsMode.INT4_SYM,
                 group_size=GROUP,
                 all_layers=True,
-                ignored_scope=scope,
+                ignored_scope=_without(raised),
                 advanced_parameters=nncf.AdvancedCompressionParameters(
                     group_size_fallback_mode=nncf.GroupSizeFallbackMode.ADJUST, min_adjusted_group_size=SMALLEST_GROUP
                 ),
             )
-        if bits == 8 or keep:
-            scope = scope if bits == 8 else None
-            nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_SYM, ignored_scope=scope)
+        if bits == 8 or "int8" in raised.values():
+            fp32 = [node for node, wanted in raised.items() if wanted == "fp32"]
+            nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_SYM, ignored_scope=_without(fp32))
     return PassResult("compress_weights", params)
+
+
+def _without(nodes: Iterable[str]) -> nncf.IgnoredScope | None:
+    import nncf
+
+    return nncf.IgnoredScope(names=sorted(nodes), validate=False) if nodes else None
 
 
 def make_stateful(model: ov.Model, kv: Sequence[dict[str, Any]]) -> PassResult:
@@ -175,6 +217,7 @@ def make_stateful(model: ov.Model, kv: Sequence[dict[str, Any]]) -> PassResult:
 def _serialize(model: ov.Model, scratch: Path, *, half: bool) -> dict[str, bytes]:
     """The .xml and .bin of a model, without versions, paths and parameters of the conversion, and without indentation.
 
+    Layers are named by type and place: OpenVINO names what it adds by counting everything the process ever converted.
     half: float weights that are left are stored as fp16; they are widened when the graph is compiled.
     """
     import openvino as ov
@@ -184,6 +227,8 @@ def _serialize(model: ov.Model, scratch: Path, *, half: bool) -> dict[str, bytes
     text = path.read_bytes()
     text = re.sub(rb"\n\t<rt_info>.*?\n\t</rt_info>", b"", text, flags=re.DOTALL)  # the model's, not the layers' own
     text = re.sub(rb"\n\t*", b"\n", text)
+    named = rb'<layer id="(\d+)" name="[^"]*" type="(?!Parameter"|Result")(\w+)"'
+    text = re.sub(named, rb'<layer id="\1" name="\2_\1" type="\2"', text)
     return {path.name: text, f"{scratch.name}.bin": path.with_suffix(".bin").read_bytes()}
 
 
