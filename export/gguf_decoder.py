@@ -51,11 +51,13 @@ def write_decoder(
     tokenizer: Tokenizer,
     tokens: dict[str, int],
     keep: Collection[str] = (),
+    words: bool = False,
 ) -> PassResult:
     """Write the decoder to `path`; kind: "llama" or "gpt2"; precision: f16, q8_0 or q4_0.
 
     Vectors stay float32. Rows that blocks of 32 do not divide, positions and the tensors in `keep` are stored as f16;
-    under q4_0 the word embedding, which is the output layer too, is q8_0 (as in llama.cpp's own quantizer).
+    under q4_0 the word embedding, which is the output layer too, is q8_0 (as in llama.cpp's own quantizer). words: name
+    the words even where llama.cpp has no such tokenizer; its image encoders look for markers among them.
     """
     from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, quants
 
@@ -71,7 +73,7 @@ def write_decoder(
     writer.add_head_count(decoder.heads)
     writer.add_head_count_kv(decoder.kv_heads)
     architecture.settings(writer, decoder)
-    _add_vocabulary(writer, tokenizer, tokens)
+    _add_vocabulary(writer, tokenizer, tokens, words)
     stored: dict[str, list[str]] = {}
     for name, tensor in tensors(decoder, kind):
         chosen = _precision(name, tensor, precision, keep)
@@ -123,26 +125,27 @@ def _ffn(decoder: LanguageModelDecoder, architecture: Architecture) -> int | lis
     return found[0] if len(set(found)) == 1 else found
 
 
-def _add_vocabulary(writer: GGUFWriter, tokenizer: Tokenizer, tokens: dict[str, int]) -> None:
+def _add_vocabulary(writer: GGUFWriter, tokenizer: Tokenizer, tokens: dict[str, int], words: bool) -> None:
     """The words, for other programs: edgecap's runtime reads tokenizer.json and needs ids alone.
 
-    llama.cpp's tokenizers include byte-level BPE; to word and Unigram vocabularies it gets none.
+    llama.cpp's tokenizers include byte-level BPE; of word and Unigram vocabularies it gets none, or names only.
     """
     import json
 
     from gguf import TokenType
 
     model = json.loads(tokenizer.inner.to_str())["model"]
-    if model["type"] != "BPE" or not model["merges"]:
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model.get("merges", [])]
+    if not merges and not words:
         writer.add_tokenizer_model("none")
         return
     special = set(tokenizer.inner.get_added_tokens_decoder())
-    words = [tokenizer.inner.id_to_token(index) for index in range(tokens["vocab_size"])]
+    names = [tokenizer.inner.id_to_token(index) for index in range(tokens["vocab_size"])]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(words)
-    writer.add_token_types([TokenType.CONTROL if i in special else TokenType.NORMAL for i in range(len(words))])
-    writer.add_token_merges([pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]])
+    writer.add_token_list(names)
+    writer.add_token_types([TokenType.CONTROL if i in special else TokenType.NORMAL for i in range(len(names))])
+    writer.add_token_merges(merges or [" ".join(names[:2])])  # llama.cpp wants one at least
     writer.add_bos_token_id(tokens["bos"])
     writer.add_eos_token_id(tokens["eos"])
     writer.add_pad_token_id(tokens["pad"])

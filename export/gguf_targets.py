@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from .artifact import MIN_ENGINE, Artifact, BuildOptions, Source
 from .gguf_decoder import ARCHITECTURES, write_decoder
+from .gguf_mmproj import write_mmproj
 from .graph import PassResult, save
 from .int8_static import StaticOptions, quantize_static
 from .pixels import fold_pixels
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 MIN_LLAMA_CPP = "0.3.36"  # of llama-cpp-python: contexts with one cache for all rows, flash attention by choice
-DECODER = "decoder.gguf"
+DECODER, ENCODER = "decoder.gguf", "encoder.gguf"
 MMPROJ = ("siglip", "pixel_shuffle")  # encoder and bridge as mmproj holds them
 
 
@@ -56,6 +57,7 @@ def _build(source: Source, precision: str) -> Artifact:
         tokenizer=checkpoint.tokenizer,
         tokens=checkpoint.tokens,
         keep=keep,
+        words=bool(options.mmproj),
     )
     files: dict[str, bytes | Path] = {DECODER: path}
     settings, graph, passes, requires = _encoder(source, files)
@@ -73,14 +75,21 @@ def _encoder(
     source: Source, files: dict[str, bytes | Path]
 ) -> tuple[dict[str, Any], dict[str, Any], list[PassResult], dict[str, str]]:
     """Adds the encoder's file; the manifest's "gguf" and "graphs.encoder", the passes, and what running it requires."""
-    pair, calibration, options = source.trunk(), source.calibration, source.options
+    calibration, options = source.calibration, source.options
+    keep = {name.removeprefix("encoder:") for name in options.keep if name.startswith("encoder:")}
+    if options.mmproj:
+        written, bias = write_mmproj(source.scratch / ENCODER, source.checkpoint.model, options.mmproj, keep=keep)
+        files[ENCODER] = source.scratch / ENCODER
+        settings = {"encoder": "mmproj", "bias": bias.tolist()}
+        return settings, {"file": ENCODER, "inputs": {}, "outputs": {}}, [written], {}
+    pair = source.trunk()
     passes = [result for result in pair.passes if result.params.get("graph") != "decoder"]
     if options.graphs.get("encoder", "int8") != "fp32":
         passes.append(fold_pixels(pair.encoder).on("encoder"))
         feeds = calibration.encoder_feeds()
-        precision = {name.removeprefix("encoder:"): "fp32" for name in options.keep if name.startswith("encoder:")}
         report = calibration.reporter("encoder", len(feeds))
-        static = quantize_static(pair.encoder, feeds, options=StaticOptions(precision=precision), progress=report)
+        static_options = StaticOptions(precision=dict.fromkeys(keep, "fp32"))
+        static = quantize_static(pair.encoder, feeds, options=static_options, progress=report)
         passes.append(static.on("encoder"))
     graph = pair.graphs()["encoder"]
     files[graph["file"]] = save(pair.encoder)

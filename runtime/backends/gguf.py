@@ -43,7 +43,8 @@ class GgufModel:
         decoder = LlamaModel(path, threads=threads)
         if decoder.vocab_size != manifest["tokens"]["vocab_size"]:
             raise EdgecapError(f"{path} has {decoder.vocab_size} words, not those of bundle.json; export it again")
-        return cls(_onnx_encoder(bundle, settings, threads), decoder, manifest)
+        make = _mmproj_encoder if settings["encoder"] == "mmproj" else _onnx_encoder
+        return cls(make(bundle, settings, decoder), decoder, manifest)
 
     def session(self) -> GgufSession:
         return GgufSession(self)
@@ -57,7 +58,16 @@ class GgufModel:
         return prefix
 
 
-def _onnx_encoder(bundle: Bundle, settings: dict[str, Any], threads: int | None) -> Encoder:
+def _mmproj_encoder(bundle: Bundle, settings: dict[str, Any], decoder: LlamaModel) -> Encoder:
+    from .mtmd import MtmdEncoder
+
+    bias = settings.get("bias")
+    if not isinstance(bias, list) or len(bias) != decoder.dim or not all(type(value) is float for value in bias):
+        raise EdgecapError(f"{bundle.path}/bundle.json: gguf.bias must be {decoder.dim} numbers; export it again")
+    return MtmdEncoder(bundle.path / bundle.manifest["graphs"]["encoder"]["file"], decoder, np.array(bias))
+
+
+def _onnx_encoder(bundle: Bundle, settings: dict[str, Any], decoder: LlamaModel) -> Encoder:
     from .onnx import _load, _options, _run
 
     graph = bundle.manifest["graphs"]["encoder"]
@@ -66,7 +76,7 @@ def _onnx_encoder(bundle: Bundle, settings: dict[str, Any], threads: int | None)
         where = f"{bundle.path}/bundle.json"
         raise EdgecapError(f"{where}: gguf.prefix must name an output of the encoder, which has one input")
     (pixels_name,) = graph["inputs"]
-    session = _load(bundle, graph, _options(threads))
+    session = _load(bundle, graph, _options(decoder.threads))
     return lambda pixels: _run(session, [output], {pixels_name: pixels})[0]
 
 

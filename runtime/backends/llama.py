@@ -34,11 +34,15 @@ def _keep_error(level: int, text: bytes, _: object) -> None:
         _last_error[:] = [text.decode("utf-8", "replace").strip()]
 
 
-_callback = lib.llama_log_callback(_keep_error)  # llama.cpp keeps only its address
+callback = lib.llama_log_callback(_keep_error)  # llama.cpp keeps only its address
+
+
+def clear_error() -> None:
+    _last_error.clear()
 
 
 def last_error() -> str:
-    """What llama.cpp last complained about, without its function's name."""
+    """What llama.cpp complained about last since `clear_error`, without its function's name."""
     return _last_error[0].rpartition(": ")[2] if _last_error else "no reason given"
 
 
@@ -52,11 +56,11 @@ class LlamaModel:
         if threads is not None and (type(threads) is not int or not 1 <= threads <= 1024):
             raise UsageError(f"threads must be a whole number from 1 to 1024, not {threads!r}")
         self.threads = threads or _cpus()
-        lib.llama_log_set(_callback, ctypes.c_void_p(0))
+        lib.llama_log_set(callback, ctypes.c_void_p(0))
         lib.llama_backend_init()
         params = lib.llama_model_default_params()
         params.n_gpu_layers = 0
-        _last_error.clear()
+        clear_error()
         self.pointer = lib.llama_model_load_from_file(os.fsencode(path), params)
         if not self.pointer:
             raise EdgecapError(f"{path} cannot be loaded by llama.cpp ({last_error()[:200]}); export the bundle again")
@@ -106,7 +110,7 @@ class Context:
         params.n_threads = params.n_threads_batch = model.threads
         params.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_DISABLED  # on CPUs it adds up in half precision
         params.no_perf = True
-        _last_error.clear()
+        clear_error()
         self.pointer = lib.llama_init_from_model(model.pointer, params)
         if not self.pointer:
             raise EdgecapError(f"llama.cpp has no memory for {cells} tokens in {rows} rows ({last_error()[:200]})")
@@ -184,7 +188,7 @@ class Context:
             seq_id=_pointer(each_row, ctypes.POINTER(ctypes.c_int32)),
             logits=_pointer(wanted, ctypes.c_int8),
         )
-        _last_error.clear()
+        clear_error()
         code = lib.llama_decode(self.pointer, batch)
         if code:
             raise EdgecapError(f"llama.cpp {lib.__version__} failed with code {code} ({last_error()[:200]})")

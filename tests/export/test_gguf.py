@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import subprocess
 import sys
@@ -20,14 +21,17 @@ from edgecap.export.artifact import BuildOptions, Source  # noqa: E402
 from edgecap.export.assemble import assemble  # noqa: E402
 from edgecap.export.calibration import Calibration  # noqa: E402
 from edgecap.export.gguf_decoder import ARCHITECTURES, tensors, write_decoder  # noqa: E402
-from edgecap.export.gguf_targets import q8_0, refuses  # noqa: E402
+from edgecap.export.gguf_mmproj import write_mmproj  # noqa: E402
+from edgecap.export.gguf_targets import f16, q8_0, refuses  # noqa: E402
 from edgecap.export.golden import make_golden  # noqa: E402
 from edgecap.export.targets import Target  # noqa: E402
 from edgecap.export.trunk import OnnxPair, trace  # noqa: E402
 from edgecap.runtime import Captioner, EdgecapError, verify_golden, write_bundle  # noqa: E402
 from edgecap.runtime.backends.gguf import GgufModel  # noqa: E402
 from edgecap.runtime.backends.llama import LlamaModel  # noqa: E402
+from edgecap.runtime.backends.mtmd import MtmdEncoder  # noqa: E402
 from edgecap.runtime.decode import DecodeOptions, decode  # noqa: E402
+from edgecap.runtime.preprocess import Preprocess  # noqa: E402
 from edgecap.runtime.tokenizer import Tokenizer  # noqa: E402
 from edgecap.train.checkpoint import load_checkpoint  # noqa: E402
 from edgecap.train.recipe import TokenizerSettings  # noqa: E402
@@ -223,6 +227,51 @@ def test_what_cannot_be_says_why() -> None:
     assert "OPT is not an architecture llama.cpp knows" in refuses({**parts, "decoder": "opt"}, plain)
     assert "llama.cpp runs language models (llama, gpt2)" in refuses({**parts, "decoder": "gru"}, plain)
     assert "leave --mmproj out" in refuses({**parts, "decoder": "llama"}, mmproj)
+
+
+@pytest.mark.parametrize("precision", ["f16", "q8_0"])
+def test_mmproj_gives_torch_s_prefix(precision: str, tmp_path: Path) -> None:
+    model = tiny_model("llama", vocab_size=VOCAB, siglip=True)
+    with torch.no_grad():
+        for parameter in model.encoder.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+        pixels = photos(3, SIZE)
+        theirs = model.photo(pixels=torch.from_numpy(pixels))["prefix"].numpy()  # [3, 4, 32]
+    options = {"tokenizer": WORDS, "tokens": TOKENS}
+    write_decoder(tmp_path / "d.gguf", model.decoder, "llama", "f16", words=True, **options)
+    result, bias = write_mmproj(tmp_path / "e.gguf", model, precision)
+    assert result.cost["tensors"].keys() == {"f32", precision}
+    decoder = LlamaModel(tmp_path / "d.gguf", threads=1)
+    ours = MtmdEncoder(tmp_path / "e.gguf", decoder, bias)(pixels)
+    centre = theirs.mean((0, 1))  # what all photos have in common must not hide what they differ in
+    ours, theirs = ours - centre, theirs - centre
+    cosine = (ours * theirs).sum(-1) / np.linalg.norm(ours, axis=-1) / np.linalg.norm(theirs, axis=-1)
+    assert cosine.min() > {"f16": 0.9999, "q8_0": 0.995}[precision]
+    with pytest.raises(EdgecapError, match=r"d.gguf cannot be loaded by llama.cpp"):
+        MtmdEncoder(tmp_path / "d.gguf", decoder, bias)
+
+
+def test_a_bundle_with_mmproj_captions_as_torch(tmp_path: Path) -> None:
+    loaded = load_checkpoint(save_run(tmp_path / "run", "llama"))
+    vocab = loaded.tokens["vocab_size"]
+    size = Preprocess((SIZE, SIZE), "squash", "bilinear")
+    loaded = dataclasses.replace(loaded, model=tiny_model("llama", vocab_size=vocab, siglip=True), preprocess=size)
+    (tmp_path / "build").mkdir()
+    source = Source(
+        loaded, Calibration(photos(1), [[4]], loaded.tokens), tmp_path / "build", BuildOptions(mmproj="f16")
+    )
+    manifest, files = assemble(
+        loaded, ("gguf-f16", Target("gguf", "f16", "", "", True, 0.999)), "x", f16(source), make_golden(loaded), []
+    )
+    manifest["measured"] = {}
+    write_bundle(tmp_path / "x.edgecap", manifest, files)
+    with Captioner.load(tmp_path / "x.edgecap") as captioner:
+        assert verify_golden(captioner).ok
+        assert {"encoder.gguf", "decoder.gguf"} < set(captioner.bundle.manifest["files"])
+    manifest["gguf"]["bias"] = manifest["gguf"]["bias"][1:]
+    write_bundle(tmp_path / "y.edgecap", manifest, files)
+    with pytest.raises(EdgecapError, match="gguf.bias must be 32 numbers"):
+        Captioner.load(tmp_path / "y.edgecap")
 
 
 def test_a_bundle_holds_both_and_captions(tmp_path: Path) -> None:

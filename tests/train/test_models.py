@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from edgecap.runtime.decode import DecodeOptions, decode
 from edgecap.runtime.errors import UsageError
-from edgecap.train.models import DECODERS, build_model
+from edgecap.train.models import BRIDGES, DECODERS, ENCODERS, build_model
 
 from .tiny import DECODERS as TINY
-from .tiny import ENCODER, SIZE, tiny_model
+from .tiny import ENCODER, SIGLIP, SIZE, tiny_model
 
 
 def photos(n: int, seed: int = 0) -> np.ndarray:
@@ -121,6 +123,52 @@ def test_more_positions_than_the_decoder_has_are_one_line(kind: str) -> None:
     model = tiny_model(kind)
     with pytest.raises(UsageError, match=r"max_positions = 256 is too few for 4 photo and 253 caption positions"):
         model(torch.ones(1, 1, 253, dtype=torch.long), pixels=torch.from_numpy(photos(1)))
+
+
+def test_siglip_through_the_pixel_shuffle_steps_as_it_is_taught() -> None:
+    model, pixels = tiny_model("llama", siglip=True), photos(2)
+    ids = torch.randint(4, 40, (2, 1, 4))
+    ids[:, :, 0] = 1
+    with torch.no_grad():
+        whole = model(ids, pixels=torch.from_numpy(pixels)).numpy()  # [2, 1, 4, V]
+    session = model.session()
+    rows = [session.start(pixels)] + [session.step(ids[:, 0, t].numpy(), np.arange(2)) for t in range(1, 4)]
+    np.testing.assert_allclose(np.stack(rows, 1), whole[:, 0], atol=2e-5)
+    with pytest.raises(UsageError, match="photos of 64 × 64, not 32 × 32: --set data.image_size=64"):
+        model.session().start(photos(1)[:, :32, :32])
+
+
+def test_pixel_shuffle_is_smolvlm_s() -> None:
+    from transformers.models.idefics3.modeling_idefics3 import Idefics3Connector
+
+    bridge, features = BRIDGES["pixel_shuffle"](8, dim=5, scale=3), torch.randn(2, 36, 8)
+    theirs = bridge.project(Idefics3Connector.pixel_shuffle(bridge, features, 3))  # [2, 4, 5]
+    torch.testing.assert_close(bridge(features), theirs)
+    for cells in (35, 16):
+        with pytest.raises(UsageError, match=f"scale = 3 does not divide the sides of {cells} features"):
+            bridge(features[:, :cells])
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_siglip_loads_from_its_own_or_the_whole_model_s_directory(whole: bool, tmp_path: Path) -> None:
+    from transformers import SiglipConfig, SiglipModel, SiglipVisionConfig, SiglipVisionModel
+
+    torch.manual_seed(0)
+    text = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    if whole:
+        saved = SiglipModel(SiglipConfig(vision_config=SIGLIP["config"], text_config=text | {"vocab_size": 9}))
+    else:
+        saved = SiglipVisionModel(SiglipVisionConfig(**SIGLIP["config"]))
+    saved.save_pretrained(tmp_path)
+    encoder = ENCODERS["siglip"](str(tmp_path), {})
+    pixels = torch.from_numpy(photos(1))
+    normal = pixels.permute(0, 3, 1, 2) / 127.5 - 1
+    with torch.no_grad():
+        theirs = (saved.vision_model if whole else saved)(normal).last_hidden_state
+        torch.testing.assert_close(encoder(pixels), theirs, atol=1e-5, rtol=1e-4)
+        again = ENCODERS["siglip"](None, encoder.settings())
+        again.load_state_dict(encoder.state_dict())
+        torch.testing.assert_close(again(pixels), encoder(pixels))
 
 
 def test_wrong_parts_are_one_line() -> None:

@@ -17,15 +17,26 @@ DECODERS: dict[str, dict[str, Any]] = {
     "opt": {"kind": "opt", "dim": 32, "layers": 2, "heads": 4, "ffn": 48, "dropout": 0.0},
 }
 ENCODER = {"kind": "mobilenet_v2", "config": {"depth_multiplier": 0.35, "finegrained_output": False}}
+SIGLIP = {
+    "kind": "siglip",
+    "config": {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": SIZE,
+        "patch_size": 16,
+    },
+}
 SCENES = "scenes:train=48,val=16,test=16,size=64"
 
 
-def tiny_model(decoder: str, *, vocab_size: int = 40, seed: int = 0) -> CaptionModel:
+def tiny_model(decoder: str, *, vocab_size: int = 40, seed: int = 0, siglip: bool = False) -> CaptionModel:
     """A captioner with random weights, wide enough that its captions differ from photo to photo."""
     torch.manual_seed(seed)
     model = build_model(
-        encoder=ENCODER,
-        bridge={"kind": "linear", "dim": 16},
+        encoder=SIGLIP if siglip else ENCODER,
+        bridge={"kind": "pixel_shuffle" if siglip else "linear", "dim": 16},
         decoder=DECODERS[decoder],
         vocab_size=vocab_size,
         bos_id=1,

@@ -1,0 +1,106 @@
+"""SigLIP and its pixel-shuffle bridge as an mmproj GGUF, the form in which llama.cpp holds SmolVLM's image encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .gguf_decoder import BLOCK
+from .graph import PassResult
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..train.models import CaptionModel
+
+PRECISIONS = ("f16", "q8_0")
+EXACT = ("v.patch_embd.weight", "v.position_embd.weight")  # llama.cpp wants these in float32
+WHOLE = {
+    "v.patch_embd.weight": "embeddings.patch_embedding.weight",
+    "v.patch_embd.bias": "embeddings.patch_embedding.bias",
+    "v.position_embd.weight": "embeddings.position_embedding.weight",
+    "v.post_ln.weight": "post_layernorm.weight",
+    "v.post_ln.bias": "post_layernorm.bias",
+}
+LAYER = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_out": "self_attn.out_proj",
+    "ln1": "layer_norm1",
+    "ln2": "layer_norm2",
+    "ffn_up": "mlp.fc1",
+    "ffn_down": "mlp.fc2",
+}
+
+
+def write_mmproj(
+    path: Path, model: CaptionModel, precision: str, *, keep: Collection[str] = ()
+) -> tuple[PassResult, np.ndarray]:
+    """Write encoder, bridge and the decoder's projection to `path`; precision: f16 or q8_0.
+
+    Bridge and projection are two linear maps in a row and become one. Returns what was done and the projection's bias
+    [dim], which the format has no place for: whoever runs the file adds it.
+    """
+    from gguf import GGMLQuantizationType, GGUFType, GGUFWriter, LlamaFileType, VisionProjectorType, quants
+
+    config = model.encoder.body.config
+    writer = GGUFWriter(path, "clip")
+    writer.add_type(GGUFType.MMPROJ)
+    writer.add_file_type(LlamaFileType[f"MOSTLY_{precision.upper()}"])
+    writer.add_quantization_version(2)
+    writer.add_clip_has_vision_encoder(True)
+    writer.add_clip_projector_type(VisionProjectorType.IDEFICS3)
+    writer.add_vision_use_gelu(True)
+    writer.add_vision_projection_dim(model.decoder.dim)
+    writer.add_vision_image_size(config.image_size)
+    writer.add_vision_patch_size(config.patch_size)
+    writer.add_vision_embedding_length(config.hidden_size)
+    writer.add_vision_feed_forward_length(config.intermediate_size)
+    writer.add_vision_block_count(config.num_hidden_layers)
+    writer.add_vision_head_count(config.num_attention_heads)
+    writer.add_vision_attention_layernorm_eps(config.layer_norm_eps)
+    writer.add_vision_image_mean(list(model.encoder.mean))
+    writer.add_vision_image_std(list(model.encoder.std))
+    writer.add_vision_projector_scale_factor(model.bridge.scale)
+    stored: dict[str, list[str]] = {}
+    for name, tensor in tensors(model):
+        chosen = _precision(name, tensor, precision, keep)
+        stored.setdefault(chosen, []).append(name)
+        kind = GGMLQuantizationType[chosen.upper()]
+        writer.add_tensor(name, quants.quantize(tensor, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    cost: dict[str, Any] = {"tensors": {chosen: len(names) for chosen, names in sorted(stored.items())}}
+    if precision != "f16" and "f16" in stored:
+        cost["f16"] = stored["f16"]
+    result = PassResult("mmproj", {"graph": "encoder", "projector": "idefics3", "precision": precision}, cost)
+    return result, _array(model.decoder.project.bias)
+
+
+def tensors(model: CaptionModel) -> Iterator[tuple[str, np.ndarray]]:
+    """Name in GGUF and float32 values of every tensor."""
+    parameters = dict(model.encoder.body.named_parameters())
+    for name, parameter in WHOLE.items():
+        yield name, _array(parameters[parameter])
+    for index in range(model.encoder.body.config.num_hidden_layers):
+        for name, module in LAYER.items():
+            for part in ("weight", "bias"):
+                yield f"v.blk.{index}.{name}.{part}", _array(parameters[f"encoder.layers.{index}.{module}.{part}"])
+    bridge, project = model.bridge.project.weight.double(), model.decoder.project.weight.double()
+    yield "mm.model.fc.weight", _array(project @ bridge)  # [dim, hidden · scale²]
+
+
+def _precision(name: str, tensor: np.ndarray, precision: str, keep: Collection[str]) -> str:
+    if tensor.ndim == 1 or name in EXACT:
+        return "f32"
+    return "f16" if name in keep or tensor.shape[-1] % BLOCK else precision
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    return np.ascontiguousarray(tensor.detach().cpu().float().numpy())
