@@ -39,6 +39,10 @@ def quantize_embeddings(model: onnx.ModelProto) -> PassResult:
             table = graph.set_constant(f"{source}_int8", whole)
             scales = graph.set_constant(f"{source}_scales", rounded.scales[0])
             separate += 1
+        turn = graph.only_reader(name) if axis == 1 else None
+        if turn is not None and turn.op_type == "Transpose" and attribute(turn, "perm") == [1, 0]:
+            graph.replace([gather, turn], _rows(table, scales, gather.input[1], turn.output[0]))
+            continue
         new = [
             helper.make_node("Gather", [table, gather.input[1]], [f"{name}_int8"], name=f"{name}_gather", axis=axis),
             helper.make_node("Cast", [f"{name}_int8"], [f"{name}_steps"], name=f"{name}_cast", to=TensorProto.FLOAT),
@@ -53,3 +57,13 @@ def quantize_embeddings(model: onnx.ModelProto) -> PassResult:
         graph.replace([gather], new)
     graph.prune()
     return PassResult(NAME, cost={"shared_with_output_layer": shared, "rounded": separate})
+
+
+def _rows(table: str, scales: str, ids: str, out: str) -> list[onnx.NodeProto]:
+    """Columns `ids` [n] of an int8 table [dim, vocab] as float rows [n, dim], in as few operations as there are."""
+    return [
+        helper.make_node("Gather", [table, ids], [f"{out}_columns"], name=f"{out}_gather", axis=1),
+        helper.make_node("Transpose", [f"{out}_columns"], [f"{out}_int8"], name=f"{out}_transpose", perm=[1, 0]),
+        helper.make_node("Gather", [scales, ids], [f"{out}_scale"], name=f"{out}_scales", axis=0),
+        helper.make_node("DequantizeLinear", [f"{out}_int8", f"{out}_scale"], [out], name=f"{out}_scaled", axis=0),
+    ]

@@ -123,6 +123,7 @@ def _clean(model: onnx.ModelProto) -> None:
             item.doc_string = ""
             del item.metadata_props[:]
     _fold_transposes(model)
+    _drop_flat_reshapes(model)
     _rows_of_grid(model)
 
 
@@ -134,6 +135,19 @@ def _fold_transposes(model: onnx.ModelProto) -> None:
         if value is not None:
             graph.set_constant(node.output[0], value.transpose(attribute(node, "perm")))
             node.output[0] = f"{node.output[0]}_folded"  # now unused
+    graph.refresh()
+    graph.prune()
+
+
+def _drop_flat_reshapes(model: onnx.ModelProto) -> None:
+    """The exporter flattens the indices of an index_select even where they are a flat graph input."""
+    graph = Graph(model)
+    flat = {value.name for value in model.graph.input if len(value.type.tensor_type.shape.dim) == 1}
+    for node in model.graph.node:
+        if node.op_type == "Reshape" and node.input[0] in flat and node.output[0] not in graph.outputs:
+            shape = graph.constant(node.input[1])
+            if shape is not None and shape.tolist() == [-1]:
+                graph.reroute(node.output[0], node.input[0])
     graph.refresh()
     graph.prune()
 

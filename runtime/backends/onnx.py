@@ -99,7 +99,8 @@ class OnnxSession:
 
     def step(self, ids: Ids, parents: Ids) -> Logits:
         """See `Session.step`."""
-        if len(parents) != self._count or not np.array_equal(parents, np.arange(self._count)):
+        same = len(parents) == self._count
+        if not same or (self._count > 1 and list(parents) != list(range(self._count))):
             self._rows = {name: value[parents] for name, value in self._rows.items()}
             self._count = len(parents)
         ids = np.asarray(ids, np.int64)
