@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from ..runtime.session import Model
     from ..train.checkpoint import Checkpoint
     from .calibration import Calibration
-    from .statistics import Statistics
 
 MIN_ENGINE = {18: "1.18", OPSET_ATTENTION: "1.23"}  # ONNX Runtime; 1.18 reads IR version 10
 
@@ -47,7 +46,7 @@ class Source:
     options: BuildOptions = field(default_factory=BuildOptions)
     progress: Callable[[str, int, int], None] = lambda phase, done, total: None
     _trunk: OnnxPair | None = None
-    _statistics: dict[str, Statistics] = field(default_factory=dict)  # of the fp32 graphs: see onnx_quantized
+    _statistics: dict[str, Any] = field(default_factory=dict)  # of the fp32 graphs: see onnx_quantized
 
     def trunk(self) -> OnnxPair:
         """The fp32 graphs; a fresh copy each time, to be changed at will. Raises EdgecapError if torch cannot trace."""
@@ -74,9 +73,10 @@ class Artifact:
     more: dict[str, Any] = field(default_factory=dict)
     simulate: Callable[[], Model] | None = None
 
-    @property
-    def graph_bytes(self) -> int:
-        return sum(len(file) if isinstance(file, bytes) else file.stat().st_size for file in self.files.values())
+
+def size_of(file: bytes | Path) -> int:
+    """Bytes of an artifact's file."""
+    return len(file) if isinstance(file, bytes) else file.stat().st_size
 
 
 def onnx_artifact(pair: OnnxPair) -> Artifact:

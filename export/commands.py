@@ -26,6 +26,12 @@ from ..runtime.errors import EdgecapError, need
 @click.option(
     "--calibration", type=click.IntRange(1), default=128, show_default=True, help="Training photos to calibrate on."
 )
+@click.option("--fused", is_flag=True, help="Also the whole captioner as one graph, fused.onnx (onnx targets).")
+@click.option("--mmproj", type=click.Choice(["f16", "q8_0"]), help="The encoder for llama.cpp, too (gguf targets).")
+@click.option("--recover", is_flag=True, help="Where the gate fails, raise the precision of layers until it holds.")
+@click.option("--autotune", is_flag=True, help="Time each graph as fp32, int8, int4 on --device; keep the fastest.")
+@click.option("--device", default="cpu", show_default=True, help="For --autotune; see edgecap devices.")
+@click.option("--tuning", type=click.Path(path_type=Path), help="Use the choices of this tuning.json.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="The bundle; default: runs/RUN-TARGET.edgecap.")
 @click.option("--force", is_flag=True, help="Write the bundle even if the gate refuses it (it says so inside).")
 @click.option("--unfinished-ok", is_flag=True, help="Take a run whose training has not finished.")
@@ -38,6 +44,12 @@ def export(
     max_cider_drop: float,
     limit: int | None,
     calibration: int,
+    fused: bool,
+    mmproj: str | None,
+    recover: bool,
+    autotune: bool,
+    device: str,
+    tuning: Path | None,
     out: Path | None,
     force: bool,
     unfinished_ok: bool,
@@ -58,8 +70,12 @@ def export(
     for module in ("torch", "transformers", "accelerate", "onnx", "onnxscript"):
         need(module, extra="export", command="edgecap export")
     from ..benchmarks.progress import PhaseBars
+    from .artifact import BuildOptions
     from .listing import show
     from .pipeline import export as run_export
+
+    if autotune and tuning:
+        raise click.UsageError("--autotune makes a tuning.json and --tuning uses one: give one of them")
 
     with PhaseBars() as bars:
         result = run_export(
@@ -73,6 +89,10 @@ def export(
             out=out,
             force=force,
             unfinished_ok=unfinished_ok,
+            options=BuildOptions(fused=fused, mmproj=mmproj or ""),
+            raise_layers=recover,
+            autotune=device if autotune else None,
+            tuning=tuning,
             progress=bars,
         )
     if as_json:

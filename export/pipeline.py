@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +14,32 @@ from ..benchmarks.datasets.checks import require_decodable
 from ..runtime import Captioner, write_bundle
 from ..runtime.bundle import folder_beside
 from ..runtime.errors import EdgecapError, UsageError
+from ..runtime.fused import FusedCaptioner, check_fused
 from ..runtime.verify import verify_golden
 from ..train.cache import load_pixels
 from ..train.checkpoint import Checkpoint, load_checkpoint
 from ..train.run import RUNS, latest_run
 from ..train.tokenizer import caption_text
-from .artifact import Artifact, BuildOptions, Source
+from .artifact import Artifact, BuildOptions, Source, size_of
 from .assemble import assemble, public_spec
 from .calibration import Calibration
 from .card import model_card
+from .fused import FILE as FUSED
+from .fused import add_fused
 from .gate import SLOWER, GateResult, bundle_captions, caption_all, compare, parity, speed, torch_captions
 from .golden import Golden, make_golden
 from .graph import PassResult
+from .recover import note as recovery_note
+from .recover import recover
 from .targets import TARGETS, Target, pick_target
+from .tuning import FILE as TUNING
+from .tuning import Tuning, timeable
+from .tuning import autotune as run_autotune
 
 Progress = Callable[[str, int, int], None]
 REFERENCE = "onnx-fp32"
 SEED = 0
+FUSED_PHOTOS, FUSED_SAME = 64, 0.95  # photos the fused graph is compared on; share that must be the same
 
 
 @dataclass(frozen=True)
@@ -67,17 +76,29 @@ def export(
     force: bool = False,
     unfinished_ok: bool = False,
     options: BuildOptions | None = None,
+    raise_layers: bool = False,
+    autotune: str | None = None,
+    tuning: Path | None = None,
     progress: Progress = lambda phase, done, total: None,
 ) -> Exported:
     """Export a checkpoint (default: the newest finished run) and let the gate judge the artifact.
 
     data: spec for calibration (train split) and gate (val split), by default the recipe's. skip_bad: leave bad examples
     out; always so where the recipe did. limit: validation photos for the gate. calibration: training photos. A bundle
-    that fails is written only with `force`, and then says so.
+    that fails is written only with `force`, and then says so. raise_layers: where the gate fails, raise the precision
+    of single layers until it holds (recover.py). autotune: name of the device on which each graph's fastest precision
+    is measured; tuning: a tuning.json that says it already (tuning.py).
     Raises UsageError for what cannot be exported as asked, EdgecapError where the export itself goes wrong.
     """
     options = options or BuildOptions()
     chosen = pick_target(target)
+    known = Tuning.load(tuning) if tuning else None
+    if known:
+        options = replace(options, graphs=known.graphs)
+    if autotune:
+        timeable(autotune)
+    if (autotune or known) and chosen.backend != "onnx":
+        raise UsageError(f"--autotune and --tuning choose between ONNX graphs; {target} has others")
     loaded = load_checkpoint(_find(checkpoint, unfinished_ok), unfinished_ok=unfinished_ok)
     if reason := chosen.refusal(recipe_parts(loaded), options):
         raise UsageError(f"{target} cannot be made of {loaded.path}: {reason}")
@@ -92,8 +113,21 @@ def export(
         source = Source(loaded, calibrator, scratch / "build", options, progress)
         job = Job(source, target, chosen, out.name.removesuffix(".edgecap"), photos, max_cider_drop, scratch, progress)
         try:
-            artifact = chosen.build(source)
-            result = job.gate(artifact)
+            notes: list[str] = []
+            if autotune:
+                known, artifact, result = run_autotune(source, chosen.build, autotune, job.gate, progress=progress)
+            else:
+                artifact = chosen.build(source)
+                result = job.gate(artifact)
+            if raise_layers:
+                first = (artifact, result)
+                artifact, result, done = recover(source, target, chosen.build, job.gate, first=first)
+                artifact.passes.append(done)
+                notes.append(recovery_note(done))
+            if known:
+                job.beside[TUNING] = known.to_json().encode()
+            if options.fused:
+                result.measured["fused"] = job.fuse(artifact)
             result.measured.update(
                 job.evidence(artifact),
                 data=public_spec(dataset.spec),
@@ -103,7 +137,7 @@ def export(
             )
         finally:
             job.close()
-        notes = _notes(target, result.measured)
+        notes += _notes(target, result.measured)
         if not result.passed and not force:
             return Exported(None, job.name, target, result, tuple(notes))
         if not result.passed:
@@ -125,7 +159,8 @@ class Job:
     scratch: Path
     progress: Progress
     before: list[PassResult] = field(default_factory=list)
-    opened: dict[int, Captioner] = field(default_factory=dict)
+    beside: dict[str, bytes] = field(default_factory=dict)  # further files of the bundle that is written
+    opened: dict[int, tuple[Artifact, Captioner]] = field(default_factory=dict)  # kept: an id is of a living object
 
     def __post_init__(self) -> None:
         self.golden: Golden = make_golden(self.source.checkpoint)
@@ -141,8 +176,8 @@ class Job:
         """The artifact as a loaded bundle; simulated where its engine cannot run."""
         if id(artifact) not in self.opened:
             place = self.scratch / f"artifact{len(self.opened)}"
-            self.opened[id(artifact)] = self._load(place, (self.target, self.chosen), artifact)
-        return self.opened[id(artifact)]
+            self.opened[id(artifact)] = artifact, self._load(place, (self.target, self.chosen), artifact)
+        return self.opened[id(artifact)][1]
 
     def _load(self, place: Path, target: tuple[str, Target], artifact: Artifact, threads: int | None = None) -> Any:
         if not place.exists():
@@ -184,7 +219,7 @@ class Job:
             "reference": "torch" if self.exact else REFERENCE,
             "parity": parity(ours, self.source.checkpoint, self.photos),
             "golden": self._golden_check(ours),
-            "graph_bytes": artifact.graph_bytes,
+            "graph_bytes": sum(size_of(file) for name, file in artifact.files.items() if name != FUSED),
         }
         if artifact.simulate and not self.chosen.runs_here:
             measured["simulated"] = "the artifact's own weights, computed in torch: its engine does not run here"
@@ -212,18 +247,36 @@ class Job:
         ):
             return speed(one, other, pixels)
 
-    def write(self, artifact: Artifact, measured: dict[str, Any], out: Path) -> None:
+    def fuse(self, artifact: Artifact) -> dict[str, Any]:
+        """Add the whole captioner as one graph; it must say what the two graphs and the runtime's search say."""
+        ours = self.captioner(artifact)
+        add_fused(artifact, self.source.checkpoint)
+        place = self.scratch / "fused"
+        write_bundle(place, *self._assembled(artifact))
+        one = FusedCaptioner.load(place)
+        pixels = load_pixels(self.photos[:FUSED_PHOTOS], ours.preprocess)
+        same = {f"beam {beam}": check_fused(ours, one, pixels, beam=beam) for beam in (1, 3)}
+        if min(same.values()) < FUSED_SAME:
+            raise EdgecapError(
+                f"the fused graph says what the runtime says for only {min(same.values()):.0%} of the photos: "
+                "leave --fused out and report this"
+            )
+        return {"photos": len(pixels), "same_tokens": same, "bytes": size_of(artifact.files[FUSED])}
+
+    def _assembled(self, artifact: Artifact) -> tuple[dict[str, Any], dict[str, bytes | Path]]:
         target = (self.target, self.chosen)
-        manifest, files = assemble(self.source.checkpoint, target, self.name, artifact, self.golden, self.before)
+        return assemble(self.source.checkpoint, target, self.name, artifact, self.golden, self.before)
+
+    def write(self, artifact: Artifact, measured: dict[str, Any], out: Path) -> None:
+        manifest, files = self._assembled(artifact)
         manifest["measured"] = measured
+        files |= self.beside
         files["MODEL_CARD.md"] = model_card(manifest).encode()
-        measured["bytes"] = sum(
-            len(file) if isinstance(file, bytes) else file.stat().st_size for file in files.values()
-        )
+        measured["bytes"] = sum(map(size_of, files.values()))
         write_bundle(out, manifest, files)
 
     def close(self) -> None:
-        for captioner in (*self.opened.values(), self.fp32):
+        for captioner in (*(captioner for _, captioner in self.opened.values()), self.fp32):
             if captioner is not None:
                 captioner.close()
 

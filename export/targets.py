@@ -58,6 +58,48 @@ def _load(code: str) -> Callable[..., Any]:
     return getattr(import_module(f".{module}", __package__), function)
 
 
+def _openvino(precision: str, help: str, min_cosine: float) -> Target:
+    return Target(
+        "openvino",
+        precision,
+        help,
+        f"openvino_{precision}:build",
+        False,
+        min_cosine,
+        calibrated=precision != "fp16",
+        packages=("nncf",),
+        extra="openvino-export",
+    )
+
+
+def _coreml(precision: str, help: str, min_cosine: float) -> Target:
+    return Target(
+        "coreml",
+        precision,
+        help,
+        f"coreml:{precision}",
+        False,
+        min_cosine,
+        extra="export,coreml",
+        needs_system="darwin",
+    )
+
+
+def _gguf(precision: str, help: str, min_cosine: float) -> Target:
+    return Target(
+        "gguf",
+        precision,
+        help,
+        f"gguf_targets:{precision}",
+        False,
+        min_cosine,
+        calibrated=True,  # the encoder beside it is int8
+        packages=("gguf",),
+        extra="export,gguf",
+        refuses="gguf_targets:refuses",
+    )
+
+
 TARGETS: dict[str, Target] = {
     "onnx-fp32": Target("onnx", "fp32", "the torch model's arithmetic", "onnx_fp32:build", True, 0.9999),
     "onnx-fp16": Target(
@@ -66,6 +108,24 @@ TARGETS: dict[str, Target] = {
     "onnx-int8": Target(
         "onnx", "int8", "int8 weights and activations", "onnx_int8:build", False, 0.95, calibrated=True
     ),
+    "onnx-int4": Target(
+        "onnx",
+        "int4",
+        "weights stored in 4 bits (convolutions in 8), computed in int8",
+        "onnx_int4:build",
+        False,
+        0.8,
+        calibrated=True,
+    ),
+    "openvino-fp16": _openvino("fp16", "OpenVINO, weights stored in half the bytes, computed in fp32", 0.999),
+    "openvino-int8": _openvino("int8", "OpenVINO, int8 convolutions, int8 weights elsewhere", 0.95),
+    "openvino-int4": _openvino("int4", "OpenVINO, int8 convolutions, 4-bit weights elsewhere", 0.8),
+    "coreml-fp16": _coreml("fp16", "Core ML packages, fp16", 0.999),
+    "coreml-int8": _coreml("int8", "Core ML packages, int8 weights, fp16 arithmetic", 0.99),
+    "coreml-int4": _coreml("int4", "Core ML packages, 4-bit weights, fp16 arithmetic", 0.8),
+    "gguf-f16": _gguf("f16", "llama.cpp, f16 decoder; the encoder in ONNX int8", 0.95),
+    "gguf-q8_0": _gguf("q8_0", "llama.cpp, 8-bit blocks; the encoder in ONNX int8", 0.95),
+    "gguf-q4_0": _gguf("q4_0", "llama.cpp, 4-bit blocks; the encoder in ONNX int8", 0.8),
 }
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from ..errors import EdgecapError, MissingExtra
+from ..errors import EdgecapError, MissingExtra, UsageError
 
 if TYPE_CHECKING:
     from ..bundle import Bundle
@@ -38,12 +38,12 @@ BACKENDS: dict[str, Backend] = {
 def load_model(bundle: Bundle, *, threads: int | None = None) -> Model:
     """Load a bundle's graphs in the engine it names. `threads`: None leaves the number to the engine.
 
-    Raises EdgecapError for an unknown backend, an engine that is missing or too old, or graphs it cannot
+    Raises UsageError for an unknown backend or an engine that is missing or too old, EdgecapError for graphs it cannot
     load.
     """
     name = bundle.manifest["backend"]
     if name not in BACKENDS:
-        raise EdgecapError(
+        raise UsageError(
             f"{bundle.path} needs the backend {name!r}; this edgecap has {', '.join(BACKENDS)}: upgrade it"
         )
     backend = BACKENDS[name]
@@ -59,7 +59,7 @@ def load_model(bundle: Bundle, *, threads: int | None = None) -> Model:
     found = getattr(engine, "__version__", "0")
     if required and _version(found) < _version(required):
         need = f"{backend.package} {required} or newer"
-        raise EdgecapError(f"{bundle.path} needs {need}, {found} is installed: pip install -U {backend.package}")
+        raise UsageError(f"{bundle.path} needs {need}, {found} is installed: pip install -U {backend.package}")
     module, _, attribute = backend.code.partition(":")
     return getattr(import_module(f".{module}", __package__), attribute).load(bundle, threads=threads)
 

@@ -1,0 +1,133 @@
+"""`--recover`: where the gate fails, raise the precision of the layers that suffer most until it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..runtime.errors import EdgecapError, UsageError
+from .graph import PassResult
+from .sensitivity import sensitivities
+
+if TYPE_CHECKING:
+    from .artifact import Artifact, Source
+    from .gate import GateResult
+
+NAME = "recover"
+BITS = {"int8": 8, "int4": 4}
+NAMED = 4  # layers that a note names
+
+
+def recover(
+    source: Source,
+    target_name: str,
+    build: Callable[[Source], Artifact],
+    gate: Callable[[Artifact], GateResult],
+    *,
+    first: tuple[Artifact, GateResult] | None = None,
+) -> tuple[Artifact, GateResult, PassResult]:
+    """Build a target and raise the precision of single layers (options.keep) until the gate holds.
+
+    Each layer's sensitivity is measured by itself (see `sensitivities`); layers are then raised in that order, int4 to
+    int8 and, should all of that not do, to fp32; int8 to fp32. Their number is doubled until the gate passes and then
+    halved back to find a small one that still does. first: what was built and judged already, without any layer raised.
+    Returns the best found; its gate may still have failed, with everything raised.
+    Raises UsageError for a target that has nothing to raise.
+    """
+    bits = BITS.get(_precision(target_name))
+    if bits is None:
+        raise UsageError(f"--recover raises the precision of int8 and int4 layers: {target_name} has none")
+    source.trunk()  # traced here, once, for all tries
+    tries = _Tries(source, build, gate)
+    before = tries.at([]) if first is None else first
+    if before[1].passed:
+        return (*before, PassResult(NAME, _params(before[1]), {"raised": [], "gate_runs": len(tries.drops)}))
+    found = sensitivities(
+        source, bits, progress=lambda done, total: source.progress("measure layers", done, total)
+    )  # most sensitive first
+    order = [each.layer for each in found]
+    steps = [f"{layer}:fp32" for layer in order] if bits == 4 else []
+
+    def kept(count: int) -> list[str]:
+        """The first `count` raises: a layer that is raised twice is kept at fp32."""
+        twice = steps[: max(0, count - len(order))]
+        return twice + order[len(twice) : count]
+
+    total = len(order) + len(steps)
+    low, high = 0, 1
+    best = tries.at(kept(high))
+    if best[0].files.keys() == before[0].files.keys() and all(
+        _read(file) == _read(before[0].files[name]) for name, file in best[0].files.items()
+    ):
+        raise EdgecapError(f"--recover cannot raise single layers of {target_name}: use a more precise target")
+    while not best[1].passed and high < total:
+        low, high = high, min(2 * high, total)
+        best = tries.at(kept(high))
+    while best[1].passed and high - low > max(1, high // 4):
+        middle = (low + high) // 2
+        tried = tries.at(kept(middle))
+        if tried[1].passed:
+            high, best = middle, tried
+        else:
+            low = middle
+    errors = {each.layer: each.error for each in found}
+    raised = [{"layer": name, "error": errors[name.removesuffix(":fp32")]} for name in kept(high)]
+    cost = {
+        "raised": raised,
+        "layers": len(order),
+        "gate_runs": len(tries.drops),
+        "drop_before": before[1].drop.mean,
+        "drop_after": best[1].drop.mean,
+    }
+    return (*best, PassResult(NAME, _params(best[1]), cost))
+
+
+def note(result: PassResult) -> str:
+    """One line for the user saying what `recover` did."""
+    cost = result.cost
+    if not cost["raised"]:
+        return "--recover: the gate passes, no layer was raised"
+    names = [entry["layer"] for entry in cost["raised"]]
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return (
+        f"--recover raised the precision of {len(names)} of {cost['layers']} layers, the most sensitive first "
+        f"({', '.join(names[:NAMED])}{more}): CIDEr drop {cost['drop_before']:+.4f} → {cost['drop_after']:+.4f} "
+        f"in {cost['gate_runs']} runs of the gate"
+    )
+
+
+@dataclass
+class _Tries:
+    """Builds and judges; remembers every artifact, since the gate may know them by identity."""
+
+    source: Source
+    build: Callable[[Source], Artifact]
+    gate: Callable[[Artifact], GateResult]
+    artifacts: list[Artifact] = field(default_factory=list)
+    drops: list[float] = field(default_factory=list)
+
+    def at(self, kept: list[str]) -> tuple[Artifact, GateResult]:
+        options = replace(self.source.options, keep=self.source.options.keep | frozenset(kept))
+        scratch = self.source.scratch / f"recover{len(self.artifacts)}"  # no build overwrites another's files
+        scratch.mkdir()
+        artifact = self.build(replace(self.source, options=options, scratch=scratch))
+        self.artifacts.append(artifact)
+        result = self.gate(artifact)
+        self.drops.append(result.drop.mean)
+        return artifact, result
+
+
+def _params(result: GateResult) -> dict[str, float]:
+    return {"limit": result.limit}
+
+
+def _precision(target_name: str) -> str:
+    from .targets import TARGETS
+
+    return TARGETS[target_name].precision
+
+
+def _read(file: bytes | Path) -> bytes:
+    return file if isinstance(file, bytes) else file.read_bytes()
