@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgecap.runtime import DecodeOptions, EdgecapError, Hypothesis, UsageError
-from edgecap.runtime.decode import _beam, _Rules, decode
+from edgecap.runtime.decode import _beam, _best, _Rules, decode
 
 from .models import EOS, PAD, HashSession, Uncached, best_of_all, next_logits, slow_search
 
@@ -195,3 +195,18 @@ def test_bad_options(wrong):
 def test_options_from_the_manifest():
     chosen = DecodeOptions(beam=3, max_length=9, length_penalty=1)
     assert DecodeOptions.from_dict(dataclasses.asdict(chosen)) == chosen
+
+
+@quick
+@given(st.integers(1, 4), st.integers(1, 9), st.integers(1, 8), st.integers(0, 2**32))
+def test_best_is_a_stable_sort(beams, vocab, count, seed):
+    """Against sorting all sums: ties to the lower beam, then the lower token, and nothing banned."""
+    rng = np.random.default_rng(seed)
+    values = np.where(rng.random((beams, vocab)) < 0.2, -np.inf, rng.integers(-2, 3, (beams, vocab))).astype(np.float32)
+    offsets = np.where(rng.random(beams) < 0.2, -np.inf, rng.integers(-2, 3, beams)).tolist()
+    sums = (values + np.array(offsets)[:, None]).ravel()
+    order = [i for i in np.argsort(-sums, kind="stable").tolist() if sums[i] > -np.inf][:count]
+    found = _best(values, offsets, values.argmax(axis=1).tolist(), count)
+    assert [total for total, _, _ in found] == [sums[i] for i in order]
+    if vocab > 1:  # within one sum and beam, larger values come first; which here are equal only for equal sums
+        assert [beam * vocab + token for _, beam, token in found] == order
