@@ -79,8 +79,11 @@ class Body:
         scope = self.scope
         outputs = [*self.nexts, *self.scans]
         kinds = [kind for _, kind in outputs]
-        # An output may be an outer name, or given out twice.
-        names = [scope("Identity", name) for name in (going, *(name for name, _ in outputs))]
+        computed = {name for node in scope.nodes for name in node.output}
+        names: list[str] = []
+        for name in (going, *(name for name, _ in outputs)):
+            fresh = name in computed and name not in names
+            names.append(name if fresh else scope("Identity", name))
         body = helper.make_graph(
             scope.nodes,
             self.name,
@@ -155,14 +158,6 @@ def _add_decoder(
     return logits, hand_on
 
 
-def _normaliser(scope: Scope, logits: str) -> str:
-    """log Σ exp of each row [rows, vocab] → [rows, 1]. (The ReduceLogSumExp of engines is ten times slower.)"""
-    axis = scope.constant([1])
-    top = scope("ReduceMax", logits, axis)
-    total = scope("ReduceSum", scope("Exp", scope("Sub", logits, top)), axis)
-    return scope("Add", scope("Log", total), top)
-
-
 def _ban(body: Body, rules: Rules, vocab: int, logits: str, history: str | None) -> str:
     """Logits [rows, vocab] with -inf where a token may not follow history [rows, ≥ step]."""
     scope, options = body.scope, rules.options
@@ -207,7 +202,10 @@ def greedy(around: Scope, decoder: Decoder, rules: Rules, trips: str) -> tuple[s
     logits, hand_on = _add_decoder(body, decoder, token, None)
     allowed = _ban(body, rules, decoder.vocab, logits, history)
     best = scope("ArgMax", allowed, axis=1, keepdims=0)  # [1]; ties: the lower id
-    gain = scope("Sub", scope("ReduceMax", allowed, constant([1])), _normaliser(scope, logits))  # [1, 1]
+    gain = scope("Gather", scope("LogSoftmax", logits, axis=1), best, axis=1)  # [1, 1]
+    if rules.may_get_stuck(decoder.vocab):
+        floor = constant(FLOOR, np.float32)
+        gain = scope("Where", scope("Equal", scope("ReduceMax", allowed), floor), floor, gain)
     ended = scope("Equal", best, constant(rules.eos))
     body.nexts.append((best, INT64))
     if history:
@@ -275,7 +273,9 @@ def beam(around: Scope, decoder: Decoder, rules: Rules, width: str, max_length: 
     allowed = _ban(body, rules, vocab, logits, tokens)
 
     top, ids = scope.many("TopK", allowed, each, count=2, axis=1)  # [rows, each]; ties: the lower id
-    gains = scope("Cast", scope("Sub", top, _normaliser(scope, logits)), to=DOUBLE)
+    gains = scope("GatherElements", scope("LogSoftmax", logits, axis=1), ids, axis=1)
+    gains = scope("Where", scope("Equal", top, constant(FLOOR, np.float32)), top, gains)  # -inf where banned
+    gains = scope("Cast", gains, to=DOUBLE)
     sums = scope("Add", scope("Unsqueeze", totals, one), gains)  # [beam, each], also where there is one row
     if decoder.grows:
         ids = scope("Expand", ids, candidates)
