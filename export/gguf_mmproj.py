@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..runtime.errors import UsageError
 from .gguf_decoder import BLOCK
 from .graph import PassResult
 
@@ -44,10 +45,15 @@ def write_mmproj(
 
     Bridge and projection are two linear maps in a row and become one. Returns what was done and the projection's bias
     [dim], which the format has no place for: whoever runs the file adds it.
+    Raises UsageError for an activation that llama.cpp has not.
     """
     from gguf import GGMLQuantizationType, GGUFType, GGUFWriter, LlamaFileType, VisionProjectorType, quants
 
     config = model.encoder.body.config
+    if config.hidden_act != "gelu_pytorch_tanh":
+        raise UsageError(
+            f"llama.cpp has no SigLIP with {config.hidden_act}, only gelu_pytorch_tanh: leave --mmproj out"
+        )
     writer = GGUFWriter(path, "clip")
     writer.add_type(GGUFType.MMPROJ)
     writer.add_file_type(LlamaFileType[f"MOSTLY_{precision.upper()}"])

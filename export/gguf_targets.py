@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
 
 from .artifact import MIN_ENGINE, Artifact, BuildOptions, Source
 from .gguf_decoder import ARCHITECTURES, write_decoder
 from .gguf_mmproj import write_mmproj
 from .graph import PassResult, save
-from .int8_static import StaticOptions, quantize_static
-from .pixels import fold_pixels
-from .trunk import OPSET_PLAIN
-
-if TYPE_CHECKING:
-    from pathlib import Path
+from .onnx_quantized import quantize
+from .trunk import OPSET_ATTENTION
 
 MIN_LLAMA_CPP = "0.3.36"  # of llama-cpp-python: contexts with one cache for all rows, flash attention by choice
 DECODER, ENCODER = "decoder.gguf", "encoder.gguf"
@@ -47,10 +45,10 @@ def refuses(parts: dict[str, str], options: BuildOptions) -> str | None:
 
 def _build(source: Source, precision: str) -> Artifact:
     checkpoint, options = source.checkpoint, source.options
-    path = source.scratch / DECODER
+    folder = Path(mkdtemp(dir=source.scratch))  # a build may be repeated while an earlier one's files are read
     keep = {name.removeprefix("decoder:") for name in options.keep if name.startswith("decoder:")}
     written = write_decoder(
-        path,
+        folder / DECODER,
         checkpoint.model.decoder,
         checkpoint.recipe.decoder["kind"],
         precision,
@@ -59,8 +57,8 @@ def _build(source: Source, precision: str) -> Artifact:
         keep=keep,
         words=bool(options.mmproj),
     )
-    files: dict[str, bytes | Path] = {DECODER: path}
-    settings, graph, passes, requires = _encoder(source, files)
+    files: dict[str, bytes | Path] = {DECODER: folder / DECODER}
+    settings, graph, passes, requires = _encoder(source, folder, files)
     return Artifact(
         files=files,
         graphs={"encoder": graph, "decoder": {"file": DECODER, "inputs": {}, "outputs": {}}},
@@ -72,26 +70,22 @@ def _build(source: Source, precision: str) -> Artifact:
 
 
 def _encoder(
-    source: Source, files: dict[str, bytes | Path]
+    source: Source, folder: Path, files: dict[str, bytes | Path]
 ) -> tuple[dict[str, Any], dict[str, Any], list[PassResult], dict[str, str]]:
     """Adds the encoder's file; the manifest's "gguf" and "graphs.encoder", the passes, and what running it requires."""
-    calibration, options = source.calibration, source.options
-    keep = {name.removeprefix("encoder:") for name in options.keep if name.startswith("encoder:")}
+    options = source.options
     if options.mmproj:
-        written, bias = write_mmproj(source.scratch / ENCODER, source.checkpoint.model, options.mmproj, keep=keep)
-        files[ENCODER] = source.scratch / ENCODER
+        keep = {name.removeprefix("encoder:") for name in options.keep if name.startswith("encoder:")}
+        written, bias = write_mmproj(folder / ENCODER, source.checkpoint.model, options.mmproj, keep=keep)
+        files[ENCODER] = folder / ENCODER
         settings = {"encoder": "mmproj", "bias": bias.tolist()}
         return settings, {"file": ENCODER, "inputs": {}, "outputs": {}}, [written], {}
     pair = source.trunk()
     passes = [result for result in pair.passes if result.params.get("graph") != "decoder"]
-    if options.graphs.get("encoder", "int8") != "fp32":
-        passes.append(fold_pixels(pair.encoder).on("encoder"))
-        feeds = calibration.encoder_feeds()
-        report = calibration.reporter("encoder", len(feeds))
-        static_options = StaticOptions(precision=dict.fromkeys(keep, "fp32"))
-        static = quantize_static(pair.encoder, feeds, options=static_options, progress=report)
-        passes.append(static.on("encoder"))
+    done = quantize(source, "encoder", pair.encoder, options.graphs.get("encoder", "int8"))
+    passes += [result.on("encoder") for result in done]
     graph = pair.graphs()["encoder"]
     files[graph["file"]] = save(pair.encoder)
     settings = {"encoder": "onnx", "prefix": pair.session["prefix"]["from"]}
-    return settings, graph, passes, {"onnxruntime": MIN_ENGINE[OPSET_PLAIN]}
+    opset = max(entry.version for entry in pair.encoder.opset_import if not entry.domain)
+    return settings, graph, passes, {"onnxruntime": MIN_ENGINE.get(opset, MIN_ENGINE[OPSET_ATTENTION])}
