@@ -35,7 +35,7 @@ def quantize_blocks(
     """
     graph = Graph(model)
     counts = {"int4": 0, "int8": 0, "embeddings": 0}
-    shared: dict[str, tuple[str, str, int]] = {}  # weights [K, N] → blocks [N, K / block, bytes], scales, bits
+    shared: dict[str, tuple[str, str, int]] = {}  # weights [K, N] → blocks [N, ⌈K / block⌉, bytes], scales, bits
     names = [layer.node.name for layer in layers_of(graph) if layer.node.op_type != "Conv"]
     for name in names:
         (layer,) = (layer for layer in layers_of(graph) if layer.node.name == name)
@@ -45,7 +45,8 @@ def quantize_blocks(
         bits, source = (8 if wanted == "int8" else 4), layer.node.input[1]
         if source not in shared:
             covariance = None if statistics is None or bits == 8 else statistics.covariance(layer)[0][0]
-            blocks, scales = _store(graph, source, layer.weights[0], covariance, block, bits, damping)
+            size = _size(layer.weights.shape[-1], block)
+            blocks, scales = _store(graph, source, layer.weights[0], covariance, size, bits, damping)
             shared[source] = (blocks, scales, bits)
         _multiply(graph, layer, *shared[source], block)
         counts[wanted] += 1
@@ -55,6 +56,11 @@ def quantize_blocks(
     if not any(entry.domain == DOMAIN for entry in model.opset_import):
         model.opset_import.append(helper.make_opsetid(DOMAIN, 1))
     return PassResult(NAME, {"block": block, "rounding": "nearest" if statistics is None else "covariance"}, counts)
+
+
+def _size(width: int, block: int) -> int:
+    """The widest block up to `block` that divides the width; else 16, the last block filled up with zeros."""
+    return next((size for size in (256, 128, 64, 32, 16) if size <= block and width % size == 0), 16)
 
 
 def _plain(node: onnx.NodeProto) -> bool:
@@ -80,8 +86,8 @@ def _store(
         nibbles = (whole + 8).astype(np.uint8).reshape(outputs, -1, block)
         stored = nibbles[..., 0::2] | nibbles[..., 1::2] << 4
     graph.set_constant(f"{name}_blocks", stored)
-    graph.set_constant(f"{name}_fp16", scales.reshape(-1))
-    return f"{name}_blocks", f"{name}_fp16"
+    graph.set_constant(f"{name}_scales", scales.reshape(-1))
+    return f"{name}_blocks", f"{name}_scales"
 
 
 def _multiply(graph: Graph, layer: Layer, blocks: str, scales: str, bits: int, block: int) -> None:
@@ -101,7 +107,7 @@ def _multiply(graph: Graph, layer: Layer, blocks: str, scales: str, bits: int, b
             K=width,
             N=outputs,
             bits=bits,
-            block_size=block,
+            block_size=_size(width, block),
             accuracy_level=ACCURACY,
         )
     )
@@ -123,13 +129,13 @@ def _gather(graph: Graph, gather: onnx.NodeProto, shared: dict[str, tuple[str, s
             return 0
         old.append(turn)
         result = turn.output[0]
-        blocks, scales, bits = shared[gather.input[0]]
-        words, width = table.shape[::-1]
-    else:
-        words, width = table.shape
-        blocks, scales, bits = *_store(graph, gather.input[0], table, None, block, 4, 0.0), 4
-    if width % block:
+    words, width = table.shape[::-1] if axis == 1 else table.shape
+    if width % 16:  # a filled-up block: what is gathered would be too wide
         return 0
+    if axis == 1:
+        blocks, scales, bits = shared[gather.input[0]]
+    else:
+        blocks, scales, bits = *_store(graph, gather.input[0], table, None, _size(width, block), 4, 0.0), 4
     rows = graph.set_constant("rows_shape", np.array([0, -1], np.int64))
     lines = graph.set_constant(f"{blocks}_lines", np.array([words, -1], np.int64))
     new = [] if f"{scales}_wide" in graph.producer else [_widen(scales)]
@@ -143,7 +149,7 @@ def _gather(graph: Graph, gather: onnx.NodeProto, shared: dict[str, tuple[str, s
             name=f"{result}_gather",
             domain=DOMAIN,
             bits=bits,
-            block_size=block,
+            block_size=_size(width, block),
             gather_axis=0,
             quantize_axis=1,
         ),

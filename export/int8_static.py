@@ -124,6 +124,7 @@ def quantize_static(
     _drop_second_pixels(model)
     _keep_float_readers(model, {node.name for node in nodes})
     _drop_bias_zeros(model)
+    _guard_float_layers(model)
     del model.graph.value_info[:]
     return PassResult(
         "static_int8",
@@ -310,6 +311,26 @@ def _drop_bias_zeros(model: onnx.ModelProto) -> None:
                 del node.input[2]
     graph.refresh()
     graph.prune()
+
+
+def _guard_float_layers(model: onnx.ModelProto) -> None:
+    """Put a Clip that cuts nothing between a DequantizeLinear and a layer that stays float.
+
+    ONNX Runtime quantizes float weights between quantized tensors by itself when it loads a graph, one scale for all.
+    """
+    graph = Graph(model)
+    for name in [layer.node.output[0] for layer in layers_of(graph)]:
+        node = graph.producer[name]
+        source = graph.producer.get(node.input[0])
+        if source is None or source.op_type != "DequantizeLinear":
+            continue
+        guarded, limit = f"{node.input[0]}_as_float_{name}", float(np.finfo(np.float32).max)
+        ends = [
+            graph.set_constant(f"float_{end}", np.float32(sign * limit)) for end, sign in (("low", -1), ("high", 1))
+        ]
+        clip = onnx.helper.make_node("Clip", [node.input[0], *ends], [guarded], name=f"{guarded}_clip")
+        node.input[0] = guarded
+        graph.replace([node], [clip, node])
 
 
 def _keep_float_readers(model: onnx.ModelProto, quantized: set[str]) -> None:

@@ -52,16 +52,14 @@ def quantize(source: Source, name: str, model: onnx.ModelProto, precision: str) 
 
 
 def statistics(source: Source, name: str) -> Statistics:
-    """What calibration says about the fp32 graph, measured once for a source."""
+    """What calibration says about the fp32 graph (the encoder's with pixels folded), measured once for a source."""
     if name not in source._statistics:
         pair, calibration = source.trunk(), source.calibration
+        feeds = calibration.encoder_feeds() if name == "encoder" else calibration.decoder_feeds(pair)
         if name == "encoder":
             fold_pixels(pair.encoder)
-            feeds = calibration.encoder_feeds()
-        else:
-            feeds = calibration.decoder_feeds(pair)
-        report = calibration.reporter(name, len(feeds))
-        source._statistics[name] = calibrate(getattr(pair, name), feeds, progress=report)
+        model = getattr(pair, name)
+        source._statistics[name] = calibrate(model, feeds, progress=calibration.reporter(name, len(feeds)))
     return source._statistics[name]
 
 
