@@ -24,12 +24,13 @@ MIRRORED = {"left": "right", "right": "left"}
 @dataclass(frozen=True)
 class Batch:
     """Photos of one optimizer step (or a piece of it): ids [N, C, T] BOS first, -1 behind the end; one of pixels
-    uint8 [N, H, W, 3] or features [N, L, dim]; photos: their places in the split."""
+    uint8 [N, H, W, 3] or features [N, L, dim]; photos: their places in the split; teacher: its features of them."""
 
     ids: Tensor
     photos: np.ndarray
     pixels: Tensor | None = None
     features: Tensor | None = None
+    teacher: Tensor | None = None
 
     @property
     def inputs(self) -> Tensor:
@@ -51,8 +52,9 @@ class Batch:
         return {"pixels": self.pixels} if self.features is None else {"features": self.features}
 
     def to(self, device: torch.device) -> Batch:
-        moved = [None if t is None else t.to(device) for t in (self.ids, self.pixels, self.features)]
-        return Batch(moved[0], self.photos, moved[1], moved[2])
+        parts = (self.ids, self.pixels, self.features, self.teacher)
+        ids, *views = [None if part is None else part.to(device) for part in parts]
+        return Batch(ids, self.photos, *views)
 
 
 def encode_captions(

@@ -9,6 +9,8 @@ import click
 
 from ..runtime.errors import EdgecapError, need
 
+MODEL_PARTS = ("encoder", "bridge", "decoder", "tokenizer")
+
 
 def _need_train(command: str) -> None:
     for module in (
@@ -29,6 +31,8 @@ def _need_train(command: str) -> None:
 @click.option("--data", metavar="SPEC", help="scenes, flickr8k:DIR, folder:DIR or coco:DIR; default: the recipe's.")
 @click.option("--encoder", metavar="HUB_ID_OR_DIR", help="Pretrained encoder; default: from scratch.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Checkpoint folder.  [default: runs/RECIPE]")
+@click.option("--init", metavar="CHECKPOINT", type=click.Path(path_type=Path), help="Start from its model and weights.")
+@click.option("--teacher", metavar="CHECKPOINT", type=click.Path(path_type=Path), help="For stages that distill.")
 @click.option("--set", "overrides", metavar="KEY=VALUE", multiple=True, help="Override a recipe key; repeatable.")
 @click.option("--seed", type=click.IntRange(0), help="Seed of weights and order; default: the recipe's.")
 @click.option("--resume", is_flag=True, help="Continue the run in --out, or the newest under runs/.")
@@ -41,6 +45,8 @@ def train(
     data: str | None,
     encoder: str | None,
     out: Path | None,
+    init: Path | None,
+    teacher: Path | None,
     overrides: tuple[str, ...],
     seed: int | None,
     resume: bool,
@@ -60,6 +66,7 @@ def train(
       edgecap train
       edgecap train mobilenetv2-gru --data flickr8k:DIR --encoder google/mobilenet_v2_1.0_224
       edgecap train --data folder:my-photos --set stages.0.epochs=20
+      edgecap train --init runs/mobilenetv2-gru --data folder:my-photos
       edgecap train --resume
     """
     from ..benchmarks.progress import PhaseBars
@@ -69,10 +76,12 @@ def train(
         for name in recipe_names():
             click.echo(name + (" (default)" if name == DEFAULT_RECIPE else ""))
         return
-    if resume and (recipe or data or encoder or overrides or seed is not None or skip_bad):
+    if resume and (recipe or data or encoder or init or teacher or overrides or seed is not None or skip_bad):
         raise click.UsageError(
             "--resume continues a run by its own recipe; only --out, --threads and --json go with it"
         )
+    if init and (encoder or any(item.startswith(MODEL_PARTS) for item in overrides)):
+        raise click.UsageError("--init brings its own model and tokenizer: leave out --encoder and --set of theirs")
     _need_train("edgecap train")
     import torch
     from accelerate import PartialState
@@ -90,7 +99,7 @@ def train(
             say = lambda line: bars.console.print(line, highlight=False, markup=False, soft_wrap=True)  # noqa: E731
             if not resume:
                 plan = prepare_recipe(
-                    recipe or DEFAULT_RECIPE,
+                    recipe or (str(init / "recipe.toml") if init else DEFAULT_RECIPE),
                     data=data,
                     encoder=encoder,
                     overrides=overrides,
@@ -98,7 +107,7 @@ def train(
                     seed=seed,
                     say=say,
                 )
-            folder, metrics = run_train(plan, out, resume=resume, progress=bars, say=say)
+            folder, metrics = run_train(plan, out, resume=resume, init=init, teacher=teacher, progress=bars, say=say)
     except EdgecapError as error:
         if main:
             raise

@@ -26,6 +26,7 @@ from .objectives import OBJECTIVES
 from .optim import WeightAverage, lr_factor, make_optimizer, set_modes
 from .recipe import Recipe, Stage
 from .report import TrainingLog
+from .start import Start, Teacher
 from .state import (
     load_model_tensors,
     load_progress,
@@ -55,7 +56,11 @@ class Trainer:
         accelerator: Accelerator,
         progress: Progress,
         log: TrainingLog,
+        *,
+        start: Start | None = None,
+        teacher: Teacher | None = None,
     ) -> None:
+        self.start, self.teacher = start or Start("", ""), teacher
         self.recipe, self.model, self.tokenizer, self.out = recipe, model, tokenizer, out
         self.accelerator, self.progress, self.log = accelerator, progress, log
         self.preprocess = preprocess_for(recipe)
@@ -85,7 +90,7 @@ class Trainer:
                     "put the data back, or train anew with another --out"
                 )
             self.state |= state
-        self.started = time.monotonic() - self.state["seconds"]
+        self.began = time.monotonic() - self.state["seconds"]
         self.log.resume(self.state["history"])
         while self.state["stage"] < len(self.recipe.stages):
             self._stage(self.recipe.stages[self.state["stage"]], tensors)
@@ -103,11 +108,17 @@ class Trainer:
         if tensors is not None:
             restore(tensors, self.state, self.model, optimizer, self.average)
         self._open_data(stage)
-        self.objective = OBJECTIVES[stage.objective](self.recipe, stage, self.tokenizer, self.train.examples)
+        objective = OBJECTIVES[stage.objective]
+        self.objective = objective(self.recipe, stage, self.tokenizer, self.train.examples, self.teacher)
         forward, self.optimizer = self.accelerator.prepare(self.model, optimizer)
         self.plan = EpochPlan(len(self.train), stage.batch_size, (self.recipe.seed, number), flip=self.recipe.data.flip)
         if tensors is None:
             self._save()  # before the best weights can change, which are this stage's start
+        if self.start.init and not self.state["history"] and not self.state["batch"]:
+            # What the run starts from is a result already, and may stay the best.
+            self.reward = None
+            self._validate(stage)
+            self._save()
         while self.state["epoch"] < stage.epochs and not self._stops_early(stage):
             self._epoch(stage, forward)
             self.state["epoch"] += 1
@@ -193,7 +204,10 @@ class Trainer:
     def _batch(self, ids: torch.Tensor, places: np.ndarray, mirrored: bool) -> Batch:
         rows = torch.from_numpy(np.array(self.rows[mirrored][places]))
         features, pixels = (rows.float(), None) if self.frozen else (None, rows)
-        return Batch(ids, places, pixels, features).to(self.accelerator.device)
+        teacher = None
+        if self.teacher_rows:
+            teacher = torch.from_numpy(np.array(self.teacher_rows[mirrored][places])).float()
+        return Batch(ids, places, pixels, features, teacher).to(self.accelerator.device)
 
     # --- data, validation, saving ------------------------------------------------------------------------------
 
@@ -201,11 +215,7 @@ class Trainer:
         """Features where the encoder is frozen, pixels elsewhere; the first process fills the cache, the rest wait."""
         self.frozen = stage.encoder_lr == 0
         encoder = self.model.encoder
-        digest = cache_key(
-            weights=[_digest(t) for t in model_tensors(encoder).values()],
-            kind=self.recipe.encoder.kind,
-            settings=encoder.settings(),
-        )
+        digest = _encoder_digest(encoder, self.recipe.encoder.kind)
         views = (False, True) if self.recipe.data.flip else (False,)
 
         def rows(photos: Photos, flip: bool) -> np.ndarray:
@@ -216,13 +226,20 @@ class Trainer:
         with self.accelerator.main_process_first():
             self.rows = [rows(self.train, flip) for flip in views]
             self.val_rows = rows(self.val, False)
+            self.teacher_rows: list[np.ndarray] = []
+            if self.teacher and stage.objective == "distill":
+                seer = self.teacher.model.encoder.to(self.accelerator.device)
+                name = _encoder_digest(seer, self.teacher.kind)
+                for flip in views:
+                    shown = self.train.features(seer, name, flip=flip, progress=self.progress)
+                    self.teacher_rows.append(shown)
 
     def _validate(self, stage: Stage) -> None:
         state = self.state
         record: dict[str, Any] = {
             "stage": stage.name,
             "epoch": state["epoch"],
-            "loss": state["loss"] / max(1, state["count"]),
+            "loss": state["loss"] / state["count"] if state["count"] else None,  # None: before the first step
         }
         if self.reward is not None:
             record["reward"] = self.reward
@@ -235,7 +252,7 @@ class Trainer:
             else:
                 record |= self._score(options)
         record = self._from_main(record)
-        state["seconds"] = time.monotonic() - self.started
+        state["seconds"] = time.monotonic() - self.began
         record["seconds"] = round(state["seconds"], 1)
         state["history"].append(record)
         better = state["best"] is None or record["cider"] > state["best"]["cider"]
@@ -277,7 +294,7 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def _save(self) -> None:
-        self.state["seconds"] = time.monotonic() - self.started
+        self.state["seconds"] = time.monotonic() - self.began
         if self.accelerator.is_main_process:
             # Unwrapped, so that the file's layout does not depend on how many processes wrote it.
             plain = getattr(self.optimizer, "optimizer", self.optimizer)
@@ -285,7 +302,7 @@ class Trainer:
             self._write_metrics(finished=False)
 
     def _end(self) -> None:
-        self.state.update(finished=True, seconds=time.monotonic() - self.started)
+        self.state.update(finished=True, seconds=time.monotonic() - self.began)
         if self.accelerator.is_main_process:
             best, _ = read_tensors(self.out / WEIGHTS)
             load_model_tensors(self.model, best, str(self.out / WEIGHTS))
@@ -305,6 +322,8 @@ class Trainer:
                 for part in ("encoder", "bridge", "decoder")
             },
         }
+        if self.start.pruned:
+            metrics["pruned"] = self.start.pruned  # tells how to load what follows
         if self.accelerator.is_main_process:
             write_json(self.out / METRICS, metrics)
             self.log.chart(self.state["history"])
@@ -314,6 +333,11 @@ class Trainer:
 def _mix(*parts: int) -> int:
     """One 63-bit seed out of several numbers."""
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def _encoder_digest(encoder: Any, kind: str) -> str:
+    weights = [_digest(tensor) for tensor in model_tensors(encoder).values()]
+    return cache_key(weights=weights, kind=kind, settings=encoder.settings())
 
 
 def _digest(tensor: torch.Tensor) -> str:

@@ -1,4 +1,4 @@
-"""What a stage minimises: cross-entropy on the reference captions, or self-critical training on CIDEr-D."""
+"""What a stage minimises: cross-entropy on reference captions, distillation, or self-critical training on CIDEr-D."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from ..benchmarks.datasets import Example
 from ..benchmarks.metrics import CiderD
+from ..runtime.errors import UsageError
 from .batches import Batch
 from .models import CaptionModel
 from .recipe import Recipe, Stage
+from .start import Teacher
 from .tokenizer import caption_text, token_ids
 
 END = "</s>"  # the end of a sentence is a word of the reward's n-grams, or captions learn to stop anywhere
@@ -23,7 +25,14 @@ END = "</s>"  # the end of a sentence is a word of the reward's n-grams, or capt
 class CrossEntropy:
     """Next-word cross-entropy with label smoothing (Szegedy et al. 2016)."""
 
-    def __init__(self, recipe: Recipe, stage: Stage, tokenizer: Tokenizer, examples: Sequence[Example]) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        stage: Stage,
+        tokenizer: Tokenizer,
+        examples: Sequence[Example],
+        teacher: Teacher | None = None,
+    ) -> None:
         self.smoothing = stage.label_smoothing
 
     def count(self, ids: Tensor) -> int:
@@ -36,11 +45,56 @@ class CrossEntropy:
         return F.cross_entropy(logits.float(), batch.targets, reduction="sum", label_smoothing=self.smoothing), {}
 
 
+class Distillation:
+    """Cross-entropy mixed with the teacher's word distribution at a temperature T (Hinton et al. 2015,
+    arXiv:1503.02531, with their factor T²), and with `match` the distance to what the teacher's encoder sees
+    (Romero et al. 2015, arXiv:1412.6550)."""
+
+    def __init__(
+        self, recipe: Recipe, stage: Stage, tokenizer: Tokenizer, examples: Sequence[Example], teacher: Teacher
+    ) -> None:
+        self.smoothing, self.share, self.temperature = stage.label_smoothing, stage.teacher_share, stage.temperature
+        self.match, self.teacher = stage.match, teacher
+
+    def count(self, ids: Tensor) -> int:
+        """What the batch's loss is divided by: its target words."""
+        return int((ids[:, :, 1:] >= 0).sum())
+
+    def loss(self, model: CaptionModel, forward: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        """As CrossEntropy.loss; the log gets the divergence from the teacher in nats a word."""
+        seen: list[Tensor] = []
+        hook = model.bridge.register_forward_hook(lambda module, inputs, output: seen.append(output))
+        try:
+            logits = forward(batch.inputs, batch.keep, **batch.view).float()  # [K, V]
+        finally:
+            hook.remove()
+        memory, theirs = self.teacher.look(batch)
+        captions = F.cross_entropy(logits, batch.targets, reduction="sum", label_smoothing=self.smoothing)
+        soft, wanted = (logits / self.temperature).log_softmax(-1), (theirs.float() / self.temperature).log_softmax(-1)
+        apart = F.kl_div(soft, wanted, reduction="sum", log_target=True) * self.temperature**2
+        loss = (1 - self.share) * captions + self.share * apart
+        figures = {"divergence": float(apart.detach()) / len(logits)}
+        if self.match:
+            if memory.shape != seen[0].shape:
+                raise UsageError("match: the teacher's memory has another shape than the captioner's; leave match at 0")
+            distance = F.mse_loss(seen[0].float(), memory) / memory.var()
+            loss = loss + self.match * len(logits) * distance
+            figures["distance"] = float(distance.detach())
+        return loss, figures
+
+
 class SelfCritical:
     """REINFORCE on CIDEr-D (Rennie et al. 2017, arXiv:1612.00563); each sample's baseline is the mean reward of the
     photo's other samples (Luo 2020, arXiv:2003.09971)."""
 
-    def __init__(self, recipe: Recipe, stage: Stage, tokenizer: Tokenizer, examples: Sequence[Example]) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        stage: Stage,
+        tokenizer: Tokenizer,
+        examples: Sequence[Example],
+        teacher: Teacher | None = None,
+    ) -> None:
         self.samples, self.max_length = max(2, stage.samples), recipe.tokenizer.max_length
         self.tokenizer, self.special = tokenizer, token_ids(tokenizer)
         self.reward = CiderD([[caption_text(c).split() + [END] for c in example.captions] for example in examples])
@@ -99,4 +153,4 @@ class SelfCritical:
         return [text.split() + [END] * end for text, end in zip(texts, ended, strict=True)]
 
 
-OBJECTIVES: dict[str, Any] = {"xe": CrossEntropy, "scst": SelfCritical}
+OBJECTIVES: dict[str, Any] = {"xe": CrossEntropy, "scst": SelfCritical, "distill": Distillation}

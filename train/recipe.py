@@ -64,7 +64,7 @@ class Stage:
     """One stretch of training. Stages follow each other, each starting from the best weights so far."""
 
     name: str = "words"
-    objective: str = "xe"  # cross-entropy; or scst (self-critical, reward CIDEr-D)
+    objective: str = "xe"  # cross-entropy; scst (self-critical, reward CIDEr-D); distill (learns from --teacher, too)
     epochs: int = 10
     batch_size: int = 64  # photos for each optimizer step, over all processes
     accumulate: int = 1  # split the batch into this many pieces
@@ -84,6 +84,9 @@ class Stage:
     patience: int = 0  # early stopping: validations without a better CIDEr; 0 = off
     validate_every: int = 1
     samples: int = 5  # scst: captions sampled per photo
+    teacher_share: float = 0.7  # distill: of the loss that is the teacher's; the captions have the rest
+    temperature: float = 2.0  # distill: softens both distributions
+    match: float = 0.0  # distill: weight of seeing the photo as the teacher does, for encoders that learn
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,7 @@ CHOICES = {
     "data.resize": ("squash", "crop"),
     "data.resample": ("bilinear", "bicubic"),
     "tokenizer.kind": ("word", "bpe", "unigram"),
-    "stages.objective": ("xe", "scst"),
+    "stages.objective": ("xe", "scst", "distill"),
     "stages.batchnorm": ("auto", "train", "frozen"),
     "stages.schedule": ("constant", "cosine", "step", "plateau"),
     "mixed_precision": ("auto", "no", "bf16", "fp16"),
@@ -129,8 +132,9 @@ POSITIVE = (
     "epochs",
     "step_epochs",
     "beam",
+    "temperature",
 )
-SHARES = ("label_smoothing", "dropout", "ema")  # in [0, 1)
+SHARES = ("label_smoothing", "dropout", "ema", "teacher_share")  # in [0, 1)
 
 
 def recipe_names() -> list[str]:

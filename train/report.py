@@ -46,8 +46,9 @@ class TrainingLog:
             self.writer.add_scalar(f"validation {stage + 1}/{name}", record[name], step)
         self.writer.flush()
         reward = f"  reward {record['reward']:.3f}" if "reward" in record else ""
+        loss = "" if record["loss"] is None else f"loss {record['loss']:.3f}"
         self.line(
-            f"{record['stage']} epoch {record['epoch']}: loss {record['loss']:.3f}{reward}  CIDEr {record['cider']:.4f}"
+            f"{record['stage']} epoch {record['epoch']}: {loss}{reward}  CIDEr {record['cider']:.4f}"
             f"  BLEU-4 {record['bleu4']:.3f}  distinct {record['distinct']:.0%}  repeats {record['repeated']:.1%}"
             f"  {record['seconds']:.0f} s{'  best so far' if better else ''}"
         )
@@ -65,7 +66,7 @@ class TrainingLog:
         places = list(range(1, len(history) + 1))
         left.plot(
             places,
-            [r["loss"] for r in history],
+            [float("nan") if r["loss"] is None else r["loss"] for r in history],
             color="#8a8f98",
             marker="o",
             markersize=3,

@@ -19,11 +19,23 @@ from ..runtime.errors import EdgecapError, UsageError
 from ..runtime.tokenizer import Tokenizer
 from .batches import Progress
 from .cache import load_pixels
-from .checkpoint import PROGRESS, RECIPE, TOKENIZER, load_checkpoint, model_for, read_metrics, read_recipe
+from .checkpoint import (
+    PROGRESS,
+    RECIPE,
+    TOKENIZER,
+    load_checkpoint,
+    model_for,
+    preprocess_for,
+    read_metrics,
+    read_recipe,
+)
 from .loop import Trainer
+from .models import CaptionModel
 from .recipe import Recipe, load_recipe
 from .report import TrainingLog
-from .state import write_bytes
+from .shapes import shrink_to
+from .start import START, Start, Teacher, check_teacher, load_again, read_start, with_parts, write_start
+from .state import load_progress, write_bytes
 from .tokenizer import caption_text, token_ids, train_tokenizer
 from .validate import caption_rows, score_captions
 
@@ -80,11 +92,15 @@ def train(
     out: Path | None,
     *,
     resume: bool = False,
+    init: Path | None = None,
+    teacher: Path | None = None,
     progress: Progress = lambda phase, done, total: None,
     say: Callable[[str], None] = lambda line: None,
 ) -> tuple[Path, dict[str, Any]]:
     """Train a captioner; returns the checkpoint directory and its metrics.
 
+    init: a checkpoint whose model, weights and tokenizer the run starts from, whatever the recipe says of them.
+    teacher: a checkpoint that the stages with objective "distill" learn from.
     With `resume` the run in `out` (or the newest under runs/) goes on by its own recipe. Raises UsageError for bad
     data, recipes and folders. Where several processes train, the first decides, writes and tells.
     """
@@ -95,13 +111,30 @@ def train(
         data = open_dataset(recipe.data.spec, skip_bad=recipe.data.skip_bad)
         if main:
             _tell_data(data, say)
-        begun, recipe = _from_main(lambda: _open_run(recipe, data, out))
+        begun, recipe = _from_main(lambda: _open_run(recipe, data, out, resume, init, teacher))
+        start = read_start(out)
         tokenizer = Tokenizer.load(out / TOKENIZER).inner
         torch.manual_seed(recipe.seed)
-        model = model_for(recipe, token_ids(tokenizer), load_weights=not begun)
+        model = _model(recipe, token_ids(tokenizer), out, begun, start)
+        taught = None
+        if start.teacher:
+            taught = Teacher(load_again(start.teacher, start.teacher_sha256, "teacher"), tokenizer)
+            if taught.preprocess != preprocess_for(recipe):
+                raise UsageError(f"{start.teacher} sees photos in another size or form: it cannot teach this captioner")
         log = TrainingLog(out if main else None, say)
-        trainer = Trainer(recipe, model, tokenizer, data, out, accelerator, progress, log)
+        trainer = Trainer(recipe, model, tokenizer, data, out, accelerator, progress, log, start=start, teacher=taught)
         return out, trainer.run(begun)
+
+
+def _model(recipe: Recipe, tokens: dict[str, int], out: Path, begun: bool, start: Start) -> CaptionModel:
+    """The model as the run begins or goes on: a pruned one has the shapes of its weights."""
+    if start.init and not begun:
+        return load_again(start.init, start.sha256, "its start").model
+    model = model_for(recipe, tokens, load_weights=not begun)
+    if start.pruned:
+        tensors, _ = load_progress(out / PROGRESS)
+        shrink_to(model, {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")})
+    return model
 
 
 def _place(recipe: Recipe | None, out: Path | None, resume: bool) -> tuple[Recipe, Path]:
@@ -129,7 +162,7 @@ def _is_free(out: Path) -> bool:
     """Whether a run may begin in a folder that is there: it holds at most what is left of one that never learnt."""
     if not out.is_dir() or ((out / RECIPE).exists() and not (out / TOKENIZER).exists()):
         return False  # the tokenizer is written first: a recipe alone is the user's own
-    left = {RECIPE, TOKENIZER, LOCK, "log", str(PROGRESS.parent)}
+    left = {RECIPE, TOKENIZER, LOCK, "log", str(PROGRESS.parent), START.name}
     files = [*out.iterdir(), *(out / PROGRESS.parent).glob("*")]
     return all(path.name in left or (path.name[:1] == "." and path.suffix == ".tmp") for path in files)
 
@@ -157,10 +190,23 @@ def _only_run(out: Path) -> Iterator[None]:
             out.rmdir()  # of a run that could not begin, where nothing is left but the folder
 
 
-def _open_run(recipe: Recipe, data: Dataset, out: Path) -> tuple[bool, Recipe]:
+def _open_run(
+    recipe: Recipe, data: Dataset, out: Path, resume: bool, init: Path | None, teacher: Path | None
+) -> tuple[bool, Recipe]:
     """Has the run in `out` begun to learn? If not, its tokenizer and resolved recipe are written (anew)."""
     if (out / PROGRESS).is_file():
         return True, recipe
+    if resume and (out / START).is_file():
+        return False, recipe
+    check_teacher(recipe, teacher)
+    first = None if init is None else load_checkpoint(init)
+    master = None if teacher is None else load_checkpoint(teacher)
+    write_start(out, first, master)
+    if first is not None:
+        recipe = with_parts(recipe, first)
+        write_bytes(out / TOKENIZER, (first.path / TOKENIZER).read_bytes())
+        write_bytes(out / RECIPE, recipe.to_toml().encode())
+        return False, read_recipe(out)
     captions = (caption_text(c) for example in data.splits["train"] for c in example.captions)
     tokenizer = train_tokenizer(captions, recipe.tokenizer)
     # Built here already, so that a recipe that cannot be built leaves no run.

@@ -1,0 +1,108 @@
+"""What a run starts from when it does not start from nothing: a checkpoint's weights, and a teacher to learn from."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from ..runtime.errors import EdgecapError, UsageError
+from .batches import Batch
+from .checkpoint import PROGRESS, Checkpoint, load_checkpoint
+from .models import CaptionModel
+from .recipe import Recipe
+from .state import write_json
+from .tokenizer import token_ids
+
+START = PROGRESS.parent / "start.json"
+
+
+@dataclass(frozen=True)
+class Start:
+    """Kept beside the run's state, so that resuming finds the same files. `pruned`: what was pruned before."""
+
+    init: str
+    sha256: str
+    teacher: str = ""
+    teacher_sha256: str = ""
+    pruned: list[dict[str, Any]] = field(default_factory=list)
+
+
+def check_teacher(recipe: Recipe, teacher: Path | None) -> None:
+    """UsageError where a stage needs a teacher and there is none, or the other way round."""
+    learning = [i for i, stage in enumerate(recipe.stages) if stage.objective == "distill"]
+    if learning and teacher is None:
+        raise UsageError(f"stages.{learning[0]}.objective = distill needs --teacher CHECKPOINT")
+    if teacher is not None and not learning:
+        raise UsageError("--teacher: no stage learns from it; add --set stages.0.objective=distill")
+
+
+def with_parts(recipe: Recipe, init: Checkpoint) -> Recipe:
+    """The recipe with the model and tokenizer that the checkpoint has."""
+    parts = {part: getattr(init.recipe, part) for part in ("tokenizer", "encoder", "bridge", "decoder")}
+    if (recipe.data.image_size, recipe.data.resize) != (init.recipe.data.image_size, init.recipe.data.resize):
+        size, resize = init.recipe.data.image_size, init.recipe.data.resize
+        raise UsageError(f"{init.path} sees photos of {size} px ({resize}): say the same in the recipe's [data]")
+    return dataclasses.replace(recipe, **parts)
+
+
+def write_start(out: Path, init: Checkpoint | None, teacher: Checkpoint | None) -> None:
+    if init is None and teacher is None:
+        (out / START).unlink(missing_ok=True)
+        return
+    start = Start(
+        str(init.path.resolve()) if init else "",
+        init.sha256 if init else "",
+        str(teacher.path.resolve()) if teacher else "",
+        teacher.sha256 if teacher else "",
+        list(init.metrics.get("pruned", [])) if init else [],
+    )
+    write_json(out / START, dataclasses.asdict(start))
+
+
+def read_start(out: Path) -> Start:
+    """What `write_start` wrote; an empty Start where the run began from nothing."""
+    try:
+        return Start(**json.loads((out / START).read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return Start("", "")
+    except (OSError, ValueError, TypeError) as error:
+        raise EdgecapError(f"{out / START} cannot be read ({error}): begin the run anew") from error
+
+
+def load_again(path: str, sha256: str, role: str) -> Checkpoint:
+    """The checkpoint that a run began with; UsageError where it is gone or another one now."""
+    loaded = load_checkpoint(path)
+    if loaded.sha256 != sha256:
+        raise UsageError(f"{path} has changed since this run began with it as {role}: put it back, or begin anew")
+    return loaded
+
+
+class Teacher:
+    """An unpruned captioner whose logits and memory a smaller one learns from."""
+
+    def __init__(self, loaded: Checkpoint, tokenizer: Tokenizer) -> None:
+        self.model: CaptionModel = loaded.model.eval().requires_grad_(False)
+        self.kind, self.preprocess = loaded.recipe.encoder.kind, loaded.preprocess
+        theirs = loaded.tokenizer.inner.get_vocab(with_added_tokens=True)
+        unknown = token_ids(loaded.tokenizer.inner)["unk"]
+        ours = sorted(tokenizer.get_vocab(with_added_tokens=True).items(), key=lambda entry: entry[1])
+        missing = sorted(word for word, _ in ours if word not in theirs)
+        if missing:
+            raise UsageError(f"the teacher {loaded.path} does not know {missing[0]!r}, a word of the captioner's own")
+        self.ids = torch.tensor([theirs.get(word, unknown) for word, _ in ours])  # [V] our id → the teacher's
+
+    @torch.no_grad()
+    def look(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Its memory [N, L, D] and its logits [K, V] for our words, at the batch's targets."""
+        if self.ids.device != batch.ids.device:
+            self.ids = self.ids.to(batch.ids.device)
+            self.model.to(batch.ids.device)
+        memory = self.model.memory(features=batch.teacher)
+        return memory, self.model.decoder(memory, self.ids[batch.inputs], batch.keep)[:, self.ids]
