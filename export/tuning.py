@@ -78,7 +78,8 @@ class Tuning:
         if type(said.get("version")) is not int or said["version"] != VERSION:
             raise UsageError(f"{path} is of version {said.get('version')!r}; this edgecap reads {VERSION}; {advice}")
         graphs = said.get("graphs")
-        if not isinstance(graphs, dict) or sorted(graphs) != sorted(PARTS) or set(graphs.values()) - set(PRECISIONS):
+        known = isinstance(graphs, dict) and sorted(graphs) == sorted(PARTS)
+        if not known or any(each not in PRECISIONS for each in graphs.values()):
             raise UsageError(
                 f'{path} is damaged: "graphs" must give {" and ".join(PARTS)} one of {", ".join(PRECISIONS)}; {advice}'
             )
