@@ -55,14 +55,15 @@ def fuse(
 
     main = Scope()
     (pixels,) = (each.name for each in pair.encoder.graph.input)
-    given = {pixels: _resize(main, preprocess)}
+    width = _clipped(main, "beam", MAX_BEAM)
+    longest = _clipped(main, "max_length", MAX_LENGTH)
+    batch = _batch(main, width, preprocess)
+    given = {pixels: _resize(main, batch, preprocess)}
     photo = inline(pair.encoder, given, main, "encoder/", weights="encoder/")
     decoder = Decoder(pair.decoder, pair.session, photo, tokens["vocab_size"])
     suppress = tuple(tokens[name] for name in SUPPRESSED if name in tokens)
     rules = Rules(options, tokens["bos"], tokens["eos"], suppress)
 
-    width = _clipped(main, "beam", MAX_BEAM)
-    longest = _clipped(main, "max_length", MAX_LENGTH)
     alone = main("Equal", main("Squeeze", width), main.constant(1))
     # Both loops lie in the main graph, and one of them makes no step: in the branches of an If, ONNX Runtime would pack
     # the weights anew at every step. It looks for constants only one graph further out.
@@ -88,6 +89,7 @@ def fuse(
         ],
         [value(name, kind, shape) for name, _, kind, shape in outputs],
         [*main.initializers.values(), default],
+        value_info=[value(batch, TensorProto.UINT8, ["photos", "tall", "wide", 3])],
     )
     domains = {entry.domain: entry.version for model in models for entry in model.opset_import if entry.domain}
     imports = [helper.make_opsetid("", opset), *(helper.make_opsetid(*entry) for entry in sorted(domains.items()))]
@@ -155,23 +157,26 @@ def _clipped(main: Scope, name: str, high: int) -> str:
 # --- pixels -----------------------------------------------------------------------------------------
 
 
-def _resize(main: Scope, preprocess: Preprocess) -> str:
-    """image → uint8 [1, H, W, 3] as Pillow resizes it: antialiased, in 8-bit fixed point, rows first.
+def _batch(main: Scope, width: str, preprocess: Preprocess) -> str:
+    """image → uint8 [1, h, w, 3], cropped where the preprocessing is.
 
-    Before a crop's fraction of a pixel: the part cut out here has whole ones.
+    The 1 is kept from the engine by computing it from an input. ONNX Runtime would turn the MatMuls of a single photo
+    into Gemms, and then no longer fuse their quantization.
     """
-    height, width = preprocess.size
-    image = "image"
-    if preprocess.mode == "crop":
-        image = _crop(main, image, height, width)
-    batch = main("Unsqueeze", image, main.constant([0]))
+    image = "image" if preprocess.mode == "squash" else _crop(main, "image", *preprocess.size)
+    one = main("Min", width, main.constant([1]))
+    return main("Reshape", image, main("Concat", one, main("Shape", image), axis=0))
+
+
+def _resize(main: Scope, batch: str, preprocess: Preprocess) -> str:
+    """uint8 [1, h, w, 3] → uint8 [1, H, W, 3] as Pillow resizes it: antialiased, in 8-bit fixed point, rows first."""
     cubic = {"mode": "cubic", "cubic_coeff_a": -0.5} if preprocess.resample == "bicubic" else {"mode": "linear"}
     return main(
         "Resize",
         batch,
         "",
         "",
-        main.constant([height, width]),
+        main.constant(preprocess.size),
         axes=[1, 2],
         antialias=1,
         exclude_outside=1,
@@ -181,7 +186,7 @@ def _resize(main: Scope, preprocess: Preprocess) -> str:
 
 
 def _crop(main: Scope, image: str, height: int, width: int) -> str:
-    """The largest centred part of the target's aspect ratio, outwards to whole pixels."""
+    """The largest centred part of the target's aspect ratio; where Pillow cuts through a pixel, all of it."""
     zero = main.constant([0])
     tall, wide = (main("Shape", image, start=axis, end=axis + 1) for axis in (0, 1))  # [1] each
     across, down = main("Mul", wide, main.constant([height])), main("Mul", tall, main.constant([width]))

@@ -8,7 +8,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
-from edgecap.export.fused import _resize, fuse
+from edgecap.export.fused import _batch, _resize, fuse
 from edgecap.export.fused_build import Scope
 from edgecap.export.trunk import OnnxPair
 from edgecap.runtime import UsageError
@@ -264,7 +264,7 @@ def pixels(photo: np.ndarray, **preprocess) -> tuple[np.ndarray, np.ndarray]:
     """What the graph's encoder sees, and what the runtime's does."""
     chosen = Preprocess(**preprocess)
     main = Scope()
-    source = _resize(main, chosen)
+    source = _resize(main, _batch(main, main.constant([3]), chosen), chosen)
     graph = helper.make_graph(
         main.nodes,
         "graph",
