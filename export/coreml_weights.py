@@ -16,25 +16,26 @@ if TYPE_CHECKING:
 
 SMALL = 16  # constants of fewer values are shapes, scales and tiny biases
 HALF = 2.0**-11  # what rounding to fp16 may change, relative
-TINY = 2.0**-14  # the smallest normal fp16
+TINY = 2.0**-24  # the smallest step of fp16, near 0
 
 
 def compare_weights(program: Program, module: nn.Module) -> dict[str, Any]:
     """Match every constant of SMALL or more values with a tensor of the traced module and bound the difference.
 
-    fp16: torch's value rounded, to the last bit unless the converter folded a BatchNorm; linear: within half a step;
-    palette: the nearest of its entries. Returns how many there were of each, and the largest differences.
+    exact: torch's value rounded to fp16; rounded: but for its last bit, where the converter folded a BatchNorm; linear:
+    8 or 4 bits, within half a step. Returns how many there were of each, and the largest differences.
     Raises EdgecapError for a weight that no tensor explains.
     """
     known = list(_candidates(module))
     seen: dict[str, str] = {}
-    figures: dict[str, Any] = {"weights": 0, "exact": 0, "rounded": 0, "linear": 0, "palette": 0}
+    figures: dict[str, Any] = {"weights": 0, "exact": 0, "rounded": 0, "linear": 0}
     figures |= {"worst_steps": 0.0, "worst_relative_rms": 0.0}
     for op, name, value, stored in program.weights():
         key = stored.outputs[0].name
         if value.size < SMALL or key in seen or not value.any():  # zeros: a layer without a bias
             continue
-        near = [(label, known_value) for label, known_value in known if known_value.shape == value.shape]
+        same = (each for each in known if _sizes(each[1]) == _sizes(value))
+        near = [(label, known_value.reshape(value.shape)) for label, known_value in same]
         if not near:
             raise _unexplained(op, name, value)
         errors = [float(np.abs(known_value - value).mean()) for _, known_value in near]
@@ -52,6 +53,11 @@ def compare_weights(program: Program, module: nn.Module) -> dict[str, Any]:
     return figures
 
 
+def _sizes(value: np.ndarray) -> list[int]:
+    """The shape without axes of one."""
+    return [size for size in value.shape if size > 1]
+
+
 def _unexplained(op: Any, name: str, value: np.ndarray) -> EdgecapError:
     return EdgecapError(
         f"the CoreML program's {op.op_type} {op.name} has a {name} {list(value.shape)} that is no weight of the "
@@ -66,17 +72,12 @@ def _distance(stored: Any, value: np.ndarray, expected: np.ndarray) -> tuple[str
         half = expected.astype(np.float16).astype(np.float32)
         if np.array_equal(value, half) or np.array_equal(value, expected):
             return "exact", 0.0
-        folded = (off <= np.abs(expected) * 2 * HALF + TINY).all()  # a BatchNorm folded in another order of sums
+        folded = (off <= np.abs(expected) * 2 * HALF + 2 * TINY).all()  # BatchNorm folded in another order of sums
         return ("rounded" if folded else None), 0.0
-    if stored.op_type == "constexpr_lut_to_dense":
-        nearest = np.full(expected.shape, np.inf, np.float32)
-        for entry in _palettes(stored, expected.shape):
-            nearest = np.minimum(nearest, np.abs(entry - expected))
-        return ("palette" if (off <= nearest + np.abs(expected) * 2 * HALF + TINY).all() else None), 0.0
     scale = _scale(stored, expected.shape)
     # The weight, the scale and their product are each rounded to fp16.
-    fits = (off <= scale / 2 + 3 * HALF * np.abs(expected) + 2.0**-23).all()
-    return ("linear" if fits else None), float((off / np.maximum(scale, TINY * HALF)).max())
+    fits = (off <= scale / 2 + 3 * HALF * np.abs(expected) + 2 * TINY).all()
+    return ("linear" if fits else None), float((off / np.maximum(scale, TINY)).max())
 
 
 def _scale(stored: Any, shape: tuple[int, ...]) -> np.ndarray:
@@ -87,15 +88,6 @@ def _scale(stored: Any, shape: tuple[int, ...]) -> np.ndarray:
         axes[int(stored.axis.val) if scale.ndim else 0] = scale.size
         return np.broadcast_to(scale.reshape(axes), shape)
     return _spread(scale, shape)
-
-
-def _palettes(stored: Any, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
-    """Each entry of the palettes, spread over the weights that may use it."""
-    lut = stored.lut.val.astype(np.float32)
-    if lut.ndim == 1:  # one palette for the tensor (iOS 16)
-        yield from (np.broadcast_to(entry, shape) for entry in lut)
-    else:  # [groups..., entries, 1]
-        yield from (_spread(lut[..., entry, 0], shape) for entry in range(lut.shape[-2]))
 
 
 def _spread(values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
