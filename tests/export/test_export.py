@@ -16,12 +16,15 @@ from edgecap import cli
 from edgecap.benchmarks.datasets import open_dataset
 from edgecap.benchmarks.datasets.summary import write_sample
 from edgecap.benchmarks.metrics import Interval
-from edgecap.export import artifact, gate
+from edgecap.export import artifact, gate, onnx_int8
+from edgecap.export.artifact import BuildOptions
 from edgecap.export.golden import draw
 from edgecap.export.pipeline import export
 from edgecap.export.targets import TARGETS
 from edgecap.runtime import Captioner, UsageError, verify_golden
+from edgecap.runtime.backends import BACKENDS
 from edgecap.runtime.bundle import Bundle
+from edgecap.runtime.fused import FusedCaptioner
 from edgecap.runtime.verify import teacher_forced
 from edgecap.train.checkpoint import load_checkpoint
 
@@ -56,8 +59,8 @@ def make(run_folder: Path, target: str, out: Path, **options):
     return export(run_folder, target=target, out=out, max_cider_drop=10, calibration=6, **options)
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_every_target_of_every_decoder(run_folder: Path, target: str, tmp_path: Path, traced_once) -> None:
+@pytest.mark.parametrize("target", ["onnx-fp32", "onnx-fp16", "onnx-int8"])
+def test_the_whole_export_of_every_decoder(run_folder: Path, target: str, tmp_path: Path, traced_once) -> None:
     result = make(run_folder, target, tmp_path / "a.edgecap")
     assert result.path == tmp_path / "a.edgecap" and result.gate.passed
     checkpoint = load_checkpoint(run_folder)
@@ -89,20 +92,80 @@ def test_every_target_of_every_decoder(run_folder: Path, target: str, tmp_path: 
     assert checkpoint.sha256 in card and f"**{measured['gate']}**" in card and str(tmp_path) not in card
 
 
-@pytest.mark.parametrize("target", ["onnx-int8"])
-def test_the_same_command_writes_the_same_bytes(tmp_path: Path, target: str) -> None:
+FAMILIES = [("onnx-int8", "gru"), ("onnx-int4", "llama"), ("openvino-int4", "llama"), ("coreml-int8", "gru")]
+
+
+@pytest.mark.parametrize(("target", "decoder"), [*FAMILIES, ("gguf-q4_0", "gpt2")])
+def test_the_same_command_writes_the_same_bytes(tmp_path: Path, target: str, decoder: str) -> None:
     """Traced anew both times: torch's names are part of the bytes."""
-    folder = save_run(tmp_path / "run")
-    one, two = (make(folder, target, tmp_path / place / "x.edgecap").path for place in ("a", "b"))
-    names = sorted(path.name for path in one.iterdir())
-    assert names == sorted(path.name for path in two.iterdir())
+    need_engine(target)
+    folder = save_run(tmp_path / "run", decoder)
+    options = BuildOptions(fused=target.startswith("onnx"))
+    one, two = (make(folder, target, tmp_path / place / "x.edgecap", options=options).path for place in ("a", "b"))
+    assert_same_bundle(one, two)
+
+
+def assert_same_bundle(one: Path, two: Path) -> None:
+    names = sorted(path.relative_to(one) for path in one.rglob("*") if path.is_file())
+    assert names == sorted(path.relative_to(two) for path in two.rglob("*") if path.is_file())
     for name in names:
-        if name != "bundle.json":
+        if str(name) != "bundle.json":
             assert (one / name).read_bytes() == (two / name).read_bytes(), name
     manifests = [Bundle.open(path).manifest for path in (one, two)]
     for manifest in manifests:
-        del manifest["measured"]["speed"]  # the only times in it
+        manifest["measured"].pop("speed", None)  # the only times in it
     assert manifests[0] == manifests[1]
+
+
+def need_engine(target: str) -> None:
+    entry = TARGETS[target]
+    for package in (*entry.packages, BACKENDS[entry.backend].package):
+        pytest.importorskip(package, reason=f"{target} needs {package}: pip install 'edgecap[{entry.extra}]'")
+
+
+def test_one_graph_beside_the_two(tmp_path: Path, traced_once) -> None:
+    result = make(save_run(tmp_path / "run"), "onnx-int8", tmp_path / "x.edgecap", options=BuildOptions(fused=True))
+    measured, manifest = result.gate.measured, Bundle.open(result.path).manifest
+    assert measured["fused"]["same_tokens"] == {"beam 1": 1, "beam 3": 1} and measured["fused"]["photos"] == 12
+    files = manifest["files"]
+    assert measured["graph_bytes"] == files["encoder.onnx"]["bytes"] + files["decoder.onnx"]["bytes"]
+    assert measured["fused"]["bytes"] == files["fused.onnx"]["bytes"]
+    picture = np.array(draw())
+    with Captioner.load(result.path) as captioner:
+        one = FusedCaptioner.load(result.path)(picture)
+        assert one.text == captioner(picture).text
+
+
+def test_a_tuned_export_is_repeated_from_its_file(tmp_path: Path, traced_once) -> None:
+    folder = save_run(tmp_path / "run", "llama")
+    tuned = make(folder, "onnx-int8", tmp_path / "a" / "x.edgecap", autotune="cpu").path
+    file = tuned / "tuning.json"
+    graphs = json.loads(file.read_text())["graphs"]
+    assert sorted(graphs) == ["decoder", "encoder"]
+    again = make(folder, "onnx-int8", tmp_path / "b" / "x.edgecap", tuning=file).path
+    assert_same_bundle(tuned, again)
+    with pytest.raises(UsageError, match="raspberry-pi-5 .* must be reached to be timed"):
+        make(folder, "onnx-int8", tmp_path / "c.edgecap", autotune="raspberry-pi-5")
+    with pytest.raises(UsageError, match="--autotune and --tuning choose between ONNX graphs"):
+        make(folder, "openvino-fp16", tmp_path / "c.edgecap", tuning=file)
+
+
+def test_layers_are_raised_until_the_gate_holds(tmp_path: Path, traced_once, monkeypatch) -> None:
+    """The gate is told to be content once two layers are kept at a higher precision."""
+    folder, kept = save_run(tmp_path / "run"), []
+    build = onnx_int8.build
+
+    def building(source):
+        kept.append(len(source.options.keep))
+        return build(source)
+
+    monkeypatch.setattr(onnx_int8, "build", building)
+    drop = {True: Interval(0.001, 0.0, 0.002), False: Interval(0.3, 0.2, 0.4)}
+    monkeypatch.setattr(gate, "paired_bootstrap", lambda a, b: drop[kept[-1] >= 2])
+    result = export(folder, target="onnx-int8", out=tmp_path / "x.edgecap", calibration=6, raise_layers=True)
+    assert result.gate.passed and "--recover raised the precision of 2 of" in result.notes[0]
+    last = Bundle.open(result.path).manifest["lineage"]["passes"][-1]
+    assert last["name"] == "recover" and len(last["cost"]["raised"]) == 2
 
 
 def test_a_refused_bundle_is_not_left_unless_forced(tmp_path: Path, traced_once, monkeypatch) -> None:
