@@ -106,18 +106,27 @@ class Lane:
             raise EdgecapError(f"llama.cpp decodes at most {MAX_ROWS} rows of {PHOTOS} photos; ask for a smaller beam")
         cells = self.photos * self.start + len(parents) * (self.position + 1 - self.start)
         context = self.contexts[self.index] = self.contexts[self.index].grown(cells, len(parents))
-        for row in np.setdiff1d(self.rows, parents):
-            context.drop(int(row))
-        _, first = np.unique(parents, return_index=True)
-        free = iter(np.setdiff1d(np.arange(context.rows), parents).tolist())
-        rows = parents.astype(np.int32)
-        for place in np.setdiff1d(np.arange(len(parents)), first):
-            rows[place] = next(free)
-            context.copy(int(parents[place]), int(rows[place]))
-        self.rows = rows
-        places = np.full(len(rows), self.position, np.int32)
+        if not np.array_equal(parents, self.rows):
+            self.rows = self._follow(context, parents.tolist())
+        places = np.full(len(parents), self.position, np.int32)
         self.position += 1
-        return context.logits(ids.astype(np.int32), places, rows)
+        return context.logits(ids.astype(np.int32), places, self.rows)
+
+    def _follow(self, context: Context, parents: list[int]) -> np.ndarray:
+        """Drop sequences without a child and copy those with several; the sequence of each new row."""
+        kept, childless = frozenset(parents), set(parents)
+        for row in set(self.rows.tolist()) - kept:
+            context.drop(row)
+        free = (row for row in range(context.rows) if row not in kept)
+        rows: list[int] = []
+        for parent in parents:
+            if parent in childless:
+                childless.remove(parent)
+                rows.append(parent)
+            else:
+                rows.append(next(free))
+                context.copy(parent, rows[-1])
+        return np.array(rows, np.int32)
 
 
 class GgufSession:

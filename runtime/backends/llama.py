@@ -195,8 +195,9 @@ class Context:
         outputs = int(wanted.sum())
         if not outputs:
             return np.zeros((0, self.model.vocab_size), np.float32)
-        found = lib.llama_get_logits(self.pointer)
-        return np.ctypeslib.as_array(found, (outputs, self.model.vocab_size)).copy()
+        found = np.empty((outputs, self.model.vocab_size), np.float32)
+        ctypes.memmove(found.ctypes.data, lib.llama_get_logits(self.pointer), found.nbytes)
+        return found
 
 
 def _pointer(array: np.ndarray, kind: type) -> ctypes._Pointer:
