@@ -12,11 +12,11 @@ from .rounding import round_nearest
 NAME = "int8_embedding"
 
 
-def quantize_embeddings(model: onnx.ModelProto) -> PassResult:
+def quantize_embeddings(model: onnx.ModelProto, *, by_rows: bool = False) -> PassResult:
     """Let each Gather over a constant float table read int8 and scale only the rows it fetched.
 
     A table that is also a quantized layer's weights (DequantizeLinear of int8) is shared with it; any other one is
-    rounded here, with one scale a word.
+    rounded here, with one scale a word. by_rows: store a table [dim, vocab] so that a word's weights are neighbours.
     """
     graph = Graph(model)
     shared = separate = 0
@@ -41,7 +41,7 @@ def quantize_embeddings(model: onnx.ModelProto) -> PassResult:
             separate += 1
         turn = graph.only_reader(name) if axis == 1 else None
         if turn is not None and turn.op_type == "Transpose" and attribute(turn, "perm") == [1, 0]:
-            graph.replace([gather, turn], _rows(table, scales, gather.input[1], turn.output[0]))
+            graph.replace([gather, turn], _rows(graph, table, scales, gather.input[1], turn.output[0], by_rows))
             continue
         new = [
             helper.make_node("Gather", [table, gather.input[1]], [f"{name}_int8"], name=f"{name}_gather", axis=axis),
@@ -59,11 +59,26 @@ def quantize_embeddings(model: onnx.ModelProto) -> PassResult:
     return PassResult(NAME, cost={"shared_with_output_layer": shared, "rounded": separate})
 
 
-def _rows(table: str, scales: str, ids: str, out: str) -> list[onnx.NodeProto]:
-    """Columns `ids` [n] of an int8 table [dim, vocab] as float rows [n, dim], in as few operations as there are."""
+def _rows(graph: Graph, table: str, scales: str, ids: str, out: str, by_rows: bool) -> list[onnx.NodeProto]:
+    """Float rows `ids` [n] of an int8 table [dim, vocab], in as few operations as there are.
+
+    by_rows: the table is stored as [vocab, dim], and the layer multiplying by it reads it through a Transpose, which
+    engines carry out once, when they load the graph.
+    """
+    fetched = f"{out}_int8"
+    if by_rows:
+        rows, columns = f"{table}_rows", f"{table}_columns"
+        graph.set_constant(rows, graph.constant(table).T)
+        graph.reroute(table, columns)
+        graph.graph.node.insert(0, helper.make_node("Transpose", [rows], [columns], name=columns, perm=[1, 0]))
+        new = [helper.make_node("Gather", [rows, ids], [fetched], name=f"{out}_gather", axis=0)]
+    else:
+        new = [
+            helper.make_node("Gather", [table, ids], [f"{out}_columns"], name=f"{out}_gather", axis=1),
+            helper.make_node("Transpose", [f"{out}_columns"], [fetched], name=f"{out}_transpose", perm=[1, 0]),
+        ]
     return [
-        helper.make_node("Gather", [table, ids], [f"{out}_columns"], name=f"{out}_gather", axis=1),
-        helper.make_node("Transpose", [f"{out}_columns"], [f"{out}_int8"], name=f"{out}_transpose", perm=[1, 0]),
+        *new,
         helper.make_node("Gather", [scales, ids], [f"{out}_scale"], name=f"{out}_scales", axis=0),
-        helper.make_node("DequantizeLinear", [f"{out}_int8", f"{out}_scale"], [out], name=f"{out}_scaled", axis=0),
+        helper.make_node("DequantizeLinear", [fetched, f"{out}_scale"], [out], name=f"{out}_scaled", axis=0),
     ]

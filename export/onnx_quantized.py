@@ -42,7 +42,7 @@ def quantize(source: Source, name: str, model: onnx.ModelProto, precision: str) 
     known, raised = statistics(source, name), raised_layers(source.options, name, precision)
     if precision == "int8":
         done.append(quantize_static(model, known, options=StaticOptions(precision=raised)))
-        return done + ([quantize_embeddings(model)] if name == "decoder" else [])
+        return done + ([quantize_embeddings(model, by_rows=True)] if name == "decoder" else [])
     if name == "decoder" and _matrix_bytes(model) > STREAMED:
         return [*done, quantize_blocks(model, known, precision=raised), store_half(model), short_names(model)]
     done.append(quantize_static(model, known, options=StaticOptions(bits=4, precision=raised)))

@@ -65,11 +65,13 @@ def test_the_graph_is_one_step_of_the_decoder(decoder: GRUDecoder, traced: onnx.
     assert len(traced.graph.node) <= 34
 
 
-def test_all_matrices_run_in_int8(traced: onnx.ModelProto, tmp_path) -> None:
+@pytest.mark.parametrize("by_rows", [False, True])
+def test_all_matrices_run_in_int8(traced: onnx.ModelProto, tmp_path, by_rows: bool) -> None:
     """What is behind a rank-2 product decides whether ONNX Runtime finds an int8 kernel for it at all."""
     model = onnx.ModelProto.FromString(save(traced))
     quantize_static(model, [feeds(seed, rows=16) for seed in range(8)])
-    quantize_embeddings(model)
+    result = quantize_embeddings(model, by_rows=by_rows)
+    assert result.cost == {"shared_with_output_layer": 1, "rounded": 0}
     session = engine(model, str(tmp_path / "optimized.onnx"))
     optimized = Graph(onnx.load(str(tmp_path / "optimized.onnx")))
     ops = [node.op_type for node in optimized.graph.node]
