@@ -205,22 +205,22 @@ def text_pieces(tokenizer: Tokenizer, tokens: Mapping[str, int]) -> tuple[list[s
 
     None where that is not enough to write a text.
     Taken from the tokenizer itself: the text of two ids less that of the first. It is enough if random sequences of
-    ids read as the pieces joined (runtime/tokenizer.py's `decode`). A character spread over several byte tokens reads
-    as one "\ufffd" for each of them, in the graph's text only.
+    ids read as the pieces joined (runtime/tokenizer.py's `decode`). What no caption should have is left out of that:
+    control characters, and single bytes of a character, which read as "\ufffd" each in the graph's text.
     """
     inner, vocab = tokenizer.inner, tokens["vocab_size"]
     special = {tokens[name] for name in (*SUPPRESSED, "eos") if name in tokens}
     plain = [each for each in range(vocab) if each not in special and inner.decode([each])]
-    if not plain:
+    first = next((each for each in plain if inner.decode([each]).isalnum() and inner.decode([each]).isascii()), None)
+    if first is None:
         return None
-    first = plain[-1]
     before = inner.decode([first], skip_special_tokens=True)
     both = inner.decode_batch([[first, each] for each in range(vocab)], skip_special_tokens=True)
     if not all(each.startswith(before) for each in both):
         return None
     added = [each.removeprefix(before) for each in both]
     words, spaced = [each.removeprefix(" ") for each in added], [each.startswith(" ") for each in added]
-    whole = np.array([each for each in plain if "\ufffd" not in added[each]])
+    whole = np.array([each for each in plain if added[each].isprintable() and "\ufffd" not in added[each]])
     random = np.random.default_rng(0)
     for length in random.integers(1, 12, PROBES):
         ids = random.choice(whole, length).tolist()

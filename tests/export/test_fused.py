@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
-from edgecap.export.fused import _batch, _resize, fuse
+from edgecap.export.artifact import Source
+from edgecap.export.assemble import assemble
+from edgecap.export.calibration import Calibration
+from edgecap.export.fused import _batch, _resize, _text, add_fused, describe, fuse, text_pieces
 from edgecap.export.fused_build import Scope
+from edgecap.export.golden import make_golden
+from edgecap.export.targets import TARGETS
 from edgecap.export.trunk import OnnxPair
-from edgecap.runtime import UsageError
+from edgecap.runtime import Captioner, EdgecapError, UsageError, write_bundle
 from edgecap.runtime.backends.onnx import OnnxModel
 from edgecap.runtime.decode import DecodeOptions, decode
-from edgecap.runtime.fused import FusedCaptioner
+from edgecap.runtime.fused import FusedCaptioner, check_fused
 from edgecap.runtime.preprocess import Preprocess
 from edgecap.runtime.tokenizer import Tokenizer
+from edgecap.train.checkpoint import load_checkpoint
 
-from .nets import engine
+from .nets import engine, photos, save_run
 
 SIDE, STATE = 2, 6
 TOKENS = {"pad": 0, "bos": 1, "eos": 2, "unk": 3}
@@ -275,3 +283,107 @@ def pixels(photo: np.ndarray, **preprocess) -> tuple[np.ndarray, np.ndarray]:
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
     (found,) = engine(model).run(None, {"image": photo})
     return found[0].astype(int), chosen(Image.fromarray(photo)).astype(int)
+
+
+@pytest.mark.parametrize("kind", ["word", "bpe", "unigram"])
+def test_text_is_the_tokenizers(kind: str) -> None:
+    from edgecap.train.recipe import TokenizerSettings
+    from edgecap.train.tokenizer import token_ids, train_tokenizer
+
+    captions = ["a black dog runs over the grass", "two dogs do n't run", "a man on a bike near the café"] * 4
+    settings = TokenizerSettings(kind=kind, vocab_size=340, min_count=1)
+    tokenizer = Tokenizer(train_tokenizer(captions, settings))
+    tokens = token_ids(tokenizer.inner)
+    pieces = text_pieces(tokenizer, tokens)
+    assert pieces is not None
+    main = Scope()
+    text = _text(main, "ids", *pieces)
+    graph = helper.make_graph(
+        main.nodes,
+        "graph",
+        [helper.make_tensor_value_info("ids", TensorProto.INT64, ["length"])],
+        [helper.make_tensor_value_info(text, TensorProto.STRING, [1])],
+        list(main.initializers.values()),
+    )
+    session = engine(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10))
+
+    def read(ids: list[int]) -> str:
+        return session.run(None, {"ids": np.array(ids, np.int64)})[0][0]
+
+    for caption in captions[:3]:
+        assert read(tokenizer.encode(caption)) == caption
+    assert read([]) == ""
+    space = tokenizer.inner.token_to_id({"bpe": "\u0120", "unigram": "\u2581"}.get(kind, "a"))
+    dog = tokenizer.encode("dog")
+    for ids in ([space], [space, space, *dog], [*dog, space], [*dog, space, *dog], [space, *dog, *dog, space, space]):
+        assert read(ids) == tokenizer.decode(ids)
+
+
+def test_a_tokenizer_that_rewrites_across_tokens_gives_no_text() -> None:
+    tokenizer = words(9)
+    from tokenizers.decoders import CTC
+
+    tokenizer.inner.decoder = CTC()  # drops what is said twice
+    tokens = {**TOKENS, "vocab_size": 9}
+    assert text_pieces(tokenizer, tokens) is None
+    pair = tiny(9, 0, 0.0, ties=False, cache=False)
+    model = fuse_tiny(pair, tokens, {}, tokenizer)
+    assert set(describe(model)["outputs"]) == {"ids", "logprob"} and model.opset_import[0].version == 18
+    fused = FusedCaptioner(engine(model))
+    assert fused(pictures(1, 0)[0]).text is None
+
+
+def test_graphs_that_cannot_be_merged() -> None:
+    tokens = {**TOKENS, "vocab_size": 9}
+    pair = tiny(9, 0, 0.0, ties=False, cache=False)
+    pair.decoder.graph.node[0].op_type = "GridSample"
+    with pytest.raises(EdgecapError, match="--fused cannot bring GridSample from opset 18 to 20"):
+        fuse_tiny(pair, tokens, {})
+    pair = tiny(9, 0, 0.0, ties=False, cache=False)
+    inner = helper.make_graph([], "inner", [], [])
+    pair.decoder.graph.node[0].attribute.append(helper.make_attribute("body", inner))
+    with pytest.raises(EdgecapError, match="--fused cannot merge graphs with Gather nodes"):
+        fuse_tiny(pair, tokens, {})
+
+
+@pytest.fixture(scope="module", params=["gru", "llama"])
+def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, small) -> Source:
+    folder = tmp_path_factory.mktemp("fused")
+    loaded = load_checkpoint(save_run(folder / request.param, request.param))
+    random = np.random.default_rng(1)
+    captions = [random.integers(4, loaded.tokens["vocab_size"], 7).tolist() for _ in range(8)]
+    return Source(loaded, Calibration(photos(8, seed=1), captions, loaded.tokens), folder)
+
+
+@pytest.mark.parametrize("name", [name for name in TARGETS if name.startswith("onnx-")])
+def test_every_onnx_target_in_one_file(source: Source, name: str, tmp_path: Path) -> None:
+    checkpoint, source.scratch = source.checkpoint, tmp_path
+    artifact = TARGETS[name].build(source)
+    add_fused(artifact, checkpoint)
+    again = dict(artifact.files)
+    add_fused(artifact, checkpoint)
+    assert again == artifact.files  # the same bytes
+    entry = (name, TARGETS[name])
+    write_bundle(tmp_path / "x", *assemble(checkpoint, entry, "x", artifact, make_golden(checkpoint), []))
+    images = photos(6, seed=3)
+    with Captioner.load(tmp_path / "x") as captioner:
+        fused = FusedCaptioner.load(tmp_path / "x", threads=1)
+        for beam in (1, 3):
+            share = check_fused(captioner, fused, images, beam=beam)
+            assert share == 1 if TARGETS[name].same_tokens else share >= 0.5  # random int8 nets are near ties
+        ours, theirs = fused(images[0]), captioner(images[0], beam=1)
+        assert ours.text == theirs.text and ours.logprob == pytest.approx(theirs.logprob, abs=1e-3)
+        assert artifact.passes[-1].name == "fuse"
+    sizes = {file: len(content) for file, content in artifact.files.items()}
+    assert sizes["fused.onnx"] < sizes["encoder.onnx"] + sizes["decoder.onnx"] + 64_000  # weights are in it once
+    with pytest.raises(UsageError, match="no pictures"):
+        check_fused(captioner, fused, [])
+
+
+def test_a_bundle_without_it(source: Source, tmp_path: Path) -> None:
+    checkpoint, source.scratch = source.checkpoint, tmp_path
+    entry = ("onnx-fp32", TARGETS["onnx-fp32"])
+    artifact = entry[1].build(source)
+    write_bundle(tmp_path / "x", *assemble(checkpoint, entry, "x", artifact, make_golden(checkpoint), []))
+    with pytest.raises(UsageError, match="has no fused graph; export it with --fused"):
+        FusedCaptioner.load(tmp_path / "x")
