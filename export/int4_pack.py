@@ -1,4 +1,4 @@
-"""Pass: store weights in 4 bits, and what belongs to each channel in 16, where an int8 graph allows it exactly.
+"""Pass: store weights in 4 bits, and their scales in fp16, where an int8 graph allows it exactly.
 
 The graph gets a few nodes that unpack what is stored. Engines run them once, when they load the graph (constant
 folding), and then see the int8 graph they have fast kernels for: half the bytes, the same speed, in any engine.
@@ -31,10 +31,9 @@ class Packed:
 
 
 def pack(model: onnx.ModelProto) -> PassResult:
-    """Store int8 weights whose blocks are multiples of at most 7 steps as nibbles, scales as fp16, biases as int16.
+    """Store int8 weights whose blocks are multiples of at most 7 steps as nibbles, and their scales as fp16.
 
-    Weights come back as the very same int8 values, and so do scales that fp16 holds. An int32 bias may move by a
-    2^-16th of its layer's largest. A tensor that does not fit stays as it is.
+    All of it comes back to the bit; what does not fit (other weights, scales that fp16 does not hold) stays as it is.
     """
     graph = Graph(model)
     packed = []
@@ -118,7 +117,7 @@ def _nibbles(graph: Graph, packed: list[Packed]) -> list[onnx.NodeProto]:
 
 
 def _channels(graph: Graph) -> list[onnx.NodeProto]:
-    """Scales and biases of all layers in one tensor each, zero points made; returns the nodes that do it."""
+    """All layers' scales in one fp16 tensor, zero points and scales of biases made from it; the nodes that do it."""
     layers = {}  # scale name → (size, zero point name)
     for node in graph.graph.node:
         if node.op_type != "DequantizeLinear" or len(node.input) < 3:
@@ -130,57 +129,26 @@ def _channels(graph: Graph) -> list[onnx.NodeProto]:
             layers[node.input[1]] = (len(scale), node.input[2])
     if not layers:
         return []
-    biases = _biases(graph, layers)
     flat = np.concatenate([graph.constant(name) for name in layers])
     graph.set_constant("scales_fp16", flat.astype(np.float16))
     graph.set_constant("channel_sizes", np.array([size for size, _ in layers.values()], np.int64))
     graph.set_constant("channel_count", np.array([len(flat)], np.int64))
     zero = onnx.numpy_helper.from_array(np.zeros(1, np.int8))
-    nodes = [
+    products = _products(graph, layers)
+    gone = {name for scale, (_, zero) in layers.items() for name in (scale, zero)} | set(products)
+    for name in sorted(gone):
+        graph.graph.initializer.remove(graph.initializers.pop(name))
+    return [
         helper.make_node("Cast", ["scales_fp16"], ["scales_fp32"], to=TensorProto.FLOAT),
         helper.make_node("Split", ["scales_fp32", "channel_sizes"], list(layers), axis=0),
         helper.make_node("ConstantOfShape", ["channel_count"], ["zeros"], value=zero),
         helper.make_node("Split", ["zeros", "channel_sizes"], [name for _, name in layers.values()], axis=0),
+        *(helper.make_node("Mul", list(factors), [name]) for name, factors in products.items()),
     ]
-    gone = {name for scale, (_, zero) in layers.items() for name in (scale, zero)}
-    if biases:
-        # 16 bits of the layer's largest bias: fp16 has 11, and what it loses is the same at every place of the picture.
-        units = [max(float(np.abs(each.real).max()), 1e-20) / (2**15 - 1) for each in biases]
-        flat = np.concatenate([each.real / unit for each, unit in zip(biases, units, strict=True)])
-        graph.set_constant("biases_int16", np.rint(flat).astype(np.int16))
-        graph.set_constant("bias_sizes", np.array([len(each.real) for each in biases], np.int64))
-        names = [f"b{i}" for i in range(len(biases))]
-        nodes += [
-            helper.make_node("Cast", ["biases_int16"], ["biases_fp32"], to=TensorProto.FLOAT),
-            helper.make_node("Split", ["biases_fp32", "bias_sizes"], names, axis=0),
-        ]
-        for i, (each, unit) in enumerate(zip(biases, units, strict=True)):
-            graph.set_constant(f"b{i}u", np.float32(unit))
-            nodes += [
-                helper.make_node("Mul", [each.weights_scale, each.input_scale], [each.scale]),
-                helper.make_node("Mul", [f"b{i}", f"b{i}u"], [f"b{i}m"]),
-                helper.make_node("Div", [f"b{i}m", each.scale], [f"b{i}d"]),
-                helper.make_node("Round", [f"b{i}d"], [f"b{i}r"]),
-                helper.make_node("Cast", [f"b{i}r"], [each.name], to=TensorProto.INT32),
-            ]
-            gone |= {each.name, each.scale}
-    for name in sorted(gone):
-        graph.graph.initializer.remove(graph.initializers.pop(name))
-    return nodes
 
 
-@dataclass(frozen=True)
-class Bias:
-    """An int32 bias: its tensor and scale, the two scales whose product that is, and its values as reals."""
-
-    name: str
-    scale: str
-    weights_scale: str
-    input_scale: str
-    real: np.ndarray
-
-
-def _biases(graph: Graph, layers: dict[str, tuple[int, str]]) -> list[Bias]:
+def _products(graph: Graph, layers: dict[str, tuple[int, str]]) -> dict[str, tuple[str, str]]:
+    """The scales of int32 biases that are the product of the weights' and the input's scale, and those two."""
     found = {}
     for node in graph.graph.node:
         if node.op_type not in ("Conv", "Gemm") or len(node.input) < 3:
@@ -188,15 +156,13 @@ def _biases(graph: Graph, layers: dict[str, tuple[int, str]]) -> list[Bias]:
         inputs, weights, bias = (graph.producer.get(name) for name in node.input[:3])
         if inputs is None or weights is None or bias is None or weights.input[1] not in layers:
             continue
-        if inputs.op_type != "DequantizeLinear" or bias.op_type != "DequantizeLinear" or bias.input[0] in found:
+        if inputs.op_type != "DequantizeLinear" or bias.op_type != "DequantizeLinear":
             continue
-        whole, scale = graph.constant(bias.input[0]), graph.constant(bias.input[1])
-        wanted = graph.constant(weights.input[1]) * graph.constant(inputs.input[1])
-        if whole is None or whole.dtype != np.int32 or not np.allclose(scale, wanted, rtol=1e-6, atol=0):
-            continue
-        real = whole.astype(np.float64) * scale
-        found[bias.input[0]] = Bias(bias.input[0], bias.input[1], weights.input[1], inputs.input[1], real)
-    return list(found.values())
+        factors = (weights.input[1], inputs.input[1])
+        one, other, scale = (graph.constant(name) for name in (*factors, bias.input[1]))
+        if other is not None and scale is not None and np.array_equal(one * other, scale):
+            found[bias.input[1]] = factors
+    return found
 
 
 def _in_front(model: onnx.ModelProto, nodes: list[onnx.NodeProto]) -> None:

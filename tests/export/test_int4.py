@@ -84,7 +84,7 @@ def packed_and_not() -> tuple[onnx.ModelProto, onnx.ModelProto]:
 
 def test_an_engine_unpacks_the_same_int8_graph(packed_and_not, tmp_path: Path) -> None:
     packed, plain = packed_and_not
-    assert not [t for t in packed.graph.initializer if t.data_type == TensorProto.INT32]  # biases: int16
+    assert not [t for t in packed.graph.initializer if t.data_type == TensorProto.FLOAT and list(t.dims) > [1]]
     for model, name in ((packed, "a"), (plain, "b")):
         engine(model, save=tmp_path / name)
     one, other = (onnx.load(tmp_path / name) for name in "ab")
@@ -95,9 +95,7 @@ def test_an_engine_unpacks_the_same_int8_graph(packed_and_not, tmp_path: Path) -
     ]
     assert weights[0] == weights[1] and len(weights[0]) == 4
     pixels = photos(3, seed=5)
-    ours, theirs = (run(model, {"pixels": pixels})[0] for model in (packed, plain))
-    step = np.unique(np.abs(theirs[theirs > 0])).min()
-    assert np.abs(ours - theirs).max() <= 1.01 * step  # a bias moved by 2^-16 tips a rounding here and there
+    np.testing.assert_array_equal(*(run(model, {"pixels": pixels})[0] for model in (packed, plain)))
 
 
 def test_short_names_change_names_only(packed_and_not) -> None:
@@ -181,7 +179,7 @@ def test_every_decoder_both_ways(source: Source, monkeypatch: pytest.MonkeyPatch
     wanted = forced_logits(source, onnx_fp32.build(source))
     eight, stored = onnx_int8.build(source), onnx_int4.build(source)
     assert cosine(forced_logits(source, stored), wanted) > 0.75  # random weights; trained ones: above 0.99
-    assert stored.graph_bytes < eight.graph_bytes
+    assert sum(map(len, stored.files.values())) < sum(map(len, eight.files.values()))
     assert "MatMulNBits" not in op_counts(onnx.load_from_string(stored.files["decoder.onnx"]))
     monkeypatch.setattr(onnx_quantized, "STREAMED", 0)
     blocks = onnx_int4.build(source)
