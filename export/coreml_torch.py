@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 STATES = ("keys", "values")
-MASKED = -1e4  # added to attention scores: e to that power is 0 in fp16, and it does not overflow there as -inf may
 
 
 class ImageEncoder(nn.Module):
@@ -49,7 +48,7 @@ class SlotDecoder(nn.Module):
 
     ids int32 [1, R]; words [1, R, 1]: 1 where there is a word, 0 where the row is of the photo's prefix;
     prefix [1, R, dim]: those rows, 0 elsewhere; positions int32 [1, R]; mask [1, 1, R, E]: 0 where a token sees a slot,
-    MASKED elsewhere; wanted int32 [K]: the rows whose logits are asked for → logits [K, V].
+    -1e4 elsewhere; wanted int32 [K]: the rows whose logits are asked for → logits [K, V].
     The R new tokens fill the slots E - R to E.
     """
 
