@@ -26,6 +26,26 @@ from ..runtime.errors import EdgecapError, need
 @click.option(
     "--calibration", type=click.IntRange(1), default=128, show_default=True, help="Training photos to calibrate on."
 )
+@click.option(
+    "--prune",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Make it smaller first: channels=0.3 (a share; or only encoder=, features=, decoder=, hidden=, ffn=, heads=), "
+    "layers=1, vocab=used or vocab=N (words used N times). May be given several times.",
+)
+@click.option(
+    "--finetune",
+    type=click.IntRange(0),
+    default=0,
+    metavar="EPOCHS",
+    help="After --prune, taught by the unpruned model.",
+)
+@click.option(
+    "--encoder-lr",
+    type=click.FloatRange(0),
+    default=0.0,
+    help="While fine-tuning; 0 keeps the encoder as it is pruned.",
+)
 @click.option("--fused", is_flag=True, help="Also the whole captioner as one graph, fused.onnx (onnx targets).")
 @click.option("--mmproj", type=click.Choice(["f16", "q8_0"]), help="The encoder for llama.cpp, too (gguf targets).")
 @click.option("--recover", is_flag=True, help="Where the gate fails, raise the precision of layers until it holds.")
@@ -44,6 +64,9 @@ def export(
     max_cider_drop: float,
     limit: int | None,
     calibration: int,
+    prune: tuple[str, ...],
+    finetune: int,
+    encoder_lr: float,
     fused: bool,
     mmproj: str | None,
     recover: bool,
@@ -65,7 +88,9 @@ def export(
     Examples:
       edgecap export --target onnx-int8
       edgecap export runs/a --target onnx-int8 --max-cider-drop 0.01 -o a.edgecap
-      edgecap export runs/a --target onnx-fp32 --data flickr8k:DIR --json
+      edgecap export runs/a --target openvino-int4 --data flickr8k:DIR --json
+      edgecap export runs/a --target onnx-int4 --prune channels=0.2 --prune vocab=5 --finetune 4
+      edgecap export runs/a --target onnx-int8 --autotune --device cpu --fused
     """
     for module in ("torch", "transformers", "accelerate", "onnx", "onnxscript"):
         need(module, extra="export", command="edgecap export")
@@ -73,6 +98,7 @@ def export(
     from .artifact import BuildOptions
     from .listing import show
     from .pipeline import export as run_export
+    from .smaller import Smaller
 
     if autotune and tuning:
         raise click.UsageError("--autotune makes a tuning.json and --tuning uses one: give one of them")
@@ -93,7 +119,9 @@ def export(
             raise_layers=recover,
             autotune=device if autotune else None,
             tuning=tuning,
+            smaller=Smaller(prune, finetune, encoder_lr),
             progress=bars,
+            say=lambda line: click.echo(line, err=True),
         )
     if as_json:
         click.echo(json.dumps(result.to_dict(), indent=1))

@@ -29,8 +29,10 @@ from .fused import add_fused
 from .gate import SLOWER, GateResult, bundle_captions, caption_all, compare, parity, speed, torch_captions
 from .golden import Golden, make_golden
 from .graph import PassResult
+from .prune import prune_passes
 from .recover import note as recovery_note
 from .recover import recover
+from .smaller import Smaller, make_smaller
 from .targets import TARGETS, Target, pick_target
 from .tuning import FILE as TUNING
 from .tuning import Tuning, timeable
@@ -79,7 +81,9 @@ def export(
     raise_layers: bool = False,
     autotune: str | None = None,
     tuning: Path | None = None,
+    smaller: Smaller | None = None,
     progress: Progress = lambda phase, done, total: None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Exported:
     """Export a checkpoint (default: the newest finished run) and let the gate judge the artifact.
 
@@ -87,10 +91,12 @@ def export(
     out; always so where the recipe did. limit: validation photos for the gate. calibration: training photos. A bundle
     that fails is written only with `force`, and then says so. raise_layers: where the gate fails, raise the precision
     of single layers until it holds (recover.py). autotune: name of the device on which each graph's fastest precision
-    is measured; tuning: a tuning.json that says it already (tuning.py).
+    is measured; tuning: a tuning.json that says it already (tuning.py). smaller: prune before all else; the gate then
+    compares with the unpruned captioner.
     Raises UsageError for what cannot be exported as asked, EdgecapError where the export itself goes wrong.
     """
-    options = options or BuildOptions()
+    options, smaller = options or BuildOptions(), smaller or Smaller()
+    smaller.check()
     chosen = pick_target(target)
     known = Tuning.load(tuning) if tuning else None
     if known:
@@ -102,16 +108,24 @@ def export(
     loaded = load_checkpoint(_find(checkpoint, unfinished_ok), unfinished_ok=unfinished_ok)
     if reason := chosen.refusal(recipe_parts(loaded), options):
         raise UsageError(f"{target} cannot be made of {loaded.path}: {reason}")
-    out = out or RUNS / f"{loaded.path.resolve().name}-{target}.edgecap"
+    label = f"pruned-{target}" if smaller.items else target
+    out = out or RUNS / f"{loaded.path.resolve().name}-{label}.edgecap"
     learnt = loaded.recipe.data
     dataset = open_dataset(data or learnt.spec, skip_bad=skip_bad or learnt.skip_bad)
     photos = _split(dataset, "val")[:limit]
     require_decodable(photos, dataset.spec)
-    calibrator = _calibration(loaded, dataset, calibration if chosen.calibrated else 1, progress)
+    calibrated = chosen.calibrated or smaller.items
+    calibrator = _calibration(loaded, dataset, calibration if calibrated else 1, progress)
+    whole, before = loaded, []
+    if smaller.items:
+        loaded = make_smaller(whole, smaller, dataset, calibrator, progress, say)
+        before = prune_passes(loaded.metrics)
+        calibrator = _calibration(loaded, dataset, calibration, progress)  # its words may have other ids now
     with folder_beside(out) as scratch:
         (scratch / "build").mkdir()
         source = Source(loaded, calibrator, scratch / "build", options, progress)
-        job = Job(source, target, chosen, out.name.removesuffix(".edgecap"), photos, max_cider_drop, scratch, progress)
+        name = out.name.removesuffix(".edgecap")
+        job = Job(source, whole, target, chosen, name, photos, max_cider_drop, scratch, progress, before)
         try:
             notes: list[str] = []
             if autotune:
@@ -148,9 +162,13 @@ def export(
 
 @dataclass
 class Job:
-    """One export under way: what is built is written to `scratch`, loaded as a device would, and compared."""
+    """One export under way: what is built is written to `scratch`, loaded as a device would, and compared.
+
+    whole: the checkpoint that the gate compares with: the source's own, or what that was pruned from.
+    """
 
     source: Source
+    whole: Checkpoint
     target: str
     chosen: Target
     name: str
@@ -170,36 +188,42 @@ class Job:
     @property
     def exact(self) -> bool:
         """Whether torch itself is the reference."""
-        return self.target == REFERENCE
+        return self.target == REFERENCE and not self.pruned
+
+    @property
+    def pruned(self) -> bool:
+        return self.whole is not self.source.checkpoint
 
     def captioner(self, artifact: Artifact) -> Captioner:
         """The artifact as a loaded bundle; simulated where its engine cannot run."""
         if id(artifact) not in self.opened:
             place = self.scratch / f"artifact{len(self.opened)}"
-            self.opened[id(artifact)] = artifact, self._load(place, (self.target, self.chosen), artifact)
+            write_bundle(place, *self._assembled(artifact))
+            simulated = artifact.simulate() if artifact.simulate and not self.chosen.runs_here else None
+            self.opened[id(artifact)] = artifact, Captioner.load(place, verify="sizes", model=simulated)
         return self.opened[id(artifact)][1]
-
-    def _load(self, place: Path, target: tuple[str, Target], artifact: Artifact, threads: int | None = None) -> Any:
-        if not place.exists():
-            write_bundle(place, *assemble(self.source.checkpoint, target, self.name, artifact, self.golden, []))
-        simulated = artifact.simulate() if artifact.simulate and not target[1].runs_here else None
-        return Captioner.load(place, threads=threads, verify="sizes", model=simulated)
 
     def _reference(self, artifact: Artifact) -> list[str]:
         """What the reference says of the photos: torch for fp32, the fp32 graphs for everything else; once."""
         if self.said is None:
             ours = self.captioner(artifact)
             if self.exact:
-                batch = torch_captions(self.source.checkpoint, ours)
+                batch = torch_captions(self.whole, ours)
             else:
-                entry = TARGETS[REFERENCE]
-                fp32 = entry.build(
-                    Source(self.source.checkpoint, self.source.calibration, self.scratch, _trunk=self.source.trunk())
-                )
-                self.fp32 = self._load(self.scratch / "fp32", (REFERENCE, entry), fp32)
+                self.fp32 = self._fp32()
                 batch = bundle_captions(self.fp32)
             self.said = caption_all(batch, self.photos, ours.preprocess, self._counting("reference"))
         return self.said
+
+    def _fp32(self) -> Captioner:
+        """The fp32 graphs of the whole captioner as a loaded bundle."""
+        entry, place = TARGETS[REFERENCE], self.scratch / REFERENCE
+        if self.pruned:
+            source, golden = Source(self.whole, self.source.calibration, self.scratch), make_golden(self.whole)
+        else:
+            source, golden = replace(self.source, options=BuildOptions()), self.golden
+        write_bundle(place, *assemble(self.whole, (REFERENCE, entry), self.name, entry.build(source), golden, []))
+        return Captioner.load(place, verify="sizes")
 
     def _counting(self, phase: str) -> Callable[[int], None]:
         self.progress(phase, 0, len(self.photos))
@@ -216,7 +240,7 @@ class Job:
         """Everything else that is measured on the artifact that is to be written."""
         ours = self.captioner(artifact)
         measured = {
-            "reference": "torch" if self.exact else REFERENCE,
+            "reference": "torch" if self.exact else f"{REFERENCE}, unpruned" if self.pruned else REFERENCE,
             "parity": parity(ours, self.source.checkpoint, self.photos),
             "golden": self._golden_check(ours),
             "graph_bytes": sum(size_of(file) for name, file in artifact.files.items() if name != FUSED),
@@ -243,7 +267,7 @@ class Job:
         ours = self.captioner(artifact).bundle.path
         with (
             Captioner.load(ours, threads=1, verify="sizes") as one,
-            Captioner.load(self.scratch / "fp32", threads=1, verify="sizes") as other,
+            Captioner.load(self.scratch / REFERENCE, threads=1, verify="sizes") as other,
         ):
             return speed(one, other, pixels)
 

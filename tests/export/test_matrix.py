@@ -77,7 +77,7 @@ def test_greedy_and_beam_as_torch(source: Source, name: str, tmp_path: Path) -> 
             pytest.skip(f"{name} needs {package}: pip install 'edgecap[{target.extra}]'")
     (tmp_path / "build").mkdir()
     source.scratch = tmp_path / "build"
-    job = Job(source, name, target, "small", [], 0.02, tmp_path, lambda *_: None)
+    job = Job(source, source.checkpoint, name, target, "small", [], 0.02, tmp_path, lambda *_: None)
     captioner: Captioner = job.captioner(target.build(source))
     pixels, eos = photos(5, seed=3), source.checkpoint.tokens["eos"]
     greedy = torch_says(source, pixels, 1)

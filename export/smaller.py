@@ -1,0 +1,86 @@
+"""`--prune` and `--finetune`: the checkpoint that is exported instead, kept in the run, so that it is made once."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..runtime.errors import UsageError
+from ..train.checkpoint import METRICS, load_checkpoint, read_metrics
+from ..train.tokenizer import caption_text
+from .prune import parse_items, prune_checkpoint
+from .prune_recover import recover
+
+if TYPE_CHECKING:
+    from ..benchmarks.datasets import Dataset
+    from ..train.checkpoint import Checkpoint
+    from .calibration import Calibration
+
+
+@dataclass(frozen=True)
+class Smaller:
+    """items: what to prune (see prune.py). epochs: of fine-tuning afterwards, taught by the unpruned model; 0 = none.
+
+    encoder_lr: learning rate of the encoder while fine-tuning, 0 = it stays as pruned.
+    """
+
+    items: Sequence[str] = field(default_factory=tuple)
+    epochs: int = 0
+    encoder_lr: float = 0.0
+
+    def check(self) -> None:
+        """Raises UsageError for items that mean nothing, or fine-tuning without pruning."""
+        if self.items:
+            parse_items(self.items)
+        elif self.epochs:
+            raise UsageError("--finetune goes with --prune; edgecap train --init CHECKPOINT trains on without pruning")
+
+
+def folder_for(run: Path, smaller: Smaller) -> Path:
+    """Where a pruned checkpoint lies: inside the run (beside it, it would be the newest run), named after the items."""
+    return run / "pruned" / re.sub(r"[^a-z0-9.]+", "-", ",".join(smaller.items).lower().replace("=", ""))
+
+
+def make_smaller(
+    loaded: Checkpoint,
+    smaller: Smaller,
+    dataset: Dataset,
+    calibration: Calibration,
+    progress: Callable[[str, int, int], None],
+    say: Callable[[str], None] = lambda line: None,
+) -> Checkpoint:
+    """Prune a checkpoint, and fine-tune it if asked. What an earlier export made from the same weights is taken again.
+
+    Raises UsageError where something else lies in the folder.
+    """
+    folder = folder_for(loaded.path, smaller)
+    if (folder / METRICS).is_file():
+        record = (read_metrics(folder).get("pruned") or [{}])[-1]
+        if record.get("from") != loaded.sha256 or record.get("items") != list(smaller.items):
+            raise UsageError(f"{folder} was pruned from other weights: remove it, or move it elsewhere")
+    else:
+        corpus = [caption_text(text) for example in dataset.splits["train"] for text in example.captions]
+        prune_checkpoint(
+            loaded,
+            smaller.items,
+            pixels=calibration.pixels,
+            captions=calibration.captions,
+            corpus=corpus,
+            out=folder,
+            progress=progress,
+        )
+    if not smaller.epochs:
+        return load_checkpoint(folder)
+    return recover(
+        folder,
+        epochs=smaller.epochs,
+        teacher=loaded.path,
+        out=folder.with_name(f"{folder.name}-finetuned{smaller.epochs}"),
+        data=dataset.spec,
+        encoder_lr=smaller.encoder_lr,
+        progress=progress,
+        say=say,
+    )
