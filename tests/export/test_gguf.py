@@ -26,7 +26,7 @@ from edgecap.export.gguf_targets import f16, q8_0, refuses  # noqa: E402
 from edgecap.export.golden import make_golden  # noqa: E402
 from edgecap.export.targets import Target  # noqa: E402
 from edgecap.export.trunk import OnnxPair, trace  # noqa: E402
-from edgecap.runtime import Captioner, EdgecapError, verify_golden, write_bundle  # noqa: E402
+from edgecap.runtime import Captioner, EdgecapError, UsageError, verify_golden, write_bundle  # noqa: E402
 from edgecap.runtime.backends.gguf import GgufModel  # noqa: E402
 from edgecap.runtime.backends.llama import LlamaModel  # noqa: E402
 from edgecap.runtime.backends.mtmd import MtmdEncoder  # noqa: E402
@@ -34,6 +34,7 @@ from edgecap.runtime.decode import DecodeOptions, decode  # noqa: E402
 from edgecap.runtime.preprocess import Preprocess  # noqa: E402
 from edgecap.runtime.tokenizer import Tokenizer  # noqa: E402
 from edgecap.train.checkpoint import load_checkpoint  # noqa: E402
+from edgecap.train.models.language_model import LlamaDecoder  # noqa: E402
 from edgecap.train.recipe import TokenizerSettings  # noqa: E402
 from edgecap.train.tokenizer import token_ids, train_tokenizer  # noqa: E402
 
@@ -170,6 +171,22 @@ def test_what_blocks_divide_is_quantized_and_nothing_else(kind: str, precision: 
     assert cosine.min() > 0.95 and not np.array_equal(ours, theirs)
 
 
+def test_pruned_heads_keep_their_size_in_llama_and_are_refused_in_gpt2(tmp_path: Path) -> None:
+    model = tiny_model("llama", vocab_size=VOCAB)
+    torch.manual_seed(0)
+    sizes = {"dim": 32, "layers": 2, "heads": 2, "ffn": 40}
+    model.decoder = LlamaDecoder(16, VOCAB, **sizes, kv_heads=1, head_dim=8).eval()  # 2 × 8 of 32
+    options = {"tokenizer": WORDS, "tokens": TOKENS}
+    write_decoder(tmp_path / "x.gguf", model.decoder, "llama", "f16", **options)
+    pixels = photos(2, SIZE)
+    ours, theirs = opened(model, tmp_path / "x.gguf").session(), model.session()
+    np.testing.assert_allclose(ours.start(pixels), theirs.start(pixels), atol=0.01)
+    other = tiny_model("gpt2", vocab_size=VOCAB).decoder
+    other.heads = 3
+    with pytest.raises(UsageError, match="llama.cpp knows gpt2 only with dim = heads × their size"):
+        write_decoder(tmp_path / "y.gguf", other, "gpt2", "f16", **options)
+
+
 @pytest.mark.parametrize("kind", ["word", "bpe", "unigram"])
 def test_any_tokenizer_gives_a_file_that_llama_cpp_loads(kind: str, tmp_path: Path) -> None:
     captions = ["a red square above a blue circle", "two green triangles beside a small dog"] * 4
@@ -249,6 +266,9 @@ def test_mmproj_gives_torch_s_prefix(precision: str, tmp_path: Path) -> None:
     assert cosine.min() > {"f16": 0.9999, "q8_0": 0.995}[precision]
     with pytest.raises(EdgecapError, match=r"d.gguf cannot be loaded by llama.cpp"):
         MtmdEncoder(tmp_path / "d.gguf", decoder, bias)
+    model.encoder.body.config.hidden_act = "relu"
+    with pytest.raises(UsageError, match="no SigLIP with relu, only gelu_pytorch_tanh: leave --mmproj out"):
+        write_mmproj(tmp_path / "e.gguf", model, precision)
 
 
 def test_a_bundle_with_mmproj_captions_as_torch(tmp_path: Path) -> None:
