@@ -246,7 +246,7 @@ class Job:
             "graph_bytes": sum(size_of(file) for name, file in artifact.files.items() if name != FUSED),
         }
         if artifact.simulate and not self.chosen.runs_here:
-            measured["simulated"] = "the artifact's own weights, computed in torch: its engine does not run here"
+            measured["simulated"] = "the artifact's programs computed op by op in torch: their engine does not run here"
         elif not self.exact:
             measured["speed"] = self._speed(artifact, load_pixels(self.photos[:1], ours.preprocess))
         return measured

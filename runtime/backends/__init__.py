@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -23,6 +24,8 @@ class Backend:
     code: str
     package: str
     extra: str | None  # None: part of the base install
+    system: str = ""  # the sys.platform that the engine runs on, "" for any, and how people call it
+    runs_on: str = ""
     environment: tuple[tuple[str, str], ...] = ()
 
 
@@ -31,7 +34,9 @@ BACKENDS: dict[str, Backend] = {
     "openvino": Backend("openvino:OpenVinoModel", package="openvino", extra="openvino"),
     # Threads that spin while they wait decode four times slower on a CPU that has other work.
     "gguf": Backend("gguf:GgufModel", package="llama_cpp", extra="gguf", environment=(("OMP_WAIT_POLICY", "passive"),)),
-    "coreml": Backend("coreml:CoreMLModel", package="coremltools", extra="coreml"),
+    "coreml": Backend(
+        "coreml:CoreMLModel", package="coremltools", extra="coreml", system="darwin", runs_on="macOS and iOS"
+    ),
 }
 
 
@@ -47,6 +52,11 @@ def load_model(bundle: Bundle, *, threads: int | None = None) -> Model:
             f"{bundle.path} needs the backend {name!r}; this edgecap has {', '.join(BACKENDS)}: upgrade it"
         )
     backend = BACKENDS[name]
+    if backend.system not in ("", sys.platform):
+        raise UsageError(
+            f"{bundle.path} is for {backend.runs_on} and cannot run here: copy it there for edgecap verify; "
+            "edgecap inspect checks its files and shows what was measured"
+        )
     for variable, value in backend.environment:
         os.environ.setdefault(variable, value)
     try:
