@@ -15,6 +15,7 @@ from edgecap.export.half import store_half
 from edgecap.export.int8_static import StaticOptions, quantize_static
 from edgecap.export.pixels import fold_pixels
 from edgecap.export.rounding import PAIR_LIMIT, worst_pair
+from edgecap.export.statistics import layers_of
 from edgecap.export.tie import tie_embedding
 from edgecap.export.trunk import trace
 
@@ -195,3 +196,16 @@ def test_weights_beyond_half_stay_float32() -> None:
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
     assert store_half(model).cost == {"tensors": 0, "kept_fp32": 1, "worst_relative_rms": 0.0}
     assert run(model, {"x": np.ones((1, 8), np.float32)})[0][0, 0] == pytest.approx(8e6)
+
+
+def test_a_layer_kept_float_is_not_quantized_by_the_engine(traced: onnx.ModelProto, tmp_path) -> None:
+    """ONNX Runtime quantizes float weights between quantized tensors when it loads a graph, with one scale for all."""
+    model = copy(traced)
+    fold_pixels(model)
+    kept = [layer.node.name for layer in layers_of(Graph(model)) if layer.pointwise][0]
+    quantize_static(
+        model, [{"pixels": each[None]} for each in photos(6)], options=StaticOptions(precision={kept: "fp32"})
+    )
+    engine(model, save=tmp_path / "loaded.onnx")
+    ops = op_counts(onnx.load(tmp_path / "loaded.onnx"))
+    assert ops["QLinearConv"] == 3 and ops.get("Conv", 0) + ops.get("FusedConv", 0) == 1
