@@ -28,7 +28,10 @@ class MtmdEncoder:
     """
 
     def __init__(self, path: Path, decoder: LlamaModel, bias: np.ndarray) -> None:
-        self.decoder, self.bias = decoder, bias.astype(np.float32)  # mtmd reads the decoder's vocabulary
+        self.decoder, self.bias = decoder, bias.astype(np.float32)
+        vocabulary = lib.llama_model_get_vocab(decoder.pointer)
+        if lib.llama_vocab_type(vocabulary) == lib.LLAMA_VOCAB_TYPE_NONE:  # looking for a marker would end the process
+            raise EdgecapError(f"{path} needs a decoder that names its words; export the bundle again")
         for quiet in (mtmd.mtmd_log_set, mtmd.mtmd_helper_log_set):
             quiet(callback, ctypes.c_void_p(0))
         params = mtmd.mtmd_context_params_default()

@@ -266,6 +266,9 @@ def test_mmproj_gives_torch_s_prefix(precision: str, tmp_path: Path) -> None:
     assert cosine.min() > {"f16": 0.9999, "q8_0": 0.995}[precision]
     with pytest.raises(EdgecapError, match=r"d.gguf cannot be loaded by llama.cpp"):
         MtmdEncoder(tmp_path / "d.gguf", decoder, bias)
+    write_decoder(tmp_path / "d.gguf", model.decoder, "llama", "f16", **options)
+    with pytest.raises(EdgecapError, match="needs a decoder that names its words"):
+        MtmdEncoder(tmp_path / "e.gguf", LlamaModel(tmp_path / "d.gguf"), bias)
     model.encoder.body.config.hidden_act = "relu"
     with pytest.raises(UsageError, match="no SigLIP with relu, only gelu_pytorch_tanh: leave --mmproj out"):
         write_mmproj(tmp_path / "e.gguf", model, precision)
