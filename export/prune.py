@@ -39,12 +39,13 @@ KEYS = (*SHARES, "layers", "vocab")
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """encoder: shares by "encoder" and "features"; decoder: shares by width; layers to drop; uses of a word to keep
-    it (0 = the vocabulary stays)."""
+    it (0 = the vocabulary stays); named: the keys as they were given."""
 
     encoder: dict[str, float]
     decoder: dict[str, float]
     layers: int = 0
     vocab: int = 0
+    named: tuple[str, ...] = ()
 
 
 def parse_items(items: Sequence[str]) -> Plan:
@@ -68,6 +69,7 @@ def parse_items(items: Sequence[str]) -> Plan:
         {key: value for key, value in decoder.items() if value is not None},
         _count("layers", said["layers"]) if "layers" in said else 0,
         1 if said.get("vocab") == "used" else _count("vocab", said["vocab"]) if "vocab" in said else 0,
+        tuple(said),
     )
 
 
@@ -145,12 +147,13 @@ def _check(plan: Plan, loaded: Checkpoint) -> None:
     kind, decoder = loaded.recipe.decoder["kind"], loaded.model.decoder
     if plan.encoder:
         need("torch_pruning", extra="export", command="edgecap export --prune")
-    if not plan.encoder and plan.decoder:
-        there = {width.key for width in decoder.widths()}
-        missing = sorted(set(plan.decoder) - there)
-        if missing and (len(plan.decoder) < len(DECODER) or not there):
-            has = ", ".join(sorted(there)) or "nothing of this kind"
-            raise UsageError(f"--prune {missing[0]}: a {kind} decoder has {has} to prune")
+    there = {width.key: width.units for width in decoder.widths()}
+    has = ", ".join(sorted(there)) or "nothing of this kind"
+    for key in plan.named:
+        if key in DECODER and key not in there:
+            raise UsageError(f"--prune {key}: a {kind} decoder has {has} to prune")
+        if key in there and int(there[key] * plan.decoder[key]) < 1:
+            raise UsageError(f"--prune {key}={plan.decoder[key]:g} takes nothing out of {there[key]}: give more")
 
 
 def _prune(
@@ -171,7 +174,7 @@ def _prune(
             recipe = _with_decoder(recipe, {"layers": model.decoder.layers - plan.layers})
             model = _rebuilt(model, recipe, tokens, tensors)
             seen.model = model
-        if plan.decoder:
+        if {width.key for width in model.decoder.widths()} & set(plan.decoder):
             options, tensors = narrow(model, plan.decoder, seen)
             recipe = _with_decoder(recipe, options)
             model = _rebuilt(model, recipe, tokens, tensors)

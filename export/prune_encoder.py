@@ -62,7 +62,7 @@ def prune_encoder(model: CaptionModel, shares: dict[str, float], pixels: np.ndar
     modules = dict(net.named_modules())
     for done, group in enumerate(chosen):
         weight = torch.cat([modules[name].weight.detach().flatten(1) for name in group.readers])
-        most = int(group.channels * MOST)
+        most = int(group.channels * (shares["features"] if group.last and "features" in shares else MOST))
         index = torch.arange(group.channels).unsqueeze(1)
         group.order, group.errors = elimination(weight, grams[group.readers[0]], index, most)
         report("prune", done + 1, len(chosen))
@@ -131,7 +131,7 @@ def _share_out(groups: list[Group], shares: dict[str, float]) -> dict[str, int]:
     fixed = {group.producer for group in groups if group.last} if "features" in shares else set()
     for group in groups:
         if group.producer in fixed:
-            counts[group.producer] = min(int(group.channels * shares["features"]), len(group.order))
+            counts[group.producer] = len(group.order)
     free = [group for group in groups if group.producer not in fixed]
     wanted = int(sum(group.channels for group in free) * shares.get("encoder", 0.0))
 

@@ -56,11 +56,16 @@ def elimination(weight: Tensor, gram: Tensor, index: Tensor, most: int) -> tuple
     inverse = torch.linalg.inv(gram)
     alive = torch.ones(len(index), dtype=torch.bool)
     order, errors, error = [], [], 0.0
+    single = index.shape[1] == 1
     for _ in range(most):
-        own = inverse[index.unsqueeze(2), index.unsqueeze(1)]  # [units, k, k]
-        own[~alive] = torch.eye(index.shape[1], dtype=own.dtype)
-        per_unit = weight[:, index].permute(1, 0, 2)  # [units, out, k]
-        cost = (torch.linalg.solve(own, per_unit.mT) * per_unit.mT).sum((1, 2))
+        if single:
+            own = inverse.diagonal()[index[:, 0]].view(-1, 1, 1)
+            cost = weight.square().sum(0)[index[:, 0]] / own.flatten()
+        else:
+            own = inverse[index.unsqueeze(2), index.unsqueeze(1)]  # [units, k, k]
+            own[~alive] = torch.eye(index.shape[1], dtype=own.dtype)
+            per_unit = weight[:, index].permute(1, 2, 0)  # [units, k, out]
+            cost = (torch.linalg.solve(own, per_unit) * per_unit).sum((1, 2))
         cost[~alive] = torch.inf
         unit = int(cost.argmin())
         error += max(0.0, float(cost[unit]))
