@@ -95,7 +95,7 @@ def quantize_static(
         ranges[name] = TensorData(lowest=np.float32(low), highest=np.float32(high))
     _share_ranges(graph, ranges)
 
-    worst, four = 0, _four_bits(layers, options)
+    worst, four = 0, four_bit_layers(layers, options)
     for layer in layers:
         rounded = _round(graph, layer, statistics, ranges, options, four=layer.node.name in four)
         if not layer.depthwise:
@@ -244,7 +244,7 @@ def _round(
     )
 
 
-def _four_bits(layers: list[Layer], options: StaticOptions) -> set[str]:
+def four_bit_layers(layers: list[Layer], options: StaticOptions) -> set[str]:
     """The names of the layers whose weights are rounded to 4 bits; small kernels (depthwise, the stem) never are."""
     if options.bits == 8:
         return set()

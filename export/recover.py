@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from hashlib import sha256
 from typing import TYPE_CHECKING
 
 from ..runtime.errors import EdgecapError, UsageError
@@ -41,30 +41,28 @@ def recover(
         raise UsageError(f"--recover raises the precision of int8 and int4 layers: {target_name} has none")
     source.trunk()  # traced here, once, for all tries
     tries = _Tries(source, build, gate)
-    before = tries.at([]) if first is None else first
+    before = tries.at([]) if first is None else tries.remember(*first)
     if before[1].passed:
-        return (*before, PassResult(NAME, _params(before[1]), {"raised": [], "gate_runs": len(tries.drops)}))
+        return (*before, PassResult(NAME, _params(before[1]), {"raised": [], "gate_runs": tries.runs}))
     found = sensitivities(
         source, bits, progress=lambda done, total: source.progress("measure layers", done, total)
     )  # most sensitive first
-    order = [each.layer for each in found]
-    steps = [f"{layer}:fp32" for layer in order] if bits == 4 else []
+    quarters = [each.layer for each in found if bits == 4 and each.bits == 4]  # these have two steps to go
+    whole = [f"{each.layer}:fp32" if bits == 4 else each.layer for each in found]
 
     def kept(count: int) -> list[str]:
-        """The first `count` raises: a layer that is raised twice is kept at fp32."""
-        twice = steps[: max(0, count - len(order))]
-        return twice + order[len(twice) : count]
+        """The first `count` raises; a layer raised to fp32 is no longer one raised to int8."""
+        last = whole[: max(0, count - len(quarters))]
+        return last + [layer for layer in quarters[:count] if f"{layer}:fp32" not in last]
 
-    total = len(order) + len(steps)
+    total = len(quarters) + len(whole)
     low, high = 0, 1
     best = tries.at(kept(high))
-    if best[0].files.keys() == before[0].files.keys() and all(
-        _read(file) == _read(before[0].files[name]) for name, file in best[0].files.items()
-    ):
-        raise EdgecapError(f"--recover cannot raise single layers of {target_name}: use a more precise target")
     while not best[1].passed and high < total:
         low, high = high, min(2 * high, total)
         best = tries.at(kept(high))
+    if best[0] is before[0]:
+        raise EdgecapError(f"--recover cannot raise single layers of {target_name}: use a more precise target")
     while best[1].passed and high - low > max(1, high // 4):
         middle = (low + high) // 2
         tried = tries.at(kept(middle))
@@ -76,8 +74,8 @@ def recover(
     raised = [{"layer": name, "error": errors[name.removesuffix(":fp32")]} for name in kept(high)]
     cost = {
         "raised": raised,
-        "layers": len(order),
-        "gate_runs": len(tries.drops),
+        "layers": len(found),
+        "gate_runs": tries.runs,
         "drop_before": before[1].drop.mean,
         "drop_after": best[1].drop.mean,
     }
@@ -100,22 +98,28 @@ def note(result: PassResult) -> str:
 
 @dataclass
 class _Tries:
-    """Builds and judges; remembers every artifact, since the gate may know them by identity."""
+    """Builds and judges; remembers every artifact, so that nothing is judged twice and none changes under the gate."""
 
     source: Source
     build: Callable[[Source], Artifact]
     gate: Callable[[Artifact], GateResult]
-    artifacts: list[Artifact] = field(default_factory=list)
-    drops: list[float] = field(default_factory=list)
+    known: dict[str, tuple[Artifact, GateResult]] = field(default_factory=dict)
+    builds: int = 0
+    runs: int = 0
 
     def at(self, kept: list[str]) -> tuple[Artifact, GateResult]:
         options = replace(self.source.options, keep=self.source.options.keep | frozenset(kept))
-        scratch = self.source.scratch / f"recover{len(self.artifacts)}"  # no build overwrites another's files
+        scratch = self.source.scratch / f"recover{self.builds}"  # no build overwrites another's files
         scratch.mkdir()
+        self.builds += 1
         artifact = self.build(replace(self.source, options=options, scratch=scratch))
-        self.artifacts.append(artifact)
-        result = self.gate(artifact)
-        self.drops.append(result.drop.mean)
+        if _digest(artifact) in self.known:  # raised what this target keeps at that precision anyway
+            return self.known[_digest(artifact)]
+        self.runs += 1
+        return self.remember(artifact, self.gate(artifact))
+
+    def remember(self, artifact: Artifact, result: GateResult) -> tuple[Artifact, GateResult]:
+        self.known[_digest(artifact)] = (artifact, result)
         return artifact, result
 
 
@@ -129,5 +133,9 @@ def _precision(target_name: str) -> str:
     return TARGETS[target_name].precision
 
 
-def _read(file: bytes | Path) -> bytes:
-    return file if isinstance(file, bytes) else file.read_bytes()
+def _digest(artifact: Artifact) -> str:
+    found = sha256()
+    for name, file in sorted(artifact.files.items()):
+        content = file if isinstance(file, bytes) else file.read_bytes()
+        found.update(f"{name} {len(content)}\n".encode() + content)
+    return found.hexdigest()

@@ -12,7 +12,7 @@ from ..runtime.backends.onnx import OnnxModel
 from .artifact import Source
 from .calibration import engine, teacher_force
 from .graph import Graph
-from .int8_static import StaticOptions, quantize_static
+from .int8_static import StaticOptions, four_bit_layers, quantize_static
 from .onnx_quantized import PARTS, statistics
 from .pixels import fold_pixels
 from .statistics import layers_of
@@ -23,10 +23,14 @@ PHOTOS = 16
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """layer: "encoder:NODE" or "decoder:NODE". error: mean squared change of the logits over their mean square."""
+    """layer: "encoder:NODE" or "decoder:NODE". error: mean squared change of the logits over their mean square.
+
+    bits: of its weights, 8 also for the layers that an int4 graph leaves at 8.
+    """
 
     layer: str
     error: float
+    bits: int
 
 
 def sensitivities(
@@ -34,25 +38,27 @@ def sensitivities(
 ) -> list[Sensitivity]:
     """Each quantizable layer of both graphs, the most sensitive first.
 
-    A layer's error is that of the fp32 graphs with this one layer quantized to `bits` (4 or 8; its input to 8), on
-    calibration photos that are fed their own captions. Layers of which nothing is left to raise are not listed.
+    A layer's error is that of the fp32 graphs with this one layer quantized as in a graph of `bits` (4 or 8; its input
+    always to 8), on calibration photos that are fed their own captions.
     """
     pair = source.trunk()
     fold_pixels(pair.encoder)
-    names = {part: [layer.node.name for layer in layers_of(Graph(getattr(pair, part)))] for part in PARTS}
+    layers = {part: layers_of(Graph(getattr(pair, part))) for part in PARTS}
+    names = {part: [layer.node.name for layer in layers[part]] for part in PARTS}
     forced = _Forced(source, pair)
     wanted = forced.logits({})
     power = float(np.mean(wanted**2))
     found, total = [], sum(map(len, names.values()))
     for part in PARTS:
-        known = statistics(source, part)
+        known, four = statistics(source, part), four_bit_layers(layers[part], StaticOptions(bits=bits))
         for name in names[part]:
             model = onnx.ModelProto()
             model.CopyFrom(getattr(pair, part))
             others = {other: "fp32" for other in names[part] if other != name}
-            quantize_static(model, known, options=StaticOptions(bits=bits, spared=0.0, precision=others))
+            used = 4 if name in four else 8
+            quantize_static(model, known, options=StaticOptions(bits=used, spared=0.0, precision=others))
             error = float(np.mean((forced.logits({part: model}) - wanted) ** 2)) / power
-            found.append(Sensitivity(f"{part}:{name}", error))
+            found.append(Sensitivity(f"{part}:{name}", error, used))
             progress(len(found), total)
     return sorted(found, key=lambda each: (-each.error, each.layer))
 
