@@ -69,7 +69,8 @@ def load_model(bundle: Bundle, *, threads: int | None = None) -> Model:
     found = getattr(engine, "__version__", "0")
     if required and _version(found) < _version(required):
         need = f"{backend.package} {required} or newer"
-        raise UsageError(f"{bundle.path} needs {need}, {found} is installed: pip install -U {backend.package}")
+        install = f"'edgecap[{backend.extra}]'" if backend.extra else backend.package
+        raise UsageError(f"{bundle.path} needs {need}, {found} is installed: pip install -U {install}")
     module, _, attribute = backend.code.partition(":")
     return getattr(import_module(f".{module}", __package__), attribute).load(bundle, threads=threads)
 
