@@ -103,8 +103,8 @@ def export(
         options = replace(options, graphs=known.graphs)
     if autotune:
         timeable(autotune)
-    if (autotune or known) and chosen.backend != "onnx":
-        raise UsageError(f"--autotune and --tuning choose between ONNX graphs; {target} has others")
+    if (autotune or known) and not (chosen.backend == "onnx" and chosen.calibrated):
+        raise UsageError(f"--autotune and --tuning go with onnx-int8 and onnx-int4, not with {target}")
     loaded = load_checkpoint(_find(checkpoint, unfinished_ok), unfinished_ok=unfinished_ok)
     if reason := chosen.refusal(recipe_parts(loaded), options):
         raise UsageError(f"{target} cannot be made of {loaded.path}: {reason}")
@@ -130,6 +130,7 @@ def export(
             notes: list[str] = []
             if autotune:
                 known, artifact, result = run_autotune(source, chosen.build, autotune, job.gate, progress=progress)
+                source.options = replace(options, graphs=known.graphs)
             else:
                 artifact = chosen.build(source)
                 result = job.gate(artifact)

@@ -111,7 +111,7 @@ TARGETS: dict[str, Target] = {
     "onnx-int4": Target(
         "onnx",
         "int4",
-        "weights stored in 4 bits (convolutions in 8), computed in int8",
+        "weights stored in 4 bits (small convolutions in 8), computed in int8",
         "onnx_int4:build",
         False,
         0.8,

@@ -146,7 +146,7 @@ def test_a_tuned_export_is_repeated_from_its_file(tmp_path: Path, traced_once) -
     assert_same_bundle(tuned, again)
     with pytest.raises(UsageError, match="raspberry-pi-5 .* must be reached to be timed"):
         make(folder, "onnx-int8", tmp_path / "c.edgecap", autotune="raspberry-pi-5")
-    with pytest.raises(UsageError, match="--autotune and --tuning choose between ONNX graphs"):
+    with pytest.raises(UsageError, match="--autotune and --tuning go with onnx-int8 and onnx-int4"):
         make(folder, "openvino-fp16", tmp_path / "c.edgecap", tuning=file)
 
 
