@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..runtime.errors import UsageError
-from ..train.checkpoint import METRICS, load_checkpoint, read_metrics
+from ..train.checkpoint import METRICS, RECIPE, TOKENIZER, WEIGHTS, load_checkpoint, read_metrics
 from ..train.tokenizer import caption_text
 from .prune import parse_items, prune_checkpoint
 from .prune_recover import recover
@@ -57,11 +57,13 @@ def make_smaller(
     Raises UsageError where something else lies in the folder.
     """
     folder = folder_for(loaded.path, smaller)
-    if (folder / METRICS).is_file():
+    if (folder / RECIPE).is_file():  # written last
         record = (read_metrics(folder).get("pruned") or [{}])[-1]
         if record.get("from") != loaded.sha256 or record.get("items") != list(smaller.items):
             raise UsageError(f"{folder} was pruned from other weights: remove it, or move it elsewhere")
     else:
+        for left in (WEIGHTS, TOKENIZER, METRICS):  # by an export that was killed
+            (folder / left).unlink(missing_ok=True)
         corpus = [caption_text(text) for example in dataset.splits["train"] for text in example.captions]
         prune_checkpoint(
             loaded,

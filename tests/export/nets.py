@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -48,10 +49,9 @@ class SmallBody(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.net = SmallNet()
+        self.config = SimpleNamespace(to_diff_dict=dict)
 
     def forward(self, x: torch.Tensor):
-        from types import SimpleNamespace
-
         x = self.net.stem(nn.functional.pad(x, (0, 1, 0, 1)))
         x = nn.functional.avg_pool2d(self.net.last(x + self.net.narrow(self.net.wide(x))), 4)
         return SimpleNamespace(last_hidden_state=x)
@@ -93,7 +93,7 @@ def save_run(folder: Path, decoder: str = "gru", *, finished: bool = True, seed:
         for parameter in model.decoder.parameters():
             if parameter.ndim > 1:
                 parameter.mul_(3.0)  # captions that differ from photo to photo
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     write_bytes(folder / TOKENIZER, tokenizer.to_str().encode())
     write_bytes(folder / RECIPE, recipe.to_toml().encode())
     write_tensors(folder / WEIGHTS, model_tensors(model), {"format": "pt"})

@@ -16,10 +16,11 @@ from edgecap import cli
 from edgecap.benchmarks.datasets import open_dataset
 from edgecap.benchmarks.datasets.summary import write_sample
 from edgecap.benchmarks.metrics import Interval
-from edgecap.export import artifact, gate, onnx_int8
+from edgecap.export import artifact, gate, onnx_int8, smaller
 from edgecap.export.artifact import BuildOptions
 from edgecap.export.golden import draw
 from edgecap.export.pipeline import export
+from edgecap.export.smaller import Smaller
 from edgecap.export.targets import TARGETS
 from edgecap.runtime import Captioner, UsageError, verify_golden
 from edgecap.runtime.backends import BACKENDS
@@ -27,6 +28,7 @@ from edgecap.runtime.bundle import Bundle
 from edgecap.runtime.fused import FusedCaptioner
 from edgecap.runtime.verify import teacher_forced
 from edgecap.train.checkpoint import load_checkpoint
+from edgecap.train.run import latest_run
 
 from .nets import DECODERS, SCENES, photos, save_run
 
@@ -148,6 +150,41 @@ def test_a_tuned_export_is_repeated_from_its_file(tmp_path: Path, traced_once) -
         make(folder, "onnx-int8", tmp_path / "c.edgecap", autotune="raspberry-pi-5")
     with pytest.raises(UsageError, match="--autotune and --tuning go with onnx-int8 and onnx-int4"):
         make(folder, "openvino-fp16", tmp_path / "c.edgecap", tuning=file)
+
+
+def test_pruned_fine_tuned_and_judged_against_the_unpruned(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = save_run(Path("runs") / "run")
+    asked = Smaller(("hidden=0.3,vocab=2",), epochs=1)
+    options = {"target": "onnx-int8", "max_cider_drop": 10, "calibration": 6}
+    result = export(folder, smaller=asked, **options)
+    assert result.path == Path("runs/run-pruned-onnx-int8.edgecap")
+    manifest = Bundle.open(result.path).manifest
+    assert manifest["measured"]["reference"] == "onnx-fp32, unpruned"
+    (first, *_) = manifest["lineage"]["passes"]
+    assert first["name"] == "prune" and first["params"]["items"] == list(asked.items)
+    before, after = (first["cost"][key]["parameters"]["decoder"] for key in ("before", "after"))
+    assert after < before and first["cost"]["after"]["macs"]["word"] < first["cost"]["before"]["macs"]["word"]
+    assert latest_run() == folder  # the pruned checkpoint is no run of its own
+    (tuned,) = folder.glob("pruned/*-finetuned1")
+    assert manifest["lineage"]["checkpoint"]["sha256"] == load_checkpoint(tuned).sha256
+    (pruned,) = (path for path in folder.glob("pruned/*") if path != tuned)
+    monkeypatch.setattr(smaller, "prune_checkpoint", None)  # made once, taken again
+    again = export(folder, smaller=asked, out=Path("b") / result.path.name, **options)
+    assert_same_bundle(result.path, again.path)
+    with pytest.raises(UsageError, match="--finetune goes with --prune"):
+        export(folder, smaller=Smaller((), epochs=1), **options)
+    with pytest.raises(UsageError, match="--prune 'half': write KEY=VALUE"):
+        export(folder, smaller=Smaller(("half",)), **options)
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    weights = (pruned / "model.safetensors").read_bytes()
+    (pruned / "recipe.toml").unlink()  # as a kill before its last file leaves it
+    export(folder, smaller=Smaller(asked.items), **options)
+    assert (pruned / "model.safetensors").read_bytes() == weights
+    save_run(folder, seed=1)
+    with pytest.raises(UsageError, match="was pruned from other weights: remove it"):
+        export(folder, smaller=asked, **options)
 
 
 def test_layers_are_raised_until_the_gate_holds(tmp_path: Path, traced_once, monkeypatch) -> None:
