@@ -105,7 +105,7 @@ def train(
                     overrides=overrides,
                     skip_bad=skip_bad,
                     seed=seed,
-                    say=say,
+                    say=(lambda line: None) if init else say,  # of the recipe's encoder, which does not count then
                 )
             folder, metrics = run_train(plan, out, resume=resume, init=init, teacher=teacher, progress=bars, say=say)
     except EdgecapError as error:
