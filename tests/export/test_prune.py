@@ -250,11 +250,15 @@ def test_recovery_learns_from_the_teacher_and_survives_kills(
         recover(start, epochs=2, teacher=teacher)
 
 
-def test_recovery_halves_its_epochs_where_the_recipe_was_self_critical() -> None:
+def test_recovery_learns_the_teachers_words_or_does_what_the_recipe_did() -> None:
     recipe = tiny_recipe({"epochs": 3, "lr": 2e-3}, {"objective": "scst", "lr": 1e-4})
-    words, critic = recovery_stages(recipe, 5, taught=True)
-    assert (words.objective, words.epochs, words.lr, words.encoder_lr, words.match) == ("distill", 3, 1e-3, 0.0, 0.0)
+    words, critic = recovery_stages(recipe, 5, taught=False)
+    assert (words.objective, words.epochs, words.lr) == ("xe", 3, 1e-3)
     assert (critic.objective, critic.epochs, critic.lr) == ("scst", 2, 1e-4)
+    (only,) = recovery_stages(recipe, 5, taught=True)
+    assert (only.objective, only.epochs, only.encoder_lr, only.match) == ("distill", 5, 0.0, 0.0)
+    (only,) = recovery_stages(recipe, 5, taught=True, encoder_lr=1e-4)
+    assert (only.encoder_lr, only.match, only.batchnorm) == (1e-4, 1.0, "frozen")
     (only,) = recovery_stages(tiny_recipe(), 5, taught=False, encoder_lr=1e-4)
     assert (only.objective, only.epochs, only.encoder_lr, only.match) == ("xe", 5, 1e-4, 0.0)
 
