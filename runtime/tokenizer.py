@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 from .errors import BundleError
 
 MAX_BYTES = 64 * 2**20
+_muting = threading.Lock()  # standard error is one for all threads: two that hold it back would leave it in a pipe
 
 # Words as captions are learnt: "don't" is "do n't", "dog's" is "dog 's"; "t-shirt" and "2.5" stay whole.
 _WORD = re.compile(r"n't\b|'(?:s|re|ve|ll|d|m)\b|\w+?(?=n't\b)|\bcan(?=not\b)|\w+(?:[-.,/]\w+)*|[#&]")
@@ -43,7 +45,7 @@ class Tokenizer:
             raise BundleError(f"cannot read {name}: {error.strerror}") from None
         except UnicodeDecodeError:
             raise BundleError(f"{name} is not a tokenizer of the tokenizers library: not UTF-8") from None
-        with _panics(name), _muted():
+        with _panics(name), _muting, _muted():
             inner = Inner.from_str(text)
             # What the file says of these would cut a prompt or fill it up, to any length that it likes.
             inner.no_truncation()

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -237,6 +238,18 @@ def test_panics_of_the_library(name, bundle_copy, capfd):
     use_tokenizer(bundle_copy, json.dumps(values).encode())
     command(capfd, "verify", str(bundle_copy))
     assert not opens(bundle_copy)
+
+
+def test_threads_that_load_at_once_leave_standard_error_where_it_was():
+    data = json.dumps(tokenizers()[0]).encode()
+    before, interval = os.fstat(2), sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda _: Tokenizer.load(data), range(100)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert os.path.samestat(os.fstat(2), before)
 
 
 def test_a_tokenizer_may_not_fill_prompts_up():
