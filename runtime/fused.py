@@ -37,13 +37,13 @@ class FusedCaptioner:
     @classmethod
     def load(cls, bundle: Bundle | str | os.PathLike[str], *, threads: int | None = None) -> FusedCaptioner:
         """Load the fused graph of a bundle (opened, or its path). Raises UsageError where it has none."""
-        from .backends.onnx import _load, _options
+        from .backends.onnx import load_graph, session_options
 
         bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         graph = bundle.manifest.get("graphs", {}).get("fused")
         if graph is None:
             raise UsageError(f"{bundle.path} has no fused graph; export it with --fused")
-        return cls(_load(bundle, graph, _options(threads)))
+        return cls(load_graph(bundle, graph, session_options(threads)))
 
     def __call__(self, image: Pixels, *, beam: int = 1, max_length: int | None = None) -> FusedCaption:
         """Caption a picture uint8 [H, W, 3], RGB of any size. beam 1 is greedy; max_length: default the bundle's.

@@ -68,7 +68,7 @@ def _mmproj_encoder(bundle: Bundle, settings: dict[str, Any], decoder: LlamaMode
 
 
 def _onnx_encoder(bundle: Bundle, settings: dict[str, Any], decoder: LlamaModel) -> Encoder:
-    from .onnx import _load, _options, _run
+    from .onnx import load_graph, run_graph, session_options
 
     graph = bundle.manifest["graphs"]["encoder"]
     output = settings.get("prefix")
@@ -76,8 +76,8 @@ def _onnx_encoder(bundle: Bundle, settings: dict[str, Any], decoder: LlamaModel)
         where = f"{bundle.path}/bundle.json"
         raise EdgecapError(f"{where}: gguf.prefix must name an output of the encoder, which has one input")
     (pixels_name,) = graph["inputs"]
-    session = _load(bundle, graph, _options(decoder.threads))
-    return lambda pixels: _run(session, [output], {pixels_name: pixels})[0]
+    session = load_graph(bundle, graph, session_options(decoder.threads))
+    return lambda pixels: run_graph(session, [output], {pixels_name: pixels})[0]
 
 
 class Lane:

@@ -38,8 +38,10 @@ class OnnxModel:
     def load(cls, bundle: Bundle, *, threads: int | None = None) -> OnnxModel:
         """Load both graphs, which `Bundle.open` has checked. Raises BundleError if one cannot be loaded."""
         manifest = bundle.manifest
-        options = _options(threads)
-        return cls(manifest, *(_load(bundle, manifest["graphs"][name], options) for name in ("encoder", "decoder")))
+        options = session_options(threads)
+        return cls(
+            manifest, *(load_graph(bundle, manifest["graphs"][name], options) for name in ("encoder", "decoder"))
+        )
 
     def session(self) -> OnnxSession:
         return OnnxSession(self)
@@ -49,7 +51,7 @@ class OnnxModel:
         return dict(
             zip(
                 self.encoder_outputs,
-                _run(self.encoder, self.encoder_outputs, {self.pixels: pixels}),
+                run_graph(self.encoder, self.encoder_outputs, {self.pixels: pixels}),
                 strict=True,
             )
         )
@@ -112,13 +114,14 @@ class OnnxSession:
         if "prefix" in roles:
             name, dim = roles["prefix"]["input"], roles["prefix"]["dim"]
             feed[name] = prefix if prefix is not None else np.zeros((len(ids), 0, dim), model.dtypes[name])
-        logits, *carried = _run(model.decoder, model.decoder_outputs, feed)
+        logits, *carried = run_graph(model.decoder, model.decoder_outputs, feed)
         for entry, value in zip(model.carried, carried, strict=True):
             self._rows[entry["input"]] = value
         return logits.astype(np.float32, copy=False)  # [rows, vocab]
 
 
-def _run(graph: ort.InferenceSession, outputs: list[str], feed: dict[str, np.ndarray]) -> list[np.ndarray]:
+def run_graph(graph: ort.InferenceSession, outputs: list[str], feed: dict[str, np.ndarray]) -> list[np.ndarray]:
+    """One run. Raises EdgecapError where the engine fails."""
     try:
         return graph.run(outputs, feed)
     except Exception as error:  # onnxruntime's exceptions share no base class
@@ -126,7 +129,8 @@ def _run(graph: ort.InferenceSession, outputs: list[str], feed: dict[str, np.nda
         raise EdgecapError(f"ONNX Runtime {ort.__version__} failed in the bundle's graph: {reason}") from None
 
 
-def _options(threads: int | None) -> ort.SessionOptions:
+def session_options(threads: int | None) -> ort.SessionOptions:
+    """How every graph of a bundle is run; threads: None leaves the number to the engine. Raises UsageError."""
     options = ort.SessionOptions()
     options.log_severity_level = 3  # errors only: they reach the user as exceptions
     options.inter_op_num_threads = 1
@@ -140,7 +144,8 @@ def _options(threads: int | None) -> ort.SessionOptions:
     return options
 
 
-def _load(bundle: Bundle, graph: dict[str, Any], options: ort.SessionOptions) -> ort.InferenceSession:
+def load_graph(bundle: Bundle, graph: dict[str, Any], options: ort.SessionOptions) -> ort.InferenceSession:
+    """Load the file that an entry of the manifest's "graphs" names. Raises BundleError if the engine cannot."""
     where = f"{bundle.path}: {graph['file']}"
     try:
         return ort.InferenceSession(bundle.read(graph["file"]), options, providers=["CPUExecutionProvider"])

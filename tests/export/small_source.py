@@ -8,7 +8,7 @@ import numpy as np
 
 from edgecap.export.artifact import Artifact, Source
 from edgecap.export.calibration import Calibration, teacher_force
-from edgecap.runtime.backends.onnx import OnnxModel, _options
+from edgecap.runtime.backends.onnx import OnnxModel, session_options
 from edgecap.train.checkpoint import load_checkpoint
 
 from .nets import photos, save_run
@@ -26,7 +26,7 @@ def forced_logits(source: Source, artifact: Artifact) -> np.ndarray:
     import onnxruntime as ort
 
     engines = [
-        ort.InferenceSession(artifact.files[f"{part}.onnx"], _options(1), providers=["CPUExecutionProvider"])
+        ort.InferenceSession(artifact.files[f"{part}.onnx"], session_options(1), providers=["CPUExecutionProvider"])
         for part in ("encoder", "decoder")
     ]
     calibration = source.calibration
