@@ -1,17 +1,49 @@
-"""What GGUF files, OpenVINO graphs and NumPy arrays claim to hold, against what they do hold: no engine is asked."""
+"""What graphs and arrays claim to hold, against what they do hold and what bundle.json says: no engine is asked."""
 
 from __future__ import annotations
 
 import re
 import struct
+from collections.abc import Mapping
 from math import prod
 from typing import Any
 
-from .graphfile import MAX_RANK, GraphError
+from .graphfile import MAX_RANK, GraphError, OnnxSummary, Value, onnx_summary
 
 MAX_ITEMS = 1_000_000  # tensors, keys and texts of a GGUF file: a vocabulary of 262,144 has 0.8 million with its merges
 MAX_ELEMENTS = 300_000  # of an OpenVINO graph's XML
 MAX_XML_BYTES = 64 * 2**20
+
+
+# --- ONNX (read by graphfile.py) ---------------------------------------------------------------------
+
+
+def check_onnx(data: bytes | memoryview, declared: Mapping[str, Any] | None) -> OnnxSummary:
+    """`onnx_summary`, and that inputs and outputs are what `declared`, a manifest's entry of the graph, says."""
+    found = onnx_summary(data)
+    if declared is not None:
+        _compare("inputs", declared["inputs"], found.inputs)
+        _compare("outputs", declared["outputs"], found.outputs)
+    return found
+
+
+def _compare(role: str, said: Mapping[str, Any], found: list[Value]) -> None:
+    """Names, types, ranks and fixed sizes of the manifest against the graph's own."""
+    values = {value.name: value for value in found}
+    wrong = set(said) ^ set(values) | ({value.name for value in found} if len(values) != len(found) else set())
+    for name in set(said) & set(values):
+        _, dtype, shape = values[name]
+        claimed = said[name]["shape"]
+        fits = shape is None or len(shape) == len(claimed)
+        # A graph may leave open what the manifest fixes, not the reverse.
+        fits = fits and all(
+            not isinstance(size, int) or size == claim for claim, size in zip(claimed, shape or (), strict=False)
+        )
+        if dtype != said[name]["dtype"] or not fits:
+            wrong.add(name)
+    if wrong:
+        names = ", ".join(sorted(wrong))
+        raise GraphError(f"its {role} are not what bundle.json says ({names[:200]}); export it again")
 
 
 # --- GGUF (github.com/ggml-org/ggml/blob/master/docs/gguf.md) ---------------------------------------

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 MAX_FIELDS = 300_000  # protobuf fields of one graph: 30 decoder layers, quantized, have about a third of it
 MAX_DEPTH = 8  # of graphs inside graphs (Loop, If)
@@ -382,34 +382,6 @@ def onnx_summary(data: bytes | bytearray | memoryview) -> OnnxSummary:
         except (IndexError, struct.error):
             raise GraphError("cut off or malformed") from None
         return reader.found
-
-
-def check_onnx(data: bytes | memoryview, declared: Mapping[str, Any] | None) -> OnnxSummary:
-    """`onnx_summary`, and that inputs and outputs are what `declared`, a manifest's entry of the graph, says."""
-    found = onnx_summary(data)
-    if declared is not None:
-        _compare("inputs", declared["inputs"], found.inputs)
-        _compare("outputs", declared["outputs"], found.outputs)
-    return found
-
-
-def _compare(role: str, said: Mapping[str, Any], found: list[Value]) -> None:
-    """Names, types, ranks and fixed sizes of the manifest against the graph's own."""
-    values = {value.name: value for value in found}
-    wrong = set(said) ^ set(values) | ({value.name for value in found} if len(values) != len(found) else set())
-    for name in set(said) & set(values):
-        _, dtype, shape = values[name]
-        claimed = said[name]["shape"]
-        fits = shape is None or len(shape) == len(claimed)
-        # A graph may leave open what the manifest fixes, not the reverse.
-        fits = fits and all(
-            not isinstance(size, int) or size == claim for claim, size in zip(claimed, shape or (), strict=False)
-        )
-        if dtype != said[name]["dtype"] or not fits:
-            wrong.add(name)
-    if wrong:
-        names = ", ".join(sorted(wrong))
-        raise GraphError(f"its {role} are not what bundle.json says ({names[:200]}); export it again")
 
 
 def _check_elements(op: bytes, sizes: tuple[int, ...] | list[int]) -> None:

@@ -20,8 +20,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edgecap import cli
 from edgecap.runtime import Bundle, BundleError, Captioner, write_bundle
-from edgecap.runtime.claims import check_npy, check_openvino, gguf_summary
-from edgecap.runtime.graphfile import GraphError, check_onnx, onnx_summary
+from edgecap.runtime.claims import check_npy, check_onnx, check_openvino, gguf_summary
+from edgecap.runtime.graphfile import GraphError, onnx_summary
 
 from .graphs import gru_graphs, manifest, photo, tokenizer_json
 
