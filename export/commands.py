@@ -50,7 +50,7 @@ from ..runtime.errors import EdgecapError, need
 @click.option("--mmproj", type=click.Choice(["f16", "q8_0"]), help="The encoder for llama.cpp, too (gguf targets).")
 @click.option("--recover", is_flag=True, help="Where the gate fails, raise the precision of layers until it holds.")
 @click.option("--autotune", is_flag=True, help="Time each graph as fp32, int8, int4 on --device; keep the fastest.")
-@click.option("--device", default="cpu", show_default=True, help="For --autotune; see edgecap devices.")
+@click.option("--device", help="For --autotune; see edgecap devices.  [default: cpu]")
 @click.option("--tuning", type=click.Path(path_type=Path), help="Use the choices of this tuning.json.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="The bundle; default: runs/RUN-TARGET.edgecap.")
 @click.option("--force", is_flag=True, help="Write the bundle even if the gate refuses it (it says so inside).")
@@ -71,7 +71,7 @@ def export(
     mmproj: str | None,
     recover: bool,
     autotune: bool,
-    device: str,
+    device: str | None,
     tuning: Path | None,
     out: Path | None,
     force: bool,
@@ -102,6 +102,8 @@ def export(
 
     if autotune and tuning:
         raise click.UsageError("--autotune makes a tuning.json and --tuning uses one: give one of them")
+    if device and not autotune:
+        raise click.UsageError("--device says where --autotune measures: give both")
 
     with PhaseBars() as bars:
         result = run_export(
@@ -117,7 +119,7 @@ def export(
             unfinished_ok=unfinished_ok,
             options=BuildOptions(fused=fused, mmproj=mmproj or ""),
             raise_layers=recover,
-            autotune=device if autotune else None,
+            autotune=(device or "cpu") if autotune else None,
             tuning=tuning,
             smaller=Smaller(prune, finetune, encoder_lr),
             progress=bars,

@@ -12,7 +12,7 @@ import numpy as np
 from ..benchmarks.datasets import Dataset, Example, open_dataset
 from ..benchmarks.datasets.checks import require_decodable
 from ..runtime import Captioner, write_bundle
-from ..runtime.bundle import folder_beside
+from ..runtime.bundle import check_place, folder_beside
 from ..runtime.errors import EdgecapError, UsageError
 from ..runtime.fused import FusedCaptioner, check_fused
 from ..runtime.verify import verify_golden
@@ -30,8 +30,8 @@ from .gate import SLOWER, GateResult, bundle_captions, caption_all, compare, par
 from .golden import Golden, make_golden
 from .graph import PassResult
 from .prune import prune_passes
+from .recover import layer_bits, recover
 from .recover import note as recovery_note
-from .recover import recover
 from .smaller import Smaller, make_smaller
 from .targets import TARGETS, Target, pick_target
 from .tuning import FILE as TUNING
@@ -104,6 +104,8 @@ def export(
         options = replace(options, graphs=known.graphs)
     if autotune:
         timeable(autotune)
+    if raise_layers:
+        layer_bits(target)
     if (autotune or known) and not (chosen.backend == "onnx" and chosen.calibrated):
         raise UsageError(f"--autotune and --tuning go with onnx-int8 and onnx-int4, not with {target}")
     loaded = load_checkpoint(_find(checkpoint, unfinished_ok), unfinished_ok=unfinished_ok)
@@ -111,6 +113,7 @@ def export(
         raise UsageError(f"{target} cannot be made of {loaded.path}: {reason}")
     label = f"pruned-{target}" if smaller.items else target
     out = out or RUNS / f"{loaded.path.resolve().name}-{label}.edgecap"
+    check_place(out)
     learnt = loaded.recipe.data
     dataset = open_dataset(data or learnt.spec, skip_bad=skip_bad or learnt.skip_bad)
     photos = _split(dataset, "val")[:limit]
@@ -131,6 +134,8 @@ def export(
             if autotune:
                 known, artifact, result = run_autotune(source, chosen.build, autotune, job.gate, progress=progress)
                 source.options = replace(options, graphs=known.graphs)
+                kept = " and ".join(f"the {part} in {precision}" for part, precision in known.graphs.items())
+                notes.append(f"--autotune keeps {kept}: the fastest on {autotune} that the gate passes")
             else:
                 artifact = chosen.build(source)
                 result = job.gate(artifact)

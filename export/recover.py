@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 NAME = "recover"
 BITS = {"int8": 8, "int4": 4}
+BACKENDS = ("onnx", "openvino")  # whose targets follow options.keep by the names of the trunk's layers
 NAMED = 4  # layers that a note names
 
 
@@ -36,9 +37,7 @@ def recover(
     Returns the best found; its gate may still have failed, with everything raised.
     Raises UsageError for a target that has nothing to raise.
     """
-    bits = BITS.get(_precision(target_name))
-    if bits is None:
-        raise UsageError(f"--recover raises the precision of int8 and int4 layers: {target_name} has none")
+    bits = layer_bits(target_name)
     source.trunk()  # traced here, once, for all tries
     tries = _Tries(source, build, gate)
     before = tries.at([]) if first is None else tries.remember(*first)
@@ -80,6 +79,18 @@ def recover(
         "drop_after": best[1].drop.mean,
     }
     return (*best, PassResult(NAME, _params(best[1]), cost))
+
+
+def layer_bits(target_name: str) -> int:
+    """Bits of the layers that can be raised in a target. Raises UsageError where none can be."""
+    from .targets import TARGETS
+
+    target = TARGETS[target_name]
+    if target.precision not in BITS:
+        raise UsageError(f"--recover raises the precision of int8 and int4 layers: {target_name} has none")
+    if target.backend not in BACKENDS:
+        raise UsageError(f"--recover is for the {' and '.join(BACKENDS)} targets; {target_name} keeps no single layers")
+    return BITS[target.precision]
 
 
 def note(result: PassResult) -> str:
@@ -125,12 +136,6 @@ class _Tries:
 
 def _params(result: GateResult) -> dict[str, float]:
     return {"limit": result.limit}
-
-
-def _precision(target_name: str) -> str:
-    from .targets import TARGETS
-
-    return TARGETS[target_name].precision
 
 
 def _digest(artifact: Artifact) -> str:

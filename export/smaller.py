@@ -32,11 +32,13 @@ class Smaller:
     encoder_lr: float = 0.0
 
     def check(self) -> None:
-        """Raises UsageError for items that mean nothing, or fine-tuning without pruning."""
+        """Raises UsageError for items that mean nothing, or options without the one they go with."""
         if self.items:
             parse_items(self.items)
         elif self.epochs:
             raise UsageError("--finetune goes with --prune; edgecap train --init CHECKPOINT trains on without pruning")
+        if self.encoder_lr and not self.epochs:
+            raise UsageError("--encoder-lr goes with --finetune EPOCHS: nothing else is trained here")
 
 
 def folder_for(run: Path, smaller: Smaller) -> Path:

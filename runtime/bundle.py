@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from .claims import check_npy, check_openvino, gguf_summary
+from .claims import check_npy, check_onnx, check_openvino, gguf_summary
 from .errors import BundleError, EdgecapError, UsageError
-from .graphfile import GraphError, check_onnx
+from .graphfile import GraphError
 from .manifest import check_manifest, check_path, parse_manifest
 
 MANIFEST = "bundle.json"
@@ -221,8 +221,7 @@ def write_bundle(out: str | os.PathLike[str], manifest: Mapping[str, Any], files
     cleaned up. Raises UsageError if something that is no bundle lies at `out`.
     """
     out = Path(out).absolute()
-    if os.path.lexists(out) and (out.is_symlink() or not out.is_dir() or not _replaceable(out)):
-        raise UsageError(f"{out} exists and is not a bundle; choose another place or remove it")
+    check_place(out)
     for name in files:
         check_path(name, str(out / MANIFEST))
     with folder_beside(out) as temporary:
@@ -244,6 +243,12 @@ def write_bundle(out: str | os.PathLike[str], manifest: Mapping[str, Any], files
         except OSError as error:
             raise _unwritable(out, error) from None
     return Bundle.open(out, verify="sizes")
+
+
+def check_place(out: Path) -> None:
+    """Raise UsageError if something that is no bundle lies at `out`: a bundle cannot be written there."""
+    if os.path.lexists(out) and (out.is_symlink() or not out.is_dir() or not _replaceable(out)):
+        raise UsageError(f"{out} exists and is not a bundle; choose another place or remove it")
 
 
 @contextmanager

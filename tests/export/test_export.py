@@ -16,7 +16,7 @@ from edgecap import cli
 from edgecap.benchmarks.datasets import open_dataset
 from edgecap.benchmarks.datasets.summary import write_sample
 from edgecap.benchmarks.metrics import Interval
-from edgecap.export import artifact, gate, onnx_int8, smaller
+from edgecap.export import artifact, gate, onnx_int8, pipeline, smaller
 from edgecap.export.artifact import BuildOptions
 from edgecap.export.golden import draw
 from edgecap.export.pipeline import export
@@ -274,6 +274,20 @@ def test_mistakes_are_one_line(tmp_path: Path, monkeypatch) -> None:
         export(tmp_path, target="onnx-fp32")
     with pytest.raises(UsageError, match="unknown data set"):
         export(Path("runs/half"), target="onnx-fp32", data="nothing", unfinished_ok=True)
+
+
+def test_what_does_not_go_together_is_refused_before_anything_is_computed(tmp_path: Path, monkeypatch) -> None:
+    folder = save_run(tmp_path / "run")
+    monkeypatch.setattr(pipeline, "Source", None)
+    monkeypatch.setattr(pipeline, "make_smaller", None)
+    with pytest.raises(UsageError, match="--recover raises the precision of int8 and int4 layers: onnx-fp16 has none"):
+        export(folder, target="onnx-fp16", raise_layers=True)
+    with pytest.raises(UsageError, match="run exists and is not a bundle"):
+        export(folder, target="onnx-int8", out=folder)
+    with pytest.raises(UsageError, match="--encoder-lr goes with --finetune"):
+        export(folder, target="onnx-int8", smaller=Smaller(("hidden=0.3",), encoder_lr=0.1))
+    answer = CliRunner().invoke(cli.cli, ["export", str(folder), "--target", "onnx-int8", "--device", "cpu"])
+    assert answer.exit_code == 2 and "--device says where --autotune measures" in answer.stderr
 
 
 def test_a_missing_package_names_the_extra(monkeypatch) -> None:

@@ -92,6 +92,8 @@ def test_recover_leaves_what_passes_and_refuses_what_it_cannot_do(source: Source
     assert result.passed and done.cost["raised"] == [] and len(gate.drops) == 1 and "no layer" in note(done)
     with pytest.raises(UsageError, match="onnx-fp32 has none"):
         recover(source, "onnx-fp32", onnx_fp32.build, gate)
+    with pytest.raises(UsageError, match="--recover is for the onnx and openvino targets"):
+        recover(source, "coreml-int8", onnx_fp32.build, gate)
     deaf = fresh(source, tmp_path / "deaf")
     deaf.scratch.mkdir()
     first = onnx_int8.build(source)
