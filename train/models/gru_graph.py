@@ -7,13 +7,9 @@ here: hidden → gates and query; context and word → gates and output features
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from .gru import GRUDecoder
 
 
 class GRUStep(nn.Module):
@@ -24,7 +20,7 @@ class GRUStep(nn.Module):
     that is multiplied: it is not to be rounded to int8 with it.
     """
 
-    def __init__(self, decoder: GRUDecoder) -> None:
+    def __init__(self, decoder: nn.Module) -> None:
         super().__init__()
         self.hidden, self.memory_dim, self.heads = decoder.hidden, decoder.memory_dim, decoder.heads
         self.embed = decoder.embedding.embedding_dim
