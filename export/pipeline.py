@@ -121,7 +121,7 @@ def export(
     whole, before = loaded, []
     if smaller.items:
         looked_at = _calibration(whole, dataset, max(calibration, PRUNING_PHOTOS), progress)
-        loaded = make_smaller(whole, smaller, dataset, looked_at, progress, say)
+        loaded = make_smaller(whole, smaller, dataset, looked_at, progress, say, skip_bad=skip_bad)
         before = prune_passes(loaded.metrics)
     calibrator = _calibration(loaded, dataset, calibration if chosen.calibrated else 1, progress)
     with folder_beside(out) as scratch:

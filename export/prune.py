@@ -98,12 +98,14 @@ def prune_checkpoint(
     captions: Sequence[Sequence[int]],
     corpus: Iterable[str],
     out: Path,
+    fingerprint: str = "",
     progress: Progress = lambda phase, done, total: None,
 ) -> Path:
     """Write a pruned copy of a checkpoint to the folder `out`, which must be free; `loaded` is left as it is.
 
     pixels uint8 [N, H, W, 3] and captions (ids without BOS and EOS, one a photo): training photos by which importance
     is measured. corpus: all training captions in `caption_text` form, read where the vocabulary is pruned.
+    fingerprint: of the data set they are from, for the record in the metrics.
     Raises UsageError for items that this captioner does not have, MissingExtra without torch-pruning.
     """
     plan = parse_items(items)
@@ -117,6 +119,7 @@ def prune_checkpoint(
             "from": loaded.sha256,
             "items": list(items),
             "photos": len(pixels),
+            **({"data_fingerprint": fingerprint} if fingerprint else {}),
             **details,
             "before": before,
             "after": cost(model),

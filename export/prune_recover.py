@@ -54,22 +54,25 @@ def recover(
     teacher: Path | None = None,
     out: Path | None = None,
     data: str | None = None,
+    skip_bad: bool = False,
     encoder_lr: float = 0.0,
     progress: Progress = lambda phase, done, total: None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Checkpoint:
     """Fine-tune a pruned checkpoint into the run folder `out` (default: NAME-recovered beside it) and load the result.
 
-    teacher: the unpruned checkpoint to distill from. data: default the recipe's. The same call again goes on with a
-    killed run and returns a finished one; `edgecap train --resume --out OUT` goes on, too.
+    teacher: the unpruned checkpoint to distill from. data: default the recipe's; skip_bad: leave its bad
+    examples out. The same call again goes on with a killed run and returns a finished one; `edgecap train --resume
+    --out OUT` goes on, too.
     Raises UsageError where `out` holds another run.
     """
     start = load_checkpoint(pruned)
     out = out or pruned.with_name(f"{pruned.name}-recovered")
     stages = recovery_stages(start.recipe, epochs, taught=teacher is not None, encoder_lr=encoder_lr)
     recipe = dataclasses.replace(start.recipe, stages=stages)
-    if data:
-        recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, spec=data))
+    learnt = recipe.data
+    learnt = dataclasses.replace(learnt, spec=data or learnt.spec, skip_bad=skip_bad or learnt.skip_bad)
+    recipe = dataclasses.replace(recipe, data=learnt)
     resume = (out / RECIPE).is_file()
     if resume and (read_start(out).sha256 != start.sha256 or read_recipe(out) != recipe):
         raise UsageError(f"{out} holds another run: remove it, or choose another place for the recovered checkpoint")

@@ -53,16 +53,24 @@ def make_smaller(
     calibration: Calibration,
     progress: Callable[[str, int, int], None],
     say: Callable[[str], None] = lambda line: None,
+    *,
+    skip_bad: bool = False,
 ) -> Checkpoint:
-    """Prune a checkpoint, and fine-tune it if asked. What an earlier export made from the same weights is taken again.
+    """Prune a checkpoint, and fine-tune it if asked. What an earlier export made from the same weights by
+    the same photos is taken again. skip_bad: as the data set was opened.
 
     Raises UsageError where something else lies in the folder.
     """
     folder = folder_for(loaded.path, smaller)
     if (folder / RECIPE).is_file():  # written last
         record = (read_metrics(folder).get("pruned") or [{}])[-1]
+        photos, data = len(calibration.pixels), dataset.fingerprint
         if record.get("from") != loaded.sha256 or record.get("items") != list(smaller.items):
             raise UsageError(f"{folder} was pruned from other weights: remove it, or move it elsewhere")
+        if (record.get("photos", photos), record.get("data_fingerprint", data)) != (photos, data):
+            raise UsageError(
+                f"{folder} was pruned by other photos: remove it, or use the --data and --calibration of then"
+            )
     else:
         for left in (WEIGHTS, TOKENIZER, METRICS):  # by an export that was killed
             (folder / left).unlink(missing_ok=True)
@@ -74,6 +82,7 @@ def make_smaller(
             captions=calibration.captions,
             corpus=corpus,
             out=folder,
+            fingerprint=dataset.fingerprint,
             progress=progress,
         )
     if not smaller.epochs:
@@ -84,6 +93,7 @@ def make_smaller(
         teacher=loaded.path,
         out=folder.with_name(f"{folder.name}-finetuned{smaller.epochs}"),
         data=dataset.spec,
+        skip_bad=skip_bad,
         encoder_lr=smaller.encoder_lr,
         progress=progress,
         say=say,

@@ -182,6 +182,9 @@ def test_pruned_fine_tuned_and_judged_against_the_unpruned(tmp_path: Path, monke
     (pruned / "recipe.toml").unlink()  # as a kill before its last file leaves it
     export(folder, smaller=Smaller(asked.items), **options)
     assert (pruned / "model.safetensors").read_bytes() == weights
+    other = SCENES.replace("val=12", "val=11")
+    with pytest.raises(UsageError, match="was pruned by other photos: remove it"):
+        export(folder, smaller=Smaller(asked.items), data=other, **options)
     save_run(folder, seed=1)
     with pytest.raises(UsageError, match="was pruned from other weights: remove it"):
         export(folder, smaller=asked, **options)
