@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from ..runtime.decode import DecodeOptions, decode
+from .threads import one_thread
 
 if TYPE_CHECKING:
     from ..train.checkpoint import Checkpoint
@@ -53,13 +54,15 @@ def make_golden(checkpoint: Checkpoint) -> Golden:
     tokens = checkpoint.tokens
     options = DecodeOptions(max_length=checkpoint.recipe.decoding.max_length)
     suppress = tuple(tokens[name] for name in ("bos", "pad", "unk") if name in tokens)
-    ((best,),) = decode(checkpoint.model.session(), pixels, options, eos_id=tokens["eos"], suppress=suppress)
+    with one_thread():
+        ((best,),) = decode(checkpoint.model.session(), pixels, options, eos_id=tokens["eos"], suppress=suppress)
     return Golden(buffer.getvalue(), list(best.token_ids), reference_logits(checkpoint, pixels, best.token_ids))
 
 
 def reference_logits(checkpoint: Checkpoint, pixels: np.ndarray, token_ids: list[int] | tuple[int, ...]) -> np.ndarray:
     """torch's logits [T + 1, vocab] for one photo [1, H, W, 3] before each given token and after the last."""
     session = checkpoint.model.session()
-    rows = [session.start(pixels)]
-    rows += [session.step(np.array([token]), np.zeros(1, np.int64)) for token in token_ids]
+    with one_thread():
+        rows = [session.start(pixels)]
+        rows += [session.step(np.array([token]), np.zeros(1, np.int64)) for token in token_ids]
     return np.concatenate(rows)

@@ -10,8 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from .graph import PassResult
 from .prune_decoder import Captioned, Tensors, caption_batches, drop_layers, narrow
 from .prune_encoder import prune_encoder
 from .prune_vocab import shrink_vocab
+from .threads import one_thread
 
 Progress = Callable[[str, int, int], None]
 DECODER = ("hidden", "ffn", "heads")
@@ -112,7 +112,7 @@ def prune_checkpoint(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} is not an empty folder: remove it or choose another place for the pruned checkpoint")
     _check(plan, loaded)
-    with _one_thread():
+    with one_thread():
         before = cost(loaded.model)
         model, recipe, tokenizer, details = _prune(loaded, plan, pixels, captions, corpus, progress)
         record = {
@@ -226,14 +226,3 @@ def cost(model: CaptionModel) -> dict[str, Any]:
         "bytes": sum(tensor.numel() * tensor.element_size() for tensor in model_tensors(model).values()),
         "macs": {"photo": seeing.get_total_flops() // 2, "word": saying.get_total_flops() // 2},
     }
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """The same sums in the same order every time."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 from click.testing import CliRunner
 
 from edgecap import cli
@@ -18,7 +19,7 @@ from edgecap.benchmarks.datasets.summary import write_sample
 from edgecap.benchmarks.metrics import Interval
 from edgecap.export import artifact, gate, onnx_int8, pipeline, smaller
 from edgecap.export.artifact import BuildOptions
-from edgecap.export.golden import draw
+from edgecap.export.golden import draw, make_golden
 from edgecap.export.pipeline import export
 from edgecap.export.smaller import Smaller
 from edgecap.export.targets import TARGETS
@@ -301,6 +302,19 @@ def test_a_missing_package_names_the_extra(monkeypatch) -> None:
     answer = CliRunner().invoke(cli.cli, ["export", "--target", "onnx-int8"])
     wanted = "edgecap export needs onnxscript, which is not installed: pip install 'edgecap[export]'"
     assert answer.exception.message == wanted
+
+
+def test_the_golden_pair_does_not_depend_on_how_many_threads_torch_has(tmp_path: Path, monkeypatch) -> None:
+    loaded, used = load_checkpoint(save_run(tmp_path / "run")), []
+    photo = loaded.model.photo
+    monkeypatch.setattr(loaded.model, "photo", lambda **view: used.append(torch.get_num_threads()) or photo(**view))
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        make_golden(loaded)
+        assert set(used) == {1} and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_the_golden_picture_is_always_the_same() -> None:
