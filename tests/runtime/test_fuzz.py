@@ -21,7 +21,7 @@ from edgecap.runtime.claims import check_npy, check_openvino, gguf_summary
 from edgecap.runtime.graphfile import GraphError, onnx_summary
 from edgecap.runtime.tokenizer import Tokenizer
 
-from .test_loader import IR, gguf, npy
+from .test_claims import IR, gguf, npy
 
 MORE = int(os.environ.get("EDGECAP_FUZZ", "1"))  # times as many examples, for a long search
 
