@@ -134,8 +134,9 @@ def export(
             if autotune:
                 known, artifact, result = run_autotune(source, chosen.build, autotune, job.gate, progress=progress)
                 source.options = replace(options, graphs=known.graphs)
-                kept = " and ".join(f"the {part} in {precision}" for part, precision in known.graphs.items())
-                notes.append(f"--autotune keeps {kept}: the fastest on {autotune} that the gate passes")
+                if result.passed:
+                    kept = " and ".join(f"the {part} in {precision}" for part, precision in known.graphs.items())
+                    notes.append(f"--autotune keeps {kept}: the fastest on {autotune} that the gate passes")
             else:
                 artifact = chosen.build(source)
                 result = job.gate(artifact)
@@ -146,7 +147,7 @@ def export(
                 notes.append(recovery_note(done))
             if known:
                 job.beside[TUNING] = known.to_json().encode()
-            if options.fused:
+            if options.fused and (result.passed or force):
                 result.measured["fused"] = job.fuse(artifact)
             result.measured.update(
                 job.evidence(artifact),

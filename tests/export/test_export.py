@@ -141,10 +141,12 @@ def test_one_graph_beside_the_two(tmp_path: Path, traced_once) -> None:
 
 def test_a_tuned_export_is_repeated_from_its_file(tmp_path: Path, traced_once) -> None:
     folder = save_run(tmp_path / "run", "llama")
-    tuned = make(folder, "onnx-int8", tmp_path / "a" / "x.edgecap", autotune="cpu").path
+    result = make(folder, "onnx-int8", tmp_path / "a" / "x.edgecap", autotune="cpu")
+    tuned = result.path
     file = tuned / "tuning.json"
     graphs = json.loads(file.read_text())["graphs"]
     assert sorted(graphs) == ["decoder", "encoder"]
+    assert f"the encoder in {graphs['encoder']} and the decoder in {graphs['decoder']}" in result.notes[0]
     again = make(folder, "onnx-int8", tmp_path / "b" / "x.edgecap", tuning=file).path
     assert_same_bundle(tuned, again)
     with pytest.raises(UsageError, match="raspberry-pi-5 .* must be reached to be timed"):
