@@ -46,7 +46,7 @@ class Source:
     options: BuildOptions = field(default_factory=BuildOptions)
     progress: Callable[[str, int, int], None] = lambda phase, done, total: None
     _trunk: OnnxPair | None = None
-    _statistics: dict[str, Any] = field(default_factory=dict)  # of the fp32 graphs: see onnx_quantized
+    statistics: dict[str, Any] = field(default_factory=dict)  # of the fp32 graphs: see onnx_quantized
 
     def trunk(self) -> OnnxPair:
         """The fp32 graphs; a fresh copy each time, to be changed at will. Raises EdgecapError if torch cannot trace."""

@@ -53,14 +53,14 @@ def quantize(source: Source, name: str, model: onnx.ModelProto, precision: str) 
 
 def statistics(source: Source, name: str) -> Statistics:
     """What calibration says about the fp32 graph (the encoder's with pixels folded), measured once for a source."""
-    if name not in source._statistics:
+    if name not in source.statistics:
         pair, calibration = source.trunk(), source.calibration
         feeds = calibration.encoder_feeds() if name == "encoder" else calibration.decoder_feeds(pair)
         if name == "encoder":
             fold_pixels(pair.encoder)
         model = getattr(pair, name)
-        source._statistics[name] = calibrate(model, feeds, progress=calibration.reporter(name, len(feeds)))
-    return source._statistics[name]
+        source.statistics[name] = calibrate(model, feeds, progress=calibration.reporter(name, len(feeds)))
+    return source.statistics[name]
 
 
 def raised_layers(options: BuildOptions, name: str, precision: str) -> Mapping[str, str]:

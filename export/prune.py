@@ -115,6 +115,9 @@ def prune_checkpoint(
     with one_thread():
         before = cost(loaded.model)
         model, recipe, tokenizer, details = _prune(loaded, plan, pixels, captions, corpus, progress)
+        after = cost(model)
+        if after["parameters"] == before["parameters"]:
+            raise UsageError(f"--prune {','.join(items)} takes nothing out of {loaded.path}: give more")
         record = {
             "from": loaded.sha256,
             "items": list(items),
@@ -122,7 +125,7 @@ def prune_checkpoint(
             **({"data_fingerprint": fingerprint} if fingerprint else {}),
             **details,
             "before": before,
-            "after": cost(model),
+            "after": after,
         }
     write_bytes(out / TOKENIZER, tokenizer.inner.to_str(pretty=True).encode())
     write_tensors(out / WEIGHTS, model_tensors(model), {"format": "pt"})

@@ -62,6 +62,7 @@ def drop_layers(model: CaptionModel, count: int, seen: Captioned, report: Any) -
     if count >= decoder.layers:
         raise UsageError(f"--prune layers={count}: the decoder has {decoder.layers} layers and keeps at least one")
     gone: list[int] = []
+    tried = 0
     steps = sum(decoder.layers - i for i in range(count))
     for _ in range(count):
         losses = {}
@@ -71,7 +72,8 @@ def drop_layers(model: CaptionModel, count: int, seen: Captioned, report: Any) -
                 for place in sorted([*gone, layer], reverse=True):
                     skipped.enter_context(decoder.without(place))
                 losses[layer] = seen.loss()
-            report("prune layers", min(steps, len(losses)), steps)
+            tried += 1
+            report("prune layers", tried, steps)
         gone.append(min(losses, key=losses.__getitem__))
     keep = [layer for layer in range(decoder.layers) if layer not in gone]
     tensors: Tensors = {}

@@ -21,6 +21,7 @@ from .prune_reconstruct import elimination, kept, moments, refit
 
 BATCH = 16
 MOST = 0.85  # share of a group's channels that may go
+STEPS = (16, 8, 4, 2)  # channels that a CPU computes at once: what is left of a wide group is a multiple of these
 
 
 @dataclass
@@ -151,7 +152,18 @@ def _share_out(groups: list[Group], shares: dict[str, float]) -> dict[str, int]:
         counts[free[place].producer] += 1
         if counts[free[place].producer] < len(free[place].order):
             heapq.heappush(heap, price(place, paid))
-    return counts
+    return {group.producer: _whole_steps(group, counts[group.producer]) for group in groups}
+
+
+def _whole_steps(group: Group, count: int) -> int:
+    """About as many channels to take, so that what is left fills vectors: odd widths ran slower than unpruned ones."""
+    if not count:
+        return 0
+    step = next((step for step in STEPS if group.channels >= 4 * step and group.channels % step == 0), 1)
+    left = max(step, round((group.channels - count) / step) * step)
+    while group.channels - left > len(group.order):
+        left += step
+    return group.channels - left
 
 
 def _cut(net: Traced, graph: Any, group: Group, keep: Tensor, gram: Tensor) -> None:

@@ -103,7 +103,7 @@ def note(result: PassResult) -> str:
     return (
         f"--recover raised the precision of {len(names)} of {cost['layers']} layers, the most sensitive first "
         f"({', '.join(names[:NAMED])}{more}): CIDEr drop {cost['drop_before']:+.4f} → {cost['drop_after']:+.4f} "
-        f"in {cost['gate_runs']} runs of the gate"
+        f"in {cost['gate_runs']} more {'run' if cost['gate_runs'] == 1 else 'runs'} of the gate"
     )
 
 

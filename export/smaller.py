@@ -61,6 +61,8 @@ def make_smaller(
 
     Raises UsageError where something else lies in the folder.
     """
+    if smaller.epochs and not loaded.finished:
+        raise UsageError(f"--finetune is taught by {loaded.path}, whose training has not finished; leave it out")
     folder = folder_for(loaded.path, smaller)
     if (folder / RECIPE).is_file():  # written last
         record = (read_metrics(folder).get("pruned") or [{}])[-1]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -127,6 +127,13 @@ TARGETS: dict[str, Target] = {
     "gguf-q8_0": _gguf("q8_0", "llama.cpp, 8-bit blocks; the encoder in ONNX int8", 0.95),
     "gguf-q4_0": _gguf("q4_0", "llama.cpp, 4-bit blocks; the encoder in ONNX int8", 0.8),
 }
+
+
+def as_tuned(target: Target, graphs: Mapping[str, str]) -> Target:
+    """The entry for an artifact whose graphs have precisions of their own: what it is called and held to."""
+    least = min(TARGETS[f"onnx-{precision}"].min_cosine for precision in graphs.values())
+    precisions = set(graphs.values())
+    return replace(target, precision=precisions.pop() if len(precisions) == 1 else "mixed", min_cosine=least)
 
 
 def pick_target(name: str) -> Target:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from ..runtime.errors import EdgecapError, need
+from ..runtime.errors import EdgecapError, UsageError, need
 
 MODEL_PARTS = ("encoder", "bridge", "decoder", "tokenizer")
 
@@ -98,6 +98,8 @@ def train(
         with PhaseBars(Console(stderr=True, quiet=not main)) as bars:
             say = lambda line: bars.console.print(line, highlight=False, markup=False, soft_wrap=True)  # noqa: E731
             if not resume:
+                if init and not (init / "recipe.toml").is_file():
+                    raise UsageError(f"--init {init} is not a checkpoint: recipe.toml is missing")
                 plan = prepare_recipe(
                     recipe or (str(init / "recipe.toml") if init else DEFAULT_RECIPE),
                     data=data,
