@@ -43,6 +43,7 @@ def model_card(manifest: dict[str, Any]) -> str:
         f"On {measured['photos']:,} photos of the {measured['split']} split of {measured['data']}"
         + (", which training\nused to choose the checkpoint:" if measured["chose_checkpoint"] else ":"),
         "",
+        *([f"**Simulated**: {measured['simulated']}.", ""] if "simulated" in measured else []),
         f"- CIDEr {cider['value']:.3f} (95% interval {cider['low']:.3f} to {cider['high']:.3f});"
         f" the {measured['reference']} reference scores {cider['reference']:.3f}",
         f"- CIDEr lost by this export: {drop['mean']:+.4f} (95% interval {drop['low']:+.4f} to {drop['high']:+.4f}),"

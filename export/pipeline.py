@@ -120,11 +120,11 @@ def export(
     dataset = open_dataset(data or learnt.spec, skip_bad=skip_bad or learnt.skip_bad)
     photos = _split(dataset, "val")[:limit]
     require_decodable(photos, dataset.spec)
-    whole, before = loaded, []
+    whole = loaded
     if smaller.items:
         looked_at = _calibration(whole, dataset, max(calibration, PRUNING_PHOTOS), progress)
         loaded = make_smaller(whole, smaller, dataset, looked_at, progress, say, skip_bad=skip_bad)
-        before = prune_passes(loaded.metrics)
+    before = prune_passes(loaded.metrics)
     calibrator = _calibration(loaded, dataset, calibration if chosen.calibrated else 1, progress)
     with folder_beside(out) as scratch:
         (scratch / "build").mkdir()

@@ -106,6 +106,10 @@ def test_the_same_command_writes_the_same_bytes(tmp_path: Path, target: str, dec
     options = BuildOptions(fused=target.startswith("onnx"))
     one, two = (make(folder, target, tmp_path / place / "x.edgecap", options=options).path for place in ("a", "b"))
     assert_same_bundle(one, two)
+    simulated = (
+        "**Simulated**: the artifact's programs computed op by op in torch" in (one / "MODEL_CARD.md").read_text()
+    )
+    assert simulated == (not TARGETS[target].runs_here)
 
 
 def assert_same_bundle(one: Path, two: Path) -> None:
@@ -172,6 +176,8 @@ def test_pruned_fine_tuned_and_judged_against_the_unpruned(tmp_path: Path, monke
     (tuned,) = folder.glob("pruned/*-finetuned1")
     assert manifest["lineage"]["checkpoint"]["sha256"] == load_checkpoint(tuned).sha256
     (pruned,) = (path for path in folder.glob("pruned/*") if path != tuned)
+    direct = Bundle.open(export(tuned, out=Path("direct.edgecap"), **options).path).manifest
+    assert direct["lineage"]["passes"][0] == first and direct["measured"]["reference"] == "onnx-fp32"
     monkeypatch.setattr(smaller, "prune_checkpoint", None)  # made once, taken again
     again = export(folder, smaller=asked, out=Path("b") / result.path.name, **options)
     assert_same_bundle(result.path, again.path)
