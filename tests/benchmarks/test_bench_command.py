@@ -415,7 +415,12 @@ def test_ctrl_c_leaves_nothing_behind(folder: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "edgecap", "bench", "--rounds", "2000"]
     command += ["--json", str(out / "r.json"), "--history", str(out / "h.jsonl")]
     environment = os.environ | {"TMPDIR": str(temporary)}
-    with subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True) as process:
+    options = {"cwd": folder, "env": environment, "stderr": subprocess.PIPE, "text": True}
+
+    def listen() -> None:  # a shell's background jobs inherit that SIGINT is ignored
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with subprocess.Popen(command, preexec_fn=listen, **options) as process:
         assert process.stderr is not None
         for line in process.stderr:
             if line.startswith("latency"):
