@@ -5,7 +5,7 @@ The layouts are those of llama.cpp's own converter (convert_hf_to_gguf.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,7 +59,7 @@ def write_decoder(
     under q4_0 the word embedding, which is the output layer too, is q8_0 (as in llama.cpp's own quantizer). words: name
     the words even where llama.cpp has no such tokenizer; its image encoders look for markers among them.
     """
-    from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, quants
+    from gguf import GGUFWriter, LlamaFileType
 
     architecture = ARCHITECTURES[kind]
     writer = GGUFWriter(path, architecture.name)
@@ -74,12 +74,20 @@ def write_decoder(
     writer.add_head_count_kv(decoder.kv_heads)
     architecture.settings(writer, decoder)
     _add_vocabulary(writer, tokenizer, tokens, words)
+    chosen = ((name, tensor, _precision(name, tensor, precision, keep)) for name, tensor in tensors(decoder, kind))
+    cost = finish(writer, chosen, precision)
+    return PassResult("gguf", {"graph": "decoder", "architecture": architecture.name, "precision": precision}, cost)
+
+
+def finish(writer: GGUFWriter, tensors: Iterable[tuple[str, np.ndarray, str]], precision: str) -> dict[str, Any]:
+    """Quantize (name, float32 values, precision) and write the file; how many tensors of each, and which stayed f16."""
+    from gguf import GGMLQuantizationType, quants
+
     stored: dict[str, list[str]] = {}
-    for name, tensor in tensors(decoder, kind):
-        chosen = _precision(name, tensor, precision, keep)
+    for name, tensor, chosen in tensors:
         stored.setdefault(chosen, []).append(name)
-        kind_of = GGMLQuantizationType[chosen.upper()]
-        writer.add_tensor(name, quants.quantize(tensor, kind_of), raw_dtype=kind_of)
+        kind = GGMLQuantizationType[chosen.upper()]
+        writer.add_tensor(name, quants.quantize(tensor, kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -87,7 +95,7 @@ def write_decoder(
     cost: dict[str, Any] = {"tensors": {chosen: len(names) for chosen, names in sorted(stored.items())}}
     if precision != "f16" and "f16" in stored:
         cost["f16"] = stored["f16"]
-    return PassResult("gguf", {"graph": "decoder", "architecture": architecture.name, "precision": precision}, cost)
+    return cost
 
 
 def tensors(decoder: LanguageModelDecoder, kind: str) -> Iterator[tuple[str, np.ndarray]]:

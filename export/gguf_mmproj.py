@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..runtime.errors import UsageError
-from .gguf_decoder import BLOCK
+from .gguf_decoder import BLOCK, finish
 from .graph import PassResult
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def write_mmproj(
     [dim], which the format has no place for: whoever runs the file adds it.
     Raises UsageError for an activation that llama.cpp has not.
     """
-    from gguf import GGMLQuantizationType, GGUFType, GGUFWriter, LlamaFileType, VisionProjectorType, quants
+    from gguf import GGUFType, GGUFWriter, LlamaFileType, VisionProjectorType
 
     config = model.encoder.body.config
     if config.hidden_act != "gelu_pytorch_tanh":
@@ -72,19 +72,8 @@ def write_mmproj(
     writer.add_vision_image_mean(list(model.encoder.mean))
     writer.add_vision_image_std(list(model.encoder.std))
     writer.add_vision_projector_scale_factor(model.bridge.scale)
-    stored: dict[str, list[str]] = {}
-    for name, tensor in tensors(model):
-        chosen = _precision(name, tensor, precision, keep)
-        stored.setdefault(chosen, []).append(name)
-        kind = GGMLQuantizationType[chosen.upper()]
-        writer.add_tensor(name, quants.quantize(tensor, kind), raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    cost: dict[str, Any] = {"tensors": {chosen: len(names) for chosen, names in sorted(stored.items())}}
-    if precision != "f16" and "f16" in stored:
-        cost["f16"] = stored["f16"]
+    chosen = ((name, tensor, _precision(name, tensor, precision, keep)) for name, tensor in tensors(model))
+    cost = finish(writer, chosen, precision)
     result = PassResult("mmproj", {"graph": "encoder", "projector": "idefics3", "precision": precision}, cost)
     return result, _array(model.decoder.project.bias)
 
