@@ -21,7 +21,7 @@ from ..runtime.errors import UsageError, need
 from ..runtime.tokenizer import Tokenizer
 from ..train.checkpoint import METRICS, RECIPE, TOKENIZER, WEIGHTS, Checkpoint, model_for
 from ..train.models import CaptionModel
-from ..train.recipe import Recipe
+from ..train.settings import Recipe
 from ..train.state import model_tensors, write_bytes, write_json, write_tensors
 from ..train.tokenizer import token_ids
 from .graph import PassResult

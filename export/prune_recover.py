@@ -8,8 +8,8 @@ from pathlib import Path
 
 from ..runtime.errors import UsageError
 from ..train.checkpoint import RECIPE, Checkpoint, load_checkpoint, read_metrics, read_recipe
-from ..train.recipe import Recipe, Stage
 from ..train.run import train
+from ..train.settings import Recipe, Stage
 from ..train.start import read_start
 
 Progress = Callable[[str, int, int], None]

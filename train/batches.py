@@ -14,7 +14,7 @@ from ..benchmarks.datasets import Dataset, Example
 from ..runtime.errors import EdgecapError
 from ..runtime.preprocess import Preprocess
 from .cache import cache_key, cached_rows, load_pixels
-from .recipe import Recipe
+from .settings import Recipe
 from .tokenizer import caption_text, token_ids
 
 Progress = Callable[[str, int, int], None]  # (phase, done, total)

@@ -13,7 +13,8 @@ from ..runtime.errors import EdgecapError, UsageError
 from ..runtime.preprocess import Preprocess
 from ..runtime.tokenizer import Tokenizer
 from .models import CaptionModel, build_model
-from .recipe import Recipe, recipe_from_dict
+from .recipe import recipe_from_dict
+from .settings import Recipe
 from .shapes import shrink_to
 from .state import load_model_tensors, read_tensors
 from .tokenizer import token_ids

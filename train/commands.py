@@ -70,7 +70,8 @@ def train(
       edgecap train --resume
     """
     from ..benchmarks.progress import PhaseBars
-    from .recipe import DEFAULT_RECIPE, recipe_names
+    from .recipe import recipe_names
+    from .settings import DEFAULT_RECIPE
 
     if list_recipes:
         for name in recipe_names():

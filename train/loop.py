@@ -24,8 +24,8 @@ from .checkpoint import METRICS, PROGRESS, WEIGHTS, preprocess_for
 from .models import CaptionModel
 from .objectives import OBJECTIVES
 from .optim import WeightAverage, lr_factor, make_optimizer, set_modes
-from .recipe import Recipe, Stage
 from .report import TrainingLog
+from .settings import Recipe, Stage
 from .start import Start, Teacher
 from .state import (
     load_model_tensors,

@@ -15,7 +15,7 @@ from ..benchmarks.metrics import CiderD
 from ..runtime.errors import UsageError
 from .batches import Batch
 from .models import CaptionModel
-from .recipe import Recipe, Stage
+from .settings import Recipe, Stage
 from .start import Teacher
 from .tokenizer import caption_text, token_ids
 

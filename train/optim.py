@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .models import CaptionModel
-from .recipe import Stage
+from .settings import Stage
 
 
 def make_optimizer(model: CaptionModel, stage: Stage) -> torch.optim.AdamW:

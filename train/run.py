@@ -31,8 +31,9 @@ from .checkpoint import (
 )
 from .loop import Trainer
 from .models import CaptionModel
-from .recipe import Recipe, load_recipe
+from .recipe import load_recipe
 from .report import TrainingLog
+from .settings import Recipe
 from .shapes import shrink_to
 from .start import START, Start, Teacher, check_teacher, load_again, read_start, with_parts, write_start
 from .state import load_progress, write_bytes

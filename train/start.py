@@ -16,7 +16,7 @@ from ..runtime.errors import EdgecapError, UsageError
 from .batches import Batch
 from .checkpoint import PROGRESS, Checkpoint, load_checkpoint
 from .models import CaptionModel
-from .recipe import Recipe
+from .settings import Recipe
 from .state import write_json
 from .tokenizer import token_ids
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from ..benchmarks.metrics import ptb_tokenize
-from .recipe import TokenizerSettings
+from .settings import TokenizerSettings
 
 SPECIALS = ("<pad>", "<bos>", "<eos>", "<unk>")  # ids 0..3 in every tokenizer that edgecap trains
 

@@ -287,7 +287,7 @@ def pixels(photo: np.ndarray, **preprocess) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize("kind", ["word", "bpe", "unigram"])
 def test_text_is_the_tokenizers(kind: str) -> None:
-    from edgecap.train.recipe import TokenizerSettings
+    from edgecap.train.settings import TokenizerSettings
     from edgecap.train.tokenizer import token_ids, train_tokenizer
 
     captions = ["a black dog runs over the grass", "two dogs do n't run", "a man on a bike near the café"] * 4

@@ -23,8 +23,8 @@ from edgecap.train.batches import Batch
 from edgecap.train.checkpoint import METRICS, WEIGHTS, Checkpoint, load_checkpoint
 from edgecap.train.models import build_model
 from edgecap.train.models.encoders import Encoder
-from edgecap.train.recipe import TokenizerSettings
 from edgecap.train.run import train
+from edgecap.train.settings import TokenizerSettings
 from edgecap.train.state import write_json
 from edgecap.train.tokenizer import caption_text, token_ids, train_tokenizer
 

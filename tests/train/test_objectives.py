@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from edgecap.benchmarks.datasets import open_dataset
 from edgecap.train.batches import Batch, EpochPlan, encode_captions
 from edgecap.train.objectives import END, CrossEntropy, SelfCritical
-from edgecap.train.recipe import Stage
+from edgecap.train.settings import Stage
 from edgecap.train.tokenizer import caption_text, train_tokenizer
 
 from .tiny import SIZE, tiny_model, tiny_recipe

@@ -20,8 +20,8 @@ from edgecap.train.batches import Batch, encode_captions
 from edgecap.train.checkpoint import PROGRESS, RECIPE, TOKENIZER, Checkpoint, load_checkpoint, preprocess_for
 from edgecap.train.commands import train as train_command
 from edgecap.train.objectives import Distillation
-from edgecap.train.recipe import Stage
 from edgecap.train.run import train
+from edgecap.train.settings import Stage
 from edgecap.train.shapes import shrink_to
 from edgecap.train.start import START, Teacher
 from edgecap.train.state import load_model_tensors, model_tensors

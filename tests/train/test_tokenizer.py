@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from edgecap.runtime.tokenizer import Tokenizer
-from edgecap.train.recipe import TokenizerSettings
+from edgecap.train.settings import TokenizerSettings
 from edgecap.train.tokenizer import SPECIALS, caption_text, token_ids, train_tokenizer
 
 CAPTIONS = [caption_text(c) for c in ["A dog runs.", "Two dogs, one cat!", "The dog's ball is red", "a cat sleeps"]] * 3

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from edgecap.train.models import CaptionModel, build_model
-from edgecap.train.recipe import Recipe, recipe_from_dict
+from edgecap.train.recipe import recipe_from_dict
+from edgecap.train.settings import Recipe
 
 SIZE = 64
 DECODERS: dict[str, dict[str, Any]] = {
