@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...runtime.errors import UsageError
+from .hub import known, pretrained
 
 
 class Encoder(nn.Module):
@@ -55,9 +55,9 @@ def mobilenet_v2(source: str | None, config: dict[str, Any]) -> Encoder:
     from transformers import MobileNetV2Config, MobileNetV2Model
 
     if source:
-        body = _pretrained(MobileNetV2Model, source, add_pooling_layer=False)
+        body = pretrained(MobileNetV2Model, source, add_pooling_layer=False)
     else:
-        settings = _known("encoder.config", MobileNetV2Config, config)
+        settings = known("encoder.config", MobileNetV2Config, config)
         body = MobileNetV2Model(settings, add_pooling_layer=False)
     for module in body.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -77,57 +77,10 @@ def siglip(source: str | None, config: dict[str, Any]) -> Encoder:
 
     settings = {**config, "vision_use_head": False}
     if source:
-        body = _pretrained(SiglipVisionModel, source, whole="siglip", vision_use_head=False)
+        body = pretrained(SiglipVisionModel, source, whole="siglip", vision_use_head=False)
     else:
-        body = SiglipVisionModel(_known("encoder.config", SiglipVisionConfig, settings))
+        body = SiglipVisionModel(known("encoder.config", SiglipVisionConfig, settings))
     return Encoder(body, body.config.hidden_size, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), size=body.config.image_size)
-
-
-def _pretrained(cls: Any, source: str, *, whole: str = "", **options: Any) -> nn.Module:
-    """Load weights by hub id or local directory, all of them, without transformers' load report.
-
-    whole: type of the model that the encoder is a part of, where that will do, too.
-    """
-    from huggingface_hub.errors import StrictDataclassError
-    from safetensors import SafetensorError
-    from transformers.utils import logging
-
-    looks_local = Path(source).is_absolute() or source.startswith((".", "~")) or source.count("/") > 1
-    path = Path(source).expanduser()
-    if looks_local and not (path / "config.json").is_file():
-        raise UsageError(f"encoder {source}: no config.json there; give a transformers model directory or a hub id")
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        place = str(path) if path.exists() else source
-        kind, wanted = cls.config_class.get_config_dict(place)[0].get("model_type"), cls.config_class.model_type
-        if kind and kind not in (wanted, whole):
-            raise UsageError(f"encoder {source} is a {kind} model; encoder.kind needs a {wanted} model")
-        model, info = cls.from_pretrained(place, output_loading_info=True, **options)
-    except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise UsageError(f"encoder {source} cannot be loaded: {first}") from error
-    finally:
-        logging.set_verbosity(level)
-        logging.enable_progress_bar()
-    if missing := sorted(info["missing_keys"]):
-        # transformers would start these at random; what is there beyond them (a classifier) is not needed.
-        raise UsageError(f"encoder {source} lacks {len(missing)} of the encoder's weights, {missing[0]} first")
-    return model
-
-
-def _known(where: str, config_class: Any, config: dict[str, Any]) -> Any:
-    from huggingface_hub.errors import StrictDataclassError
-
-    settings = config_class()
-    unknown = [key for key in config if not hasattr(settings, key)]
-    if unknown:
-        raise UsageError(f"{where}: {config_class.__name__} has no {', '.join(unknown)}")
-    try:
-        return config_class(**config)
-    except (StrictDataclassError, TypeError, ValueError, ArithmeticError) as error:
-        raise UsageError(f"{where}: {error}") from error
 
 
 ENCODERS: dict[str, Callable[[str | None, dict[str, Any]], Encoder]] = {

@@ -1,0 +1,84 @@
+"""Pretrained weights by hub id or local directory, and configurations: whatever is wrong with them is one line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ...runtime.errors import UsageError
+
+
+def pretrained(
+    cls: Any, source: str, *, role: str = "encoder", whole: str | tuple[str, ...] = "", **options: Any
+) -> Any:
+    """A transformers model (`cls`) with all the weights of `source`, safetensors only, without a load report.
+
+    role: the recipe's part, for messages; whole: type (or types) of the model that this one is a part of, where that
+    will do, too; options: as of from_pretrained. UsageError where it cannot be loaded or lacks weights.
+    """
+    check_kind(source, {cls.config_class.model_type, *([whole] if isinstance(whole, str) else whole)}, role)
+    with reading(source, role) as place:
+        model, info = cls.from_pretrained(place, output_loading_info=True, use_safetensors=True, **options)
+    # transformers would start these at random; what is there beyond them (a classifier) is not needed.
+    wrong = sorted(info["missing_keys"]) + sorted(name for name, *_ in info.get("mismatched_keys", ()))
+    if wrong:
+        raise UsageError(f"{role} {source} lacks {len(wrong)} of the {role}'s weights, {wrong[0]} first")
+    return model
+
+
+def read_config(source: str, role: str) -> dict[str, Any]:
+    """The config.json of a hub id or directory, without its weights."""
+    from transformers import PreTrainedConfig
+
+    with reading(source, role) as place:
+        return PreTrainedConfig.get_config_dict(place)[0]
+
+
+def check_kind(source: str, wanted: set[str], role: str) -> None:
+    """UsageError where `source` is a model of another type than `wanted`."""
+    kind, wanted = read_config(source, role).get("model_type"), wanted - {""}
+    if kind and kind not in wanted:
+        raise UsageError(f"{role} {source} is a {kind} model; {role}.kind needs a {' or '.join(sorted(wanted))} model")
+
+
+@contextmanager
+def reading(source: str, role: str, needs: str = "config.json") -> Iterator[str]:
+    """The place to load `source` from, a hub id or a directory with a file `needs`; what transformers says or raises
+    inside the block is one UsageError."""
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+    from transformers.utils import logging
+
+    looks_local = Path(source).is_absolute() or source.startswith((".", "~")) or source.count("/") > 1
+    path = Path(source).expanduser()
+    if looks_local and not (path / needs).is_file():
+        raise UsageError(f"{role} {source}: no {needs} there; give a transformers model directory or a hub id")
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield str(path) if path.exists() else source
+    except UsageError:
+        raise
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError, StrictDataclassError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UsageError(f"{role} {source} cannot be loaded: {first}") from error
+    finally:
+        logging.set_verbosity(level)
+        logging.enable_progress_bar()
+
+
+def known(where: str, config_class: Any, config: dict[str, Any]) -> Any:
+    """A configuration of these settings; UsageError, beginning with `where`, for names and values it does not take."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    settings = config_class()
+    unknown = [key for key in config if not hasattr(settings, key)]
+    if unknown:
+        raise UsageError(f"{where}: {config_class.__name__} has no {', '.join(unknown)}")
+    try:
+        return config_class(**config)
+    except (StrictDataclassError, TypeError, ValueError, ArithmeticError) as error:
+        raise UsageError(f"{where}: {error}") from error
