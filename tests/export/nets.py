@@ -63,6 +63,8 @@ def small_encoder(source, config) -> encoders.Encoder:
 
 DECODERS = {
     "gru": {"kind": "gru", "hidden": 24, "embed": 16, "heads": 2},
+    "lstm": {"kind": "lstm", "hidden": 24, "embed": 16, "heads": 2},
+    "transformer": {"kind": "transformer", "dim": 32, "layers": 2, "heads": 4, "ffn": 48},
     "llama": {"kind": "llama", "dim": 32, "layers": 2, "heads": 4, "kv_heads": 2, "ffn": 48},
     "gpt2": {"kind": "gpt2", "dim": 32, "layers": 2, "heads": 4, "ffn": 48},
     "opt": {"kind": "opt", "dim": 32, "layers": 2, "heads": 4, "ffn": 48},

@@ -13,6 +13,8 @@ from edgecap.train.settings import Recipe
 SIZE = 64
 DECODERS: dict[str, dict[str, Any]] = {
     "gru": {"kind": "gru", "hidden": 24, "embed": 16, "heads": 2, "dropout": 0.0},
+    "lstm": {"kind": "lstm", "hidden": 24, "embed": 16, "heads": 2, "dropout": 0.0},
+    "transformer": {"kind": "transformer", "dim": 32, "layers": 2, "heads": 4, "ffn": 48, "dropout": 0.0},
     "llama": {"kind": "llama", "dim": 32, "layers": 2, "heads": 4, "kv_heads": 2, "ffn": 48, "dropout": 0.0},
     "gpt2": {"kind": "gpt2", "dim": 32, "layers": 2, "heads": 4, "ffn": 48, "dropout": 0.0},
     "opt": {"kind": "opt", "dim": 32, "layers": 2, "heads": 4, "ffn": 48, "dropout": 0.0},
