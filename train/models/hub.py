@@ -16,11 +16,14 @@ def pretrained(
     """A transformers model (`cls`) with all the weights of `source`, safetensors only, without a load report.
 
     role: the recipe's part, for messages; whole: type (or types) of the model that this one is a part of, where that
-    will do, too; options: as of from_pretrained. UsageError where it cannot be loaded or lacks weights.
+    will do, too; options: as of from_pretrained. Float32, whatever the file holds. UsageError where it cannot be loaded
+    or lacks weights.
     """
     check_kind(source, {cls.config_class.model_type, *([whole] if isinstance(whole, str) else whole)}, role)
     with reading(source, role) as place:
-        model, info = cls.from_pretrained(place, output_loading_info=True, use_safetensors=True, **options)
+        model, info = cls.from_pretrained(
+            place, output_loading_info=True, use_safetensors=True, dtype="float32", **options
+        )
     # transformers would start these at random; what is there beyond them (a classifier) is not needed.
     wrong = sorted(info["missing_keys"]) + sorted(name for name, *_ in info.get("mismatched_keys", ()))
     if wrong:
@@ -70,13 +73,14 @@ def reading(source: str, role: str, needs: str = "config.json") -> Iterator[str]
         logging.enable_progress_bar()
 
 
-def known(where: str, config_class: Any, config: dict[str, Any]) -> Any:
-    """A configuration of these settings; UsageError, beginning with `where`, for names and values it does not take."""
+def known(where: str, config_class: Any, config: dict[str, Any], *, strict: bool = True) -> Any:
+    """A configuration of these settings; UsageError, beginning with `where`, for values it does not take and, if
+    `strict`, for names."""
     from huggingface_hub.errors import StrictDataclassError
 
     settings = config_class()
     unknown = [key for key in config if not hasattr(settings, key)]
-    if unknown:
+    if unknown and strict:
         raise UsageError(f"{where}: {config_class.__name__} has no {', '.join(unknown)}")
     try:
         return config_class(**config)

@@ -2,64 +2,204 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ...runtime.errors import UsageError
+from .hub import check_kind, known, pretrained, read_config
 from .widths import Columns, Width, units
 
-COMMON = {"tie_word_embeddings": True, "bos_token_id": None, "eos_token_id": None, "attn_implementation": "sdpa"}
+PHOTO = -1  # in a prompt: here goes one of the photo's embeddings, or, where there is but one such place, all of them
+COMMON = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, "attn_implementation": "sdpa"}
+# Settings that say nothing about what the model computes, or that the recipe says in its own words.
+NOT_KEPT = {
+    "vocab_size",
+    "use_cache",
+    "tie_word_embeddings",
+    "initializer_range",
+    "init_std",
+    "pretraining_tp",
+    "dtype",
+}
+VLMS = ("smolvlm", "idefics3")  # models that have a llama inside
 
 
 class LanguageModelDecoder(nn.Module):
     """Photo memory [N, L, D] is projected to L prefix embeddings; then BOS and words; the state is the KV cache.
 
-    What the kinds share; each sets `lm`, transformers' model with tied embeddings and random weights.
-    dim: hidden size; layers; heads / kv_heads: query and key-value heads; max_positions: of prefix and
-    caption together.
+    dim: hidden size; layers; heads / kv_heads: query and key-value heads; head_dim: size of an attention head, 0 =
+    dim / heads (which it no longer is once heads are pruned); ffn: of the MLP; dropout: in all the places where the
+    kind has one; max_positions: of prefix and caption together.
+    source: hub id or directory of pretrained weights, which must have these sizes (`described` gives them); an
+    embedding with more rows than vocab_size is cut. tied: the output layer shares the word embedding; project: False
+    where the memory has the decoder's size already; config: other settings of transformers' configuration.
+    prompt: ids that are read in front of BOS, with PHOTO where the photo's embeddings go; empty: those alone.
     """
 
     memory_kind = "prefix"
-    lm: nn.Module
+    # What each kind says: transformers' classes, how its configuration names our sizes, where it drops out.
+    classes: ClassVar[tuple[str, str]]
+    names: ClassVar[dict[str, str]]
+    dropouts: ClassVar[tuple[str, ...]]
+    usual: ClassVar[dict[str, int]] = {"ffn": 768}
+    inside: ClassVar[tuple[str, ...]] = ()  # types of models that hold one of this kind
 
     def __init__(
         self,
         memory_dim: int,
-        dim: int,
-        layers: int,
-        heads: int,
-        kv_heads: int,
-        max_positions: int,
+        vocab_size: int,
+        *,
+        dim: int = 192,
+        layers: int = 4,
+        heads: int = 6,
+        kv_heads: int = 0,
         head_dim: int = 0,
+        ffn: int = 0,
+        dropout: float = 0.1,
+        max_positions: int = 256,
+        source: str = "",
+        tied: bool = True,
+        project: bool = True,
+        config: dict[str, Any] | None = None,
+        prompt: Sequence[int] = (),
     ) -> None:
         super().__init__()
+        sizes = {"dim": dim, "layers": layers, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "ffn": ffn}
+        for name in ("kv_heads", "head_dim"):
+            if sizes[name] and name not in self.names:
+                raise ValueError(f"this kind of decoder has no {name}")
+        sizes = {name: size or self.usual.get(name, 0) for name, size in sizes.items()}
+        kv_heads = sizes["kv_heads"] or heads
         if (dim % heads and not head_dim) or heads % kv_heads:
             raise ValueError(f"heads must divide dim ({heads}, {dim}), and kv_heads heads ({kv_heads}, {heads})")
-        self.project = nn.Linear(memory_dim, dim)
+        if not project and memory_dim != dim:
+            raise ValueError(f"project = false needs a bridge of dim = {dim}, the decoder's; it has {memory_dim}")
+        sizes |= {"kv_heads": kv_heads, "head_dim": head_dim or dim // heads, "max_positions": max_positions}
+        self.project = nn.Linear(memory_dim, dim) if project else nn.Identity()
         self.dim, self.layers, self.heads, self.kv_heads = dim, layers, heads, kv_heads
-        self.head_dim = head_dim or dim // heads
-        self.max_positions = max_positions
+        self.head_dim, self.max_positions = sizes["head_dim"], max_positions
+        self.lm = self._language_model(sizes, dropout, vocab_size, tied, dict(config or {}), source)
+        self.prompt = [int(i) for i in prompt]
+        if self.prompt and PHOTO not in self.prompt:
+            raise ValueError(f"the prompt has no place for the photo ({PHOTO})")
+        if max(self.prompt, default=0) >= vocab_size or min(self.prompt, default=0) < PHOTO:
+            raise ValueError(f"the prompt has ids outside the vocabulary of {vocab_size}")
+
+    def _language_model(
+        self, sizes: dict[str, int], dropout: float, vocab_size: int, tied: bool, config: dict[str, Any], source: str
+    ) -> nn.Module:
+        import transformers
+
+        make, config_class = (getattr(transformers, name) for name in self.classes)
+        known("recipe [decoder] config", config_class, config)
+        settings = {self.names[name]: size for name, size in sizes.items() if name in self.names}
+        settings |= {name: dropout for name in self.dropouts} | COMMON | {"tie_word_embeddings": tied} | config
+        self._check(settings)
+        if not source:
+            return make(config_class(vocab_size=vocab_size, **settings))
+        check_kind(source, {config_class.model_type, *self.inside}, "decoder")
+        raw = read_config(source, "decoder")
+        rows = _text(raw).get("vocab_size", config_class().vocab_size)
+        if rows < vocab_size:
+            raise UsageError(
+                f"decoder {source} knows {rows} tokens and the tokenizer has {vocab_size}: take the tokenizer that "
+                "belongs to it, tokenizer.kind = pretrained"
+            )
+        mapping = {r"^model\.text_model\.": "model."} if raw.get("model_type") in self.inside else {}
+        lm = pretrained(
+            make,
+            source,
+            role="decoder",
+            whole=self.inside,
+            config=config_class(vocab_size=rows, **settings),
+            **({"key_mapping": mapping} if mapping else {}),
+        )
+        if rows > vocab_size:
+            lm.resize_token_embeddings(vocab_size, mean_resizing=False)
+        return lm
+
+    @classmethod
+    def described(cls, source: str) -> dict[str, Any]:
+        """The options that rebuild the model of a hub id or directory without it; reads its config.json alone."""
+        import transformers
+
+        config_class = getattr(transformers, cls.classes[1])
+        check_kind(source, {config_class.model_type, *cls.inside}, "decoder")
+        raw = read_config(source, "decoder")
+        tied = raw.get("tie_word_embeddings", _text(raw).get("tie_word_embeddings"))
+        text = {key: value for key, value in _text(raw).items() if key not in ("model_type", "transformers_version")}
+        config = known(f"decoder {source}", config_class, text, strict=False)
+        cls._check({name: getattr(config, name) for name in config_class.__annotations__ if hasattr(config, name)})
+        found = {name: getattr(config, setting) for name, setting in cls.names.items()}
+        found["ffn"] = found["ffn"] or 4 * found["dim"]  # GPT-2's null
+        usual = config_class()
+        more = {}
+        for name in config_class.__annotations__:
+            value = getattr(config, name, None)
+            named = name in cls.names.values() or name.endswith("_token_id") or name.startswith("summary_")
+            if named or name in NOT_KEPT or name == "model_type" or value is None:
+                continue
+            if value != getattr(usual, name) or name in cls.dropouts:
+                more[name] = value
+        return {**found, "tied": config.tie_word_embeddings if tied is None else tied, "config": more}
+
+    @classmethod
+    def _check(cls, settings: dict[str, Any]) -> None:
+        """ValueError for models of this kind that no decoder here computes."""
 
     @property
     def embedding(self) -> nn.Embedding:
-        """The word embedding [V, dim], which is the output layer, too."""
+        """The word embedding [V, dim], which is the output layer, too, where they are tied."""
         return self.lm.get_input_embeddings()
 
-    def photo(self, memory: Tensor) -> dict[str, Tensor]:
-        """Everything that is computed once per photo: prefix [N, L, dim]."""
-        return {"prefix": self.project(memory)}
+    def prompt_words(self) -> Tensor | None:
+        """The embeddings of the prompt's words [W, dim]; None where there is no prompt."""
+        if not self.prompt:
+            return None
+        weight = self.embedding.weight
+        words = [i for i in self.prompt if i != PHOTO]
+        return self.embedding(torch.tensor(words, dtype=torch.long, device=weight.device))
+
+    def photo(self, memory: Tensor, words: Tensor | None = None) -> dict[str, Tensor]:
+        """Everything that is computed once per photo: prefix [N, P, dim], the prompt with the photo's L embeddings in
+        their place, or those alone. words: what `prompt_words` gives, where that is known already."""
+        seen = self.project(memory)  # [N, L, dim]
+        words = self.prompt_words() if words is None else words
+        if words is None:
+            return {"prefix": seen}
+        n, count, _ = seen.shape
+        both = torch.cat((words.to(seen.dtype).expand(n, -1, -1), seen), 1)  # [N, W + L, dim]
+        return {"prefix": both[:, torch.tensor(self._order(count), device=both.device)]}
+
+    def _order(self, count: int) -> list[int]:
+        """For each position of the prefix its place among the prompt's words and, behind them, `count` embeddings."""
+        places = self.prompt.count(PHOTO)
+        if places not in (1, count):
+            raise UsageError(f"the prompt has places for {places} photo embeddings; the bridge gives {count}")
+        order, word, seen = [], 0, len(self.prompt) - places
+        for i in self.prompt:
+            if i != PHOTO:
+                order.append(word)
+                word += 1
+            else:
+                step = count if places == 1 else 1
+                order += range(seen, seen + step)
+                seen += step
+        return order
 
     def forward(self, memory: Tensor, ids: Tensor, keep: Tensor | None = None) -> Tensor:
         """Teacher forcing: memory [N, L, D], input ids [N, C, T] → logits [N, C, T, V]; with `keep` [N, C, T], those
         positions only: [K, V]."""
         n, captions, length = ids.shape
-        if memory.shape[1] + length > self.max_positions:
-            need = f"{memory.shape[1]} photo and {length} caption positions"
+        prefix = self.photo(memory)["prefix"]  # [N, P, dim]
+        if prefix.shape[1] + length > self.max_positions:
+            need = f"{prefix.shape[1]} {'prompt' if self.prompt else 'photo'} and {length} caption positions"
             raise UsageError(f"recipe [decoder]: max_positions = {self.max_positions} is too few for {need}")
-        prefix = self.photo(memory)["prefix"].repeat_interleave(captions, dim=0)  # [N·C, L, dim]
+        prefix = prefix.repeat_interleave(captions, dim=0)  # [N·C, P, dim]
         words = self.embedding(ids.flatten(0, 1))  # [N·C, T, dim]
         hidden = self.lm.base_model(inputs_embeds=torch.cat((prefix, words), 1), use_cache=False).last_hidden_state
         hidden = hidden[:, prefix.shape[1] :].unflatten(0, (n, captions))  # [N, C, T, dim]
@@ -181,41 +321,21 @@ class LanguageModelDecoder(nn.Module):
 
 
 class LlamaDecoder(LanguageModelDecoder):
-    """A small llama (Touvron et al. 2023, arXiv:2302.13971): rotary positions, grouped-query attention, SwiGLU.
+    """A llama (Touvron et al. 2023, arXiv:2302.13971): rotary positions, grouped-query attention, SwiGLU."""
 
-    head_dim: size of an attention head, 0 = dim / heads (which it no longer is once heads are pruned).
-    """
-
-    def __init__(
-        self,
-        memory_dim: int,
-        vocab_size: int,
-        *,
-        dim: int = 192,
-        layers: int = 4,
-        heads: int = 6,
-        kv_heads: int = 2,
-        ffn: int = 512,
-        dropout: float = 0.1,
-        max_positions: int = 256,
-        head_dim: int = 0,
-    ) -> None:
-        super().__init__(memory_dim, dim, layers, heads, kv_heads, max_positions, head_dim)
-        from transformers import LlamaConfig, LlamaForCausalLM
-
-        config = LlamaConfig(
-            vocab_size=vocab_size,
-            hidden_size=dim,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=kv_heads,
-            head_dim=self.head_dim,
-            intermediate_size=ffn,
-            max_position_embeddings=max_positions,
-            attention_dropout=dropout,
-            **COMMON,
-        )
-        self.lm = LlamaForCausalLM(config)
+    classes = ("LlamaForCausalLM", "LlamaConfig")
+    names: ClassVar[dict[str, str]] = {
+        "dim": "hidden_size",
+        "layers": "num_hidden_layers",
+        "heads": "num_attention_heads",
+        "kv_heads": "num_key_value_heads",
+        "head_dim": "head_dim",
+        "ffn": "intermediate_size",
+        "max_positions": "max_position_embeddings",
+    }
+    dropouts = ("attention_dropout",)
+    usual: ClassVar[dict[str, int]] = {"kv_heads": 2, "ffn": 512}
+    inside = VLMS
 
     stack, embedded = "lm.model.layers", "lm.model.embed_tokens.weight"
 
@@ -244,36 +364,17 @@ class LlamaDecoder(LanguageModelDecoder):
 
 
 class GPT2Decoder(LanguageModelDecoder):
-    """A small GPT-2 (Radford et al. 2019): learnt positions, added to the prefix as to the words."""
+    """A GPT-2 (Radford et al. 2019): learnt positions, added to the prefix as to the words."""
 
-    def __init__(
-        self,
-        memory_dim: int,
-        vocab_size: int,
-        *,
-        dim: int = 192,
-        layers: int = 4,
-        heads: int = 6,
-        ffn: int = 768,
-        dropout: float = 0.1,
-        max_positions: int = 256,
-    ) -> None:
-        super().__init__(memory_dim, dim, layers, heads, heads, max_positions)
-        from transformers import GPT2Config, GPT2LMHeadModel
-
-        config = GPT2Config(
-            vocab_size=vocab_size,
-            n_embd=dim,
-            n_layer=layers,
-            n_head=heads,
-            n_inner=ffn,
-            n_positions=max_positions,
-            embd_pdrop=dropout,
-            resid_pdrop=dropout,
-            attn_pdrop=dropout,
-            **COMMON,
-        )
-        self.lm = GPT2LMHeadModel(config)
+    classes = ("GPT2LMHeadModel", "GPT2Config")
+    names: ClassVar[dict[str, str]] = {
+        "dim": "n_embd",
+        "layers": "n_layer",
+        "heads": "n_head",
+        "ffn": "n_inner",
+        "max_positions": "n_positions",
+    }
+    dropouts = ("embd_pdrop", "resid_pdrop", "attn_pdrop")
 
     stack, embedded = "lm.transformer.h", "lm.transformer.wte.weight"
 
@@ -288,37 +389,25 @@ class GPT2Decoder(LanguageModelDecoder):
 
 
 class OPTDecoder(LanguageModelDecoder):
-    """A small OPT (Zhang et al. 2022, arXiv:2205.01068): learnt positions behind an offset of two, ReLU."""
+    """An OPT (Zhang et al. 2022, arXiv:2205.01068): learnt positions behind an offset of two, ReLU."""
 
-    def __init__(
-        self,
-        memory_dim: int,
-        vocab_size: int,
-        *,
-        dim: int = 192,
-        layers: int = 4,
-        heads: int = 6,
-        ffn: int = 768,
-        dropout: float = 0.1,
-        max_positions: int = 256,
-    ) -> None:
-        super().__init__(memory_dim, dim, layers, heads, heads, max_positions)
-        from transformers import OPTConfig, OPTForCausalLM
+    classes = ("OPTForCausalLM", "OPTConfig")
+    names: ClassVar[dict[str, str]] = {
+        "dim": "hidden_size",
+        "layers": "num_hidden_layers",
+        "heads": "num_attention_heads",
+        "ffn": "ffn_dim",
+        "max_positions": "max_position_embeddings",
+    }
+    dropouts = ("dropout", "attention_dropout")
 
-        config = OPTConfig(
-            vocab_size=vocab_size,
-            hidden_size=dim,
-            word_embed_proj_dim=dim,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            ffn_dim=ffn,
-            max_position_embeddings=max_positions,
-            dropout=dropout,
-            attention_dropout=dropout,
-            pad_token_id=None,  # by default id 1, which is our BOS and would never be learnt
-            **COMMON,
-        )
-        self.lm = OPTForCausalLM(config)
+    @classmethod
+    def _check(cls, settings: dict[str, Any]) -> None:
+        dim, embed = settings["hidden_size"], settings.get("word_embed_proj_dim")
+        if embed not in (None, dim):
+            raise ValueError(f"word_embed_proj_dim = {embed} is not its hidden size of {dim}; take another OPT")
+        if not settings.get("do_layer_norm_before", True):
+            raise ValueError("an OPT that normalises behind its layers, as opt-350m does, is not known; take another")
 
     stack, embedded = "lm.model.decoder.layers", "lm.model.decoder.embed_tokens.weight"
 
@@ -330,6 +419,11 @@ class OPTDecoder(LanguageModelDecoder):
             rows = {f"{at}.fc1.weight": (0, ffn), f"{at}.fc1.bias": (0, ffn)}
             found.append(Width("ffn", f"ffn of layer {i}", rows, (Columns(f"{at}.fc2", ffn),)))
         return found
+
+
+def _text(raw: dict[str, Any]) -> dict[str, Any]:
+    """The language model's part of a config.json."""
+    return raw.get("text_config", raw)
 
 
 def _stack(present: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
