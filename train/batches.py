@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -23,7 +24,8 @@ MIRRORED = {"left": "right", "right": "left"}
 
 @dataclass(frozen=True)
 class Batch:
-    """Photos of one optimizer step (or a piece of it): ids [N, C, T] BOS first, -1 behind the end; one of pixels
+    """Photos of one optimizer step (or a piece of it): ids [N, C, T] BOS first, -1 behind the end (the rows that
+    `Trainer.texts` gives); one of pixels
     uint8 [N, H, W, 3] or features [N, L, dim]; photos: their places in the split; teacher: its features of them."""
 
     ids: Tensor
@@ -63,11 +65,15 @@ def encode_captions(
     *,
     max_length: int,
     captions: int,
+    ids: Mapping[str, int] = MappingProxyType({}),
     mirrored: bool = False,
 ) -> np.ndarray:
-    """int64 [N, C, max_length + 2]: BOS, words, EOS, then -1; photos with fewer captions have rows of -1 behind."""
-    special = token_ids(tokenizer)
-    ids = np.full((len(examples), captions, max_length + 2), -1, np.int64)
+    """int64 [N, C, max_length + 2]: BOS, words, EOS, then -1; photos with fewer captions have rows of -1 behind.
+
+    ids: the special ids of a pretrained tokenizer.
+    """
+    special = token_ids(tokenizer, ids)
+    rows = np.full((len(examples), captions, max_length + 2), -1, np.int64)
     for row, example in enumerate(examples):
         for slot, caption in enumerate(example.captions[:captions]):
             text = caption_text(caption)
@@ -75,8 +81,8 @@ def encode_captions(
                 text = " ".join(MIRRORED.get(word, word) for word in text.split())
             words = tokenizer.encode(text, add_special_tokens=False).ids[:max_length]
             line = [special["bos"], *words, special["eos"]]
-            ids[row, slot, : len(line)] = line
-    return ids
+            rows[row, slot, : len(line)] = line
+    return rows
 
 
 class Photos:

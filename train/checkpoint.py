@@ -16,10 +16,10 @@ from .models import CaptionModel, build_model
 from .recipe import recipe_from_dict
 from .settings import Recipe
 from .shapes import shrink_to
-from .state import load_model_tensors, read_tensors
+from .state import WEIGHTS, load_model_tensors, read_weights
 from .tokenizer import token_ids
 
-RECIPE, WEIGHTS, TOKENIZER, METRICS = "recipe.toml", "model.safetensors", "tokenizer.json", "metrics.json"
+RECIPE, TOKENIZER, METRICS = "recipe.toml", "tokenizer.json", "metrics.json"
 PROGRESS = Path("last") / "progress.safetensors"
 
 
@@ -55,9 +55,9 @@ def load_checkpoint(path: str | Path, *, unfinished_ok: bool = False) -> Checkpo
         raise UsageError(f"the training of {path} has not finished; {again} (or take it as it is with --unfinished-ok)")
     recipe = read_recipe(path)
     tokenizer = Tokenizer.load(path / TOKENIZER)
-    tokens = token_ids(tokenizer.inner)
+    tokens = token_ids(tokenizer.inner, recipe.tokenizer.ids)
     model = model_for(recipe, tokens, load_weights=False)
-    tensors, _ = read_tensors(path / WEIGHTS)
+    tensors = read_weights(path)
     if metrics.get("pruned"):
         shrink_to(model, tensors)
     load_model_tensors(model, tensors, f"{path / WEIGHTS}")
@@ -83,13 +83,19 @@ def read_metrics(path: Path) -> dict[str, Any]:
     return metrics if isinstance(metrics, dict) else {}
 
 
-def model_for(recipe: Recipe, tokens: dict[str, int], *, load_weights: bool) -> CaptionModel:
-    """The recipe's model; with `load_weights` the encoder starts from its source's weights."""
+def model_for(recipe: Recipe, tokens: dict[str, int], *, load_weights: bool) -> Any:
+    """The recipe's CaptionModel or TwoTowers; with `load_weights` its parts start from their sources' weights."""
+    if recipe.task == "retrieval":
+        from .models.towers import build_towers
+
+        return build_towers(recipe, load_weights=load_weights)
     return build_model(
         encoder={
             "kind": recipe.encoder.kind,
             "source": recipe.encoder.source or None,
             "config": recipe.encoder.config,
+            "features": recipe.encoder.features,
+            "tile": recipe.encoder.tile,
         },
         bridge=recipe.bridge,
         decoder=recipe.decoder,

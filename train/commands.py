@@ -28,11 +28,25 @@ def _need_train(command: str) -> None:
 
 @click.command()
 @click.argument("recipe", required=False)
-@click.option("--data", metavar="SPEC", help="scenes, flickr8k:DIR, folder:DIR or coco:DIR; default: the recipe's.")
-@click.option("--encoder", metavar="HUB_ID_OR_DIR", help="Pretrained encoder; default: from scratch.")
+@click.option("--data", metavar="SPEC", help="scenes, flickr8k:DIR, folder:DIR, …; default: the recipe's.")
+@click.option("--encoder", metavar="HUB_ID_OR_DIR", help="Pretrained encoder; default: the recipe's.")
+@click.option("--decoder", metavar="HUB_ID_OR_DIR", help="Pretrained language model; default: the recipe's.")
+@click.option("--text", metavar="HUB_ID_OR_DIR", help="Pretrained text encoder of a retrieval recipe.")
+@click.option("--vlm", metavar="HUB_ID_OR_DIR", help="A SmolVLM: encoder, bridge, decoder and tokenizer at once.")
+@click.option("--from-scratch", is_flag=True, help="No pretrained weights: every part from its configuration.")
+@click.option(
+    "--image-longest-edge", type=click.IntRange(32), metavar="PX", help="Side of the photos the encoder sees."
+)
+@click.option("--max-seq-len", type=click.IntRange(8), metavar="N", help="Positions of prompt, photo and caption.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Checkpoint folder.  [default: runs/RECIPE]")
 @click.option("--init", metavar="CHECKPOINT", type=click.Path(path_type=Path), help="Start from its model and weights.")
 @click.option("--teacher", metavar="CHECKPOINT", type=click.Path(path_type=Path), help="For stages that distill.")
+@click.option(
+    "--critic", metavar="CHECKPOINT_OR_CLIP", help="Judges how captions fit their photos: a retrieval run, CLIP."
+)
+@click.option(
+    "--check", is_flag=True, help="Do not train: take one step and tell memory and speed; 1 if it does not fit."
+)
 @click.option("--set", "overrides", metavar="KEY=VALUE", multiple=True, help="Override a recipe key; repeatable.")
 @click.option("--seed", type=click.IntRange(0), help="Seed of weights and order; default: the recipe's.")
 @click.option("--resume", is_flag=True, help="Continue the run in --out, or the newest under runs/.")
@@ -44,9 +58,17 @@ def train(
     recipe: str | None,
     data: str | None,
     encoder: str | None,
+    decoder: str | None,
+    text: str | None,
+    vlm: str | None,
+    from_scratch: bool,
+    image_longest_edge: int | None,
+    max_seq_len: int | None,
     out: Path | None,
     init: Path | None,
     teacher: Path | None,
+    critic: str | None,
+    check: bool,
     overrides: tuple[str, ...],
     seed: int | None,
     resume: bool,
@@ -67,6 +89,8 @@ def train(
       edgecap train mobilenetv2-gru --data flickr8k:DIR --encoder google/mobilenet_v2_1.0_224
       edgecap train --data folder:my-photos --set stages.0.epochs=20
       edgecap train --init runs/mobilenetv2-gru --data folder:my-photos
+      edgecap train smolvlm-lora --vlm HuggingFaceTB/SmolVLM-256M-Instruct --data coco:DIR
+      edgecap train moda --from-scratch --check
       edgecap train --resume
     """
     from ..benchmarks.progress import PhaseBars
@@ -77,17 +101,22 @@ def train(
         for name in recipe_names():
             click.echo(name + (" (default)" if name == DEFAULT_RECIPE else ""))
         return
-    if resume and (recipe or data or encoder or init or teacher or overrides or seed is not None or skip_bad):
+    parts = encoder or decoder or text or vlm or from_scratch
+    sizes = image_longest_edge or max_seq_len
+    helpers = teacher or critic
+    plan_given = recipe or data or parts or sizes or init or helpers or overrides or seed is not None or skip_bad
+    if resume and (plan_given or check):
         raise click.UsageError(
             "--resume continues a run by its own recipe; only --out, --threads and --json go with it"
         )
-    if init and (encoder or any(item.startswith(MODEL_PARTS) for item in overrides)):
-        raise click.UsageError("--init brings its own model and tokenizer: leave out --encoder and --set of theirs")
+    if init and (parts or sizes or any(item.startswith(MODEL_PARTS) for item in overrides)):
+        raise click.UsageError("--init brings its own model and tokenizer: leave out options and --set of theirs")
     _need_train("edgecap train")
     import torch
     from accelerate import PartialState
     from rich.console import Console
 
+    from .report import tell
     from .run import prepare_recipe
     from .run import train as run_train
 
@@ -108,23 +137,40 @@ def train(
                     overrides=overrides,
                     skip_bad=skip_bad,
                     seed=seed,
+                    decoder=decoder,
+                    text=text,
+                    vlm=vlm,
+                    from_scratch=from_scratch,
+                    image_size=image_longest_edge,
+                    max_positions=max_seq_len,
                     say=(lambda line: None) if init else say,  # of the recipe's encoder, which does not count then
                 )
-            folder, metrics = run_train(plan, out, resume=resume, init=init, teacher=teacher, progress=bars, say=say)
+            if check:
+                from .fit import check_fit
+
+                told = check_fit(plan, init=init, progress=bars)
+            else:
+                folder, metrics = run_train(
+                    plan, out, resume=resume, init=init, teacher=teacher, critic=critic, progress=bars, say=say
+                )
     except EdgecapError as error:
         if main:
             raise
         raise SystemExit(error.exit_code) from None
     if not main:
         return
+    if check:
+        click.echo(json.dumps(told.to_dict(), indent=2) if as_json else told.text())
+        raise SystemExit(0 if told.fits else 1)
     if as_json:
         click.echo(json.dumps({"checkpoint": str(folder), **metrics}, indent=2))
-    else:
-        best = metrics["best"]
-        click.echo(
-            f"{folder}: validation CIDEr {best['cider']:.4f} ({best['stage']}, epoch {best['epoch']}) after "
-            f"{metrics['seconds']:.0f} s; next: edgecap export --target onnx-int8"
-        )
+        return
+    best, metric = metrics["best"], metrics["metric"]
+    after = {"retrieval": "eval", "adapter": "merge"}.get(metrics["kind"], "export --target onnx-int8")
+    click.echo(
+        f"{folder}: validation {tell(metric, best[metric])} ({best['stage']}, epoch {best['epoch']}) after "
+        f"{metrics['seconds']:.0f} s; next: edgecap {after}"
+    )
 
 
 @click.command("eval")
@@ -134,6 +180,8 @@ def train(
 @click.option("--limit", type=click.IntRange(1), help="Only the first N photos of the split.")
 @click.option("--beam", type=click.IntRange(1, 64), help="Beam size; 1 is greedy.  [default: the recipe's]")
 @click.option("--length-penalty", type=click.FloatRange(0, 10), help="[default: the recipe's]")
+@click.option("--adapter", metavar="RUN", type=click.Path(path_type=Path), help="CHECKPOINT with this run's adapter.")
+@click.option("--critic", metavar="CHECKPOINT_OR_CLIP", help="Also tell how captions fit their photos, by this judge.")
 @click.option("--unfinished-ok", is_flag=True, help="Take a run whose training has not finished.")
 @click.option("--json", "json_file", metavar="FILE", help="Write scores and captions here; - is stdout.")
 def evaluate(
@@ -143,19 +191,26 @@ def evaluate(
     limit: int | None,
     beam: int | None,
     length_penalty: float | None,
+    adapter: Path | None,
+    critic: str | None,
     unfinished_ok: bool,
     json_file: str | None,
 ) -> None:
     """Score CHECKPOINT in torch with the metrics `edgecap bench` gives for a bundle; default: the newest finished run.
 
+    A retrieval checkpoint is scored by recall, both ways.
+
     \b
     Examples:
       edgecap eval
       edgecap eval runs/mobilenetv2-gru --data flickr8k:DIR --beam 3 --json scores.json
+      edgecap eval runs/smolvlm --adapter runs/smolvlm-lora
+      edgecap eval runs/a --critic runs/query-bridge
     """
     _need_train("edgecap eval")
     from ..benchmarks.progress import PhaseBars
-    from .run import evaluate as run_evaluate
+    from .evaluate import evaluate as run_evaluate
+    from .evaluate import score_lines
     from .state import write_json
 
     with PhaseBars() as bars:
@@ -165,6 +220,8 @@ def evaluate(
             split=split,
             limit=limit,
             decoding={"beam": beam, "length_penalty": length_penalty},
+            adapter=adapter,
+            critic=critic,
             unfinished_ok=unfinished_ok,
             progress=bars,
         )
@@ -173,9 +230,29 @@ def evaluate(
         return
     if json_file:
         write_json(Path(json_file), record)
-    scores = record["scores"]
-    low, high = scores["cider_interval"]["low"], scores["cider_interval"]["high"]
-    click.echo(f"{record['checkpoint']} on {record['data']}, {record['split']}, {record['photos']:,} photos:")
-    click.echo(f"  CIDEr    {scores['cider']:.4f}  (95% {low:.4f} to {high:.4f})")
-    click.echo(f"  BLEU-4   {scores['bleu_4']:.4f}    ROUGE-L {scores['rouge_l']:.4f}")
-    click.echo(f"  distinct {scores['distinct']:.1%}   repeated n-grams {scores['repeated_ngrams']:.1%}")
+    click.echo("\n".join(score_lines(record)))
+
+
+@click.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Checkpoint folder.  [default: CHECKPOINT-merged]")
+@click.option("--photos", type=click.IntRange(1), default=32, show_default=True, help="Validation photos of the proof.")
+@click.option("--json", "as_json", is_flag=True, help="Print the proof as JSON.")
+def merge(checkpoint: Path, out: Path | None, photos: int, as_json: bool) -> None:
+    """Bake the adapter of CHECKPOINT into its base, and prove that the merged model gives the adapter's logits.
+
+    \b
+    Example:
+      edgecap merge runs/smolvlm-lora
+      edgecap export runs/smolvlm-lora-merged --target onnx-int8
+    """
+    _need_train("edgecap merge")
+    from ..benchmarks.progress import PhaseBars
+    from .merge import merge_adapter
+
+    with PhaseBars() as bars:
+        folder, proof = merge_adapter(checkpoint, out, photos=photos, progress=bars)
+    if as_json:
+        click.echo(json.dumps({"checkpoint": str(folder), **proof}, indent=2))
+    else:
+        click.echo(f"{folder}: {proof['text']}; next: edgecap export {folder}")

@@ -6,6 +6,8 @@ All randomness is a function of (seed, stage, epoch, step): nothing of a random 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,27 +17,28 @@ import torch
 from accelerate import Accelerator
 from tokenizers import Tokenizer
 
-from ..benchmarks.datasets import Dataset
+from ..benchmarks.datasets import Dataset, Example
 from ..runtime.decode import DecodeOptions
 from ..runtime.errors import UsageError
 from .batches import Batch, EpochPlan, Photos, Progress, encode_captions
 from .cache import cache_key
-from .checkpoint import METRICS, PROGRESS, WEIGHTS, preprocess_for
+from .checkpoint import METRICS, PROGRESS, RECIPE, TOKENIZER, preprocess_for
 from .models import CaptionModel
 from .objectives import OBJECTIVES
 from .optim import WeightAverage, lr_factor, make_optimizer, set_modes
 from .report import TrainingLog
 from .settings import Recipe, Stage
-from .start import Start, Teacher
+from .start import ALONE, Helpers, Start
 from .state import (
     load_model_tensors,
     load_progress,
     model_tensors,
-    read_tensors,
+    read_weights,
     restore,
     save_progress,
+    write_bytes,
     write_json,
-    write_tensors,
+    write_weights,
 )
 from .validate import caption_rows, score_captions
 
@@ -44,7 +47,12 @@ MOST_CAPTIONS = 16  # of one photo
 
 
 class Trainer:
-    """Trains `model` by `recipe` on `data` into the checkpoint directory `out`."""
+    """Trains `model` by `recipe` on `data` into the checkpoint directory `out`.
+
+    For another task than captions, `metric`, `texts` and `score` are what to override.
+    """
+
+    metric = "cider"  # the figure of a validation, higher is better, by which weights are kept
 
     def __init__(
         self,
@@ -58,23 +66,33 @@ class Trainer:
         log: TrainingLog,
         *,
         start: Start | None = None,
-        teacher: Teacher | None = None,
+        helpers: Helpers = ALONE,
     ) -> None:
-        self.start, self.teacher = start or Start("", ""), teacher
+        self.start, self.helpers = start or Start(), helpers
+        self.metric = recipe.watch or self.metric
         self.recipe, self.model, self.tokenizer, self.out = recipe, model, tokenizer, out
         self.accelerator, self.progress, self.log = accelerator, progress, log
         self.preprocess = preprocess_for(recipe)
         self.train = Photos(data, "train", recipe, self.preprocess)
         self.val = Photos(data, "val", recipe, self.preprocess, limit=recipe.data.val_photos)
-        most = max(len(example.captions) for example in self.train.examples)
-        settings = {"max_length": recipe.tokenizer.max_length, "captions": min(most, MOST_CAPTIONS)}
-        self.ids = [encode_captions(self.train.examples, tokenizer, **settings)]
-        if recipe.data.flip:
-            self.ids.append(encode_captions(self.train.examples, tokenizer, mirrored=True, **settings))
+        self.ids = [self.texts(self.train.examples, mirrored) for mirrored in self.views]
         self.state: dict[str, Any] = {
             "stage": 0, "epoch": 0, "batch": 0, "loss": 0.0, "count": 0, "best": None, "waits": 0, "plateau": 1.0,
             "plateau_waits": 0, "history": [], "seconds": 0.0, "finished": False, "data": data.fingerprint,
         }  # fmt: skip
+
+    @property
+    def views(self) -> tuple[bool, ...]:
+        """Whether photos are mirrored, for each way they are looked at."""
+        return (False, True) if self.recipe.data.flip else (False,)
+
+    def texts(self, examples: Sequence[Example], mirrored: bool) -> np.ndarray:
+        """What is learnt of each photo's captions: int64 [N, C, T] token ids, -1 behind the end."""
+        most = max(len(example.captions) for example in examples)
+        return encode_captions(
+            examples, self.tokenizer, max_length=self.recipe.tokenizer.max_length, captions=min(most, MOST_CAPTIONS),
+            ids=self.recipe.tokenizer.ids, mirrored=mirrored,
+        )  # fmt: skip
 
     # --- the whole run -----------------------------------------------------------------------------------------
 
@@ -101,15 +119,14 @@ class Trainer:
     def _stage(self, stage: Stage, tensors: dict[str, torch.Tensor] | None) -> None:
         number = self.state["stage"]
         if tensors is None and self.state["best"]:
-            best, _ = read_tensors(self.out / WEIGHTS)
-            load_model_tensors(self.model, best, str(self.out / WEIGHTS))
+            load_model_tensors(self.model, read_weights(self.out), str(self.out))
         optimizer = make_optimizer(self.model, stage)
         self.average = WeightAverage(self.model, stage.ema) if stage.ema else None
         if tensors is not None:
             restore(tensors, self.state, self.model, optimizer, self.average)
         self._open_data(stage)
         objective = OBJECTIVES[stage.objective]
-        self.objective = objective(self.recipe, stage, self.tokenizer, self.train.examples, self.teacher)
+        self.objective = objective(self.recipe, stage, self.tokenizer, self.train.examples, self.helpers)
         forward, self.optimizer = self.accelerator.prepare(self.model, optimizer)
         self.plan = EpochPlan(len(self.train), stage.batch_size, (self.recipe.seed, number), flip=self.recipe.data.flip)
         if tensors is None:
@@ -125,10 +142,14 @@ class Trainer:
             last = self.state["epoch"] == stage.epochs
             if last or self.state["epoch"] % stage.validate_every == 0:
                 self._validate(stage)
+            if stage.keep_every and self.state["epoch"] % stage.keep_every == 0:
+                self._keep(stage)
             self.state.update(batch=0, loss=0.0, count=0)
             self._save()
         if self.state["epoch"] < stage.epochs:
-            self.log.line(f"stage {stage.name}: no better CIDEr for {self.state['waits']} validations, stopping early")
+            self.log.line(
+                f"stage {stage.name}: no better {self.metric} for {self.state['waits']} validations, stopping early"
+            )
         self.state.update(stage=number + 1, epoch=0, waits=0, plateau=1.0, plateau_waits=0)
 
     def _stops_early(self, stage: Stage) -> bool:
@@ -216,7 +237,6 @@ class Trainer:
         self.frozen = stage.encoder_lr == 0
         encoder = self.model.encoder
         digest = _encoder_digest(encoder, self.recipe.encoder.kind)
-        views = (False, True) if self.recipe.data.flip else (False,)
 
         def rows(photos: Photos, flip: bool) -> np.ndarray:
             if self.frozen:
@@ -224,13 +244,14 @@ class Trainer:
             return photos.pixels(flip=flip, progress=self.progress)
 
         with self.accelerator.main_process_first():
-            self.rows = [rows(self.train, flip) for flip in views]
+            self.rows = [rows(self.train, flip) for flip in self.views]
             self.val_rows = rows(self.val, False)
             self.teacher_rows: list[np.ndarray] = []
-            if self.teacher and stage.objective == "distill":
-                seer = self.teacher.model.encoder.to(self.accelerator.device)
-                name = _encoder_digest(seer, self.teacher.kind)
-                for flip in views:
+            teacher = self.helpers.teacher
+            if teacher and stage.objective == "distill":
+                seer = teacher.model.encoder.to(self.accelerator.device)
+                name = _encoder_digest(seer, teacher.kind)
+                for flip in self.views:
                     shown = self.train.features(seer, name, flip=flip, progress=self.progress)
                     self.teacher_rows.append(shown)
 
@@ -244,35 +265,30 @@ class Trainer:
         if self.reward is not None:
             record["reward"] = self.reward
         if self.accelerator.is_main_process:
-            # Beam size is the device's business; while training, greedy tells as much and is quicker.
-            options = DecodeOptions(**{**asdict(self.recipe.decoding), "beam": 1, "length_penalty": 0.0})
-            if self.average:
-                with self.average.applied(self.model):
-                    record |= self._score(options)
-            else:
-                record |= self._score(options)
+            with self._kept_weights():
+                record |= self.score()
         record = self._from_main(record)
         state["seconds"] = time.monotonic() - self.began
         record["seconds"] = round(state["seconds"], 1)
         state["history"].append(record)
-        better = state["best"] is None or record["cider"] > state["best"]["cider"]
+        better = state["best"] is None or record[self.metric] > state["best"][self.metric]
         state["waits"] = 0 if better else state["waits"] + 1
         state["plateau_waits"] = 0 if better else state["plateau_waits"] + 1
         if stage.schedule == "plateau" and state["plateau_waits"] > stage.plateau_patience:
             state.update(plateau=state["plateau"] * stage.gamma, plateau_waits=0)  # as torch's ReduceLROnPlateau
         if better:
             state["best"] = record
-            if self.average:
-                with self.average.applied(self.model):
-                    self._write_weights()
-            else:
+            with self._kept_weights():
                 self._write_weights()
         self.log.validation(record, better, (state["stage"], state["epoch"] * self.plan.batches))
 
-    def _score(self, options: DecodeOptions) -> dict[str, float]:
+    def score(self) -> dict[str, float]:
+        """One validation: the figures of the captions, `metric` among them."""
         n = len(self.val)
+        # Beam size is the device's business; while training, greedy tells as much and is quicker.
+        options = DecodeOptions(**{**asdict(self.recipe.decoding), "beam": 1, "length_penalty": 0.0})
         captions = caption_rows(
-            self.model, self.tokenizer, self.val_rows, n, options, features=self.frozen,
+            self.model, self.tokenizer, self.val_rows, n, options, features=self.frozen, ids=self.recipe.tokenizer.ids,
             report=lambda done: self.progress(f"validation {self.state['epoch']}", done, n),
         )  # fmt: skip
         scores = score_captions(captions, self.val.examples)
@@ -288,9 +304,24 @@ class Trainer:
 
         return broadcast_object_list([record])[0]
 
+    def _kept_weights(self) -> AbstractContextManager[None]:
+        """Inside the block the model holds what is validated and kept: the average, where there is one."""
+        return self.average.applied(self.model) if self.average else nullcontext()
+
     def _write_weights(self) -> None:
         if self.accelerator.is_main_process:
-            write_tensors(self.out / WEIGHTS, model_tensors(self.model), {"format": "pt"})
+            write_weights(self.out, self.model)
+        self.accelerator.wait_for_everyone()
+
+    def _keep(self, stage: Stage) -> None:
+        """A checkpoint of its own of this epoch, under kept/."""
+        folder = self.out / "kept" / f"{stage.name}-{self.state['epoch']:03d}"
+        if self.accelerator.is_main_process:
+            with self._kept_weights():
+                write_weights(folder, self.model)
+            for name in (RECIPE, TOKENIZER):
+                write_bytes(folder / name, (self.out / name).read_bytes())
+            write_json(folder / METRICS, {**self._metrics(finished=True), "kept": self.state["epoch"]})
         self.accelerator.wait_for_everyone()
 
     def _save(self) -> None:
@@ -304,29 +335,33 @@ class Trainer:
     def _end(self) -> None:
         self.state.update(finished=True, seconds=time.monotonic() - self.began)
         if self.accelerator.is_main_process:
-            best, _ = read_tensors(self.out / WEIGHTS)
-            load_model_tensors(self.model, best, str(self.out / WEIGHTS))
+            load_model_tensors(self.model, read_weights(self.out), str(self.out))
             save_progress(self.out / PROGRESS, self.model, None, None, self.state)
         self.accelerator.wait_for_everyone()
 
-    def _write_metrics(self, *, finished: bool) -> dict[str, Any]:
+    def _metrics(self, *, finished: bool) -> dict[str, Any]:
         metrics = {
             "finished": finished,
+            "metric": self.metric,
+            "kind": "adapter" if self.recipe.lora.rank else self.recipe.task,
             "best": self.state["best"],
             "history": self.state["history"],
             "seconds": round(self.state["seconds"], 1),
             "train_photos": len(self.train),
             "val_photos": len(self.val),
             "parameters": {
-                part: sum(p.numel() for p in getattr(self.model, part).parameters())
-                for part in ("encoder", "bridge", "decoder")
+                name: sum(p.numel() for p in part.parameters()) for name, part in self.model.parts().items()
             },
         }
         if self.start.pruned:
             metrics["pruned"] = self.start.pruned  # tells how to load what follows
+        return metrics
+
+    def _write_metrics(self, *, finished: bool) -> dict[str, Any]:
+        metrics = self._metrics(finished=finished)
         if self.accelerator.is_main_process:
             write_json(self.out / METRICS, metrics)
-            self.log.chart(self.state["history"])
+            self.log.chart(self.state["history"], self.metric)
         return metrics
 
 
@@ -347,6 +382,4 @@ def _digest(tensor: torch.Tensor) -> str:
 
 
 def _exchange(accelerator: Accelerator, forward: torch.nn.Module, sync: bool) -> Any:
-    from contextlib import nullcontext
-
     return nullcontext() if sync else accelerator.no_sync(forward)

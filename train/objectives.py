@@ -16,8 +16,8 @@ from ..runtime.errors import UsageError
 from .batches import Batch
 from .models import CaptionModel
 from .settings import Recipe, Stage
-from .start import Teacher
-from .tokenizer import caption_text, token_ids
+from .start import ALONE, Helpers
+from .tokenizer import caption_text, spoken_never, token_ids
 
 END = "</s>"  # the end of a sentence is a word of the reward's n-grams, or captions learn to stop anywhere
 
@@ -31,7 +31,7 @@ class CrossEntropy:
         stage: Stage,
         tokenizer: Tokenizer,
         examples: Sequence[Example],
-        teacher: Teacher | None = None,
+        helpers: Helpers = ALONE,
     ) -> None:
         self.smoothing = stage.label_smoothing
 
@@ -51,10 +51,10 @@ class Distillation:
     (Romero et al. 2015, arXiv:1412.6550)."""
 
     def __init__(
-        self, recipe: Recipe, stage: Stage, tokenizer: Tokenizer, examples: Sequence[Example], teacher: Teacher
+        self, recipe: Recipe, stage: Stage, tokenizer: Tokenizer, examples: Sequence[Example], helpers: Helpers
     ) -> None:
         self.smoothing, self.share, self.temperature = stage.label_smoothing, stage.teacher_share, stage.temperature
-        self.match, self.teacher = stage.match, teacher
+        self.match, self.teacher = stage.match, helpers.teacher
 
     def count(self, ids: Tensor) -> int:
         """What the batch's loss is divided by: its target words."""
@@ -93,10 +93,11 @@ class SelfCritical:
         stage: Stage,
         tokenizer: Tokenizer,
         examples: Sequence[Example],
-        teacher: Teacher | None = None,
+        helpers: Helpers = ALONE,
     ) -> None:
         self.samples, self.max_length = max(2, stage.samples), recipe.tokenizer.max_length
-        self.tokenizer, self.special = tokenizer, token_ids(tokenizer)
+        self.tokenizer, self.special = tokenizer, token_ids(tokenizer, recipe.tokenizer.ids)
+        self.forbidden = spoken_never(self.special)
         self.reward = CiderD([[caption_text(c).split() + [END] for c in example.captions] for example in examples])
 
     def count(self, ids: Tensor) -> int:
@@ -112,7 +113,7 @@ class SelfCritical:
         advantage = (scores - others).to(ids.device)  # [N, S]
         sampled = Batch(ids, batch.photos, batch.pixels, batch.features)
         logits = forward(sampled.inputs, sampled.keep, **batch.view).float()  # [K, V]
-        logits[:, [self.special[name] for name in ("pad", "bos", "unk")]] = -1e9
+        logits[:, self.forbidden] = -1e9
         logprob = logits.log_softmax(-1).gather(1, sampled.targets.unsqueeze(1)).squeeze(1)  # [K]
         weight = advantage.unsqueeze(2).expand(sampled.keep.shape)[sampled.keep]
         return -(weight * logprob).sum(), {"reward": float(scores.mean())}
@@ -125,7 +126,6 @@ class SelfCritical:
         """
         photo = model.photo(**batch.view)
         n, device = len(batch.ids), batch.ids.device
-        forbidden = [self.special[name] for name in ("pad", "bos", "unk")]
         bos = torch.full((n, 1), self.special["bos"], dtype=torch.long, device=device)
         logits, state = model.decoder.begin(photo, bos)
         index = torch.arange(n, device=device).repeat_interleave(self.samples)  # [N·S]
@@ -135,7 +135,7 @@ class SelfCritical:
         ids[:, 0] = self.special["bos"]
         rows = torch.arange(n * self.samples, device=device)  # still speaking
         for position in range(1, self.max_length + 1):
-            logits[:, forbidden] = -1e9
+            logits[:, self.forbidden] = -1e9
             drawn = torch.multinomial(logits.float().softmax(-1), 1).squeeze(1)
             ids[rows, position] = drawn
             speaking = drawn != self.special["eos"]

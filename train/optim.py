@@ -16,15 +16,14 @@ from .settings import Stage
 def make_optimizer(model: CaptionModel, stage: Stage) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter 2019) with the encoder's own rate; vectors (biases, norms) are not decayed.
 
-    Freezes the encoder when its rate is 0, so that the optimizer sees nothing of it.
+    Freezes the encoder when its rate is 0, so that the optimizer sees nothing of it, nor of `model.frozen_parts`.
     """
     model.encoder.requires_grad_(stage.encoder_lr > 0)
     groups = []
-    for module, rate in (
-        (model.encoder, stage.encoder_lr),
-        (model.bridge, stage.lr),
-        (model.decoder, stage.lr),
-    ):
+    for name, module in model.parts().items():
+        rate = stage.encoder_lr if name == "encoder" else stage.lr
+        if name in model.frozen_parts:
+            module.requires_grad_(False)
         parameters = [p for p in module.parameters() if p.requires_grad]
         for decayed in (True, False):
             members = [p for p in parameters if (p.ndim > 1) == decayed]
@@ -51,6 +50,8 @@ def set_modes(model: CaptionModel, stage: Stage, *, from_scratch: bool) -> None:
     """Training mode as the stage wants it: dropout on or off, BatchNorm statistics moving or still."""
     model.train(stage.dropout)
     moving = stage.encoder_lr > 0 and (stage.batchnorm == "train" or (stage.batchnorm == "auto" and from_scratch))
+    for name in model.frozen_parts:
+        model.parts()[name].eval()
     for module in model.encoder.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.train(moving)

@@ -16,6 +16,7 @@ CHOICES = {
     "data.resize": ("squash", "crop"),
     "data.resample": ("bilinear", "bicubic"),
     "task": ("caption", "retrieval"),
+    "watch": ("", "cider", "alignment"),
     "tokenizer.kind": ("word", "bpe", "unigram", "pretrained"),
     "encoder.features": ("grid", "pooled"),
     "text.pool": ("cls", "mean"),

@@ -8,6 +8,23 @@ from typing import Any
 
 from .state import replacing
 
+NOT_FIGURES = ("stage", "epoch", "loss", "reward", "seconds")  # of a validation's record
+# The figures that a line tells, by their names for people and their format.
+TOLD = {
+    "cider": ("CIDEr", ".4f"),
+    "bleu4": ("BLEU-4", ".3f"),
+    "distinct": ("distinct", ".0%"),
+    "repeated": ("repeats", ".1%"),
+    "alignment": ("alignment", ".3f"),
+    "recall": ("mean recall", ".4f"),
+}
+
+
+def tell(name: str, value: float) -> str:
+    """A figure of a validation with its name, for people."""
+    label, form = TOLD[name]
+    return f"{label} {value:{form}}"
+
 
 class TrainingLog:
     """Writes `log/` (TensorBoard) and `chart.png` under the checkpoint; `say` prints a line. Silent where it is not the
@@ -42,19 +59,20 @@ class TrainingLog:
         if self.writer is None:
             return
         stage, step = place
-        for name in ("cider", "bleu4", "rouge_l", "distinct", "repeated"):
-            self.writer.add_scalar(f"validation {stage + 1}/{name}", record[name], step)
+        figures = {name: value for name, value in record.items() if name not in NOT_FIGURES}
+        for name, value in figures.items():
+            self.writer.add_scalar(f"validation {stage + 1}/{name}", value, step)
         self.writer.flush()
         reward = f"  reward {record['reward']:.3f}" if "reward" in record else ""
         loss = "" if record["loss"] is None else f"loss {record['loss']:.3f}"
         self.line(
-            f"{record['stage']} epoch {record['epoch']}: {loss}{reward}  CIDEr {record['cider']:.4f}"
-            f"  BLEU-4 {record['bleu4']:.3f}  distinct {record['distinct']:.0%}  repeats {record['repeated']:.1%}"
+            f"{record['stage']} epoch {record['epoch']}: {loss}{reward}  "
+            f"{'  '.join(tell(name, value) for name, value in figures.items() if name in TOLD)}"
             f"  {record['seconds']:.0f} s{'  best so far' if better else ''}"
         )
 
-    def chart(self, history: list[dict[str, Any]]) -> None:
-        """Loss and validation CIDEr over the epochs, as chart.png."""
+    def chart(self, history: list[dict[str, Any]], metric: str) -> None:
+        """Loss and the validation's metric over the epochs, as chart.png."""
         if self.out is None or not history:
             return
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -74,24 +92,24 @@ class TrainingLog:
         )
         right.plot(
             places,
-            [r["cider"] for r in history],
+            [r[metric] for r in history],
             color="#0b6bcb",
             marker="o",
             markersize=4,
-            label="validation CIDEr",
+            label=f"validation {TOLD[metric][0]}",
         )
         for i, record in enumerate(history):
             if i and record["stage"] != history[i - 1]["stage"]:
                 left.axvline(i + 0.5, color="#d0d4da", linewidth=1)
-        best = max(range(len(history)), key=lambda i: history[i]["cider"])
+        best = max(range(len(history)), key=lambda i: history[i][metric])
         right.annotate(
-            f"{history[best]['cider']:.3f}", (places[best], history[best]["cider"]), xytext=(0, 6),
+            f"{history[best][metric]:.3f}", (places[best], history[best][metric]), xytext=(0, 6),
             textcoords="offset points", ha="center", color="#0b6bcb",
         )  # fmt: skip
         left.set_xlabel("validations")
         left.set_ylabel("training loss")
-        right.set_ylabel("validation CIDEr (greedy)", color="#0b6bcb")
-        right.set_ylim(0, max(r["cider"] for r in history) * 1.15 + 1e-6)
+        right.set_ylabel(f"validation {TOLD[metric][0]}", color="#0b6bcb")
+        right.set_ylim(0, max(r[metric] for r in history) * 1.15 + 1e-6)
         left.spines["top"].set_visible(False)
         right.spines["top"].set_visible(False)
         lines = left.get_lines()[:1] + right.get_lines()[:1]

@@ -14,11 +14,9 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
 
 from ..benchmarks.datasets import Dataset, open_dataset
-from ..runtime.decode import DecodeOptions
 from ..runtime.errors import EdgecapError, UsageError
 from ..runtime.tokenizer import Tokenizer
 from .batches import Progress
-from .cache import load_pixels
 from .checkpoint import (
     PROGRESS,
     RECIPE,
@@ -30,15 +28,14 @@ from .checkpoint import (
     read_recipe,
 )
 from .loop import Trainer
-from .models import CaptionModel
+from .pretrained import open_tokenizer, resolve
 from .recipe import load_recipe
 from .report import TrainingLog
 from .settings import Recipe
 from .shapes import shrink_to
-from .start import START, Start, Teacher, check_teacher, load_again, read_start, with_parts, write_start
+from .start import START, Helpers, Start, Teacher, check_helpers, load_again, read_start, with_parts, write_start
 from .state import load_progress, write_bytes
-from .tokenizer import caption_text, token_ids, train_tokenizer
-from .validate import caption_rows, score_captions
+from .tokenizer import caption_text, token_ids
 
 RUNS = Path("runs")
 LOCK = ".lock"
@@ -53,23 +50,63 @@ def prepare_recipe(
     overrides: Sequence[str],
     skip_bad: bool,
     seed: int | None,
+    decoder: str | None = None,
+    text: str | None = None,
+    vlm: str | None = None,
+    from_scratch: bool = False,
+    image_size: int | None = None,
+    max_positions: int | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Recipe:
-    """The recipe with what the command line says on top; `say` is told what of the recipe does not count then."""
+    """The recipe with what the command line says on top; `say` is told what of the recipe does not count then.
+
+    encoder, decoder, text, vlm: hub ids or directories with weights; from_scratch: no weights from anywhere.
+    """
     recipe = load_recipe(name, tuple(overrides))
+    if image_size:
+        recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, image_size=image_size))
+    if max_positions:
+        recipe = dataclasses.replace(recipe, decoder={**recipe.decoder, "max_positions": max_positions})
     if data:
         recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, spec=data))
     if skip_bad:
         recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, skip_bad=True))
     if encoder:
         recipe = dataclasses.replace(recipe, encoder=dataclasses.replace(recipe.encoder, source=encoder))
+    if decoder:
+        recipe = dataclasses.replace(recipe, decoder={**recipe.decoder, "source": decoder})
+    if text:
+        recipe = dataclasses.replace(recipe, text=dataclasses.replace(recipe.text, source=text))
+    if vlm:
+        from .smolvlm import with_vlm
+
+        recipe = with_vlm(recipe, vlm)
+    if from_scratch:
+        recipe = without_sources(recipe)
     if recipe.encoder.source and recipe.encoder.config:
         source = recipe.encoder.source
         if any(item.startswith("encoder.config") for item in overrides):
             raise UsageError(f"encoder {source} has a configuration of its own: leave out --set encoder.config")
-        say(f"encoder {source}: its own configuration is used, not the recipe's encoder.config")
+        if encoder:
+            say(f"encoder {source}: its own configuration is used, not the recipe's encoder.config")
         recipe = dataclasses.replace(recipe, encoder=dataclasses.replace(recipe.encoder, config={}))
     return recipe if seed is None else dataclasses.replace(recipe, seed=seed)
+
+
+def without_sources(recipe: Recipe) -> Recipe:
+    """The recipe with nothing pretrained: every part from its configuration, the tokenizer learnt from the captions,
+    with unused entries up to the size of the pretrained one."""
+    tokenizer = recipe.tokenizer
+    if tokenizer.kind == "pretrained":
+        tokenizer = dataclasses.replace(tokenizer, kind="bpe", source="", fill=True)
+    parts = {part: {k: v for k, v in getattr(recipe, part).items() if k != "source"} for part in ("bridge", "decoder")}
+    return dataclasses.replace(
+        recipe,
+        tokenizer=tokenizer,
+        encoder=dataclasses.replace(recipe.encoder, source=""),
+        text=dataclasses.replace(recipe.text, source=""),
+        **parts,
+    )
 
 
 def new_run(name: str, folder: Path = RUNS) -> Path:
@@ -95,13 +132,15 @@ def train(
     resume: bool = False,
     init: Path | None = None,
     teacher: Path | None = None,
+    critic: str | None = None,
     progress: Progress = lambda phase, done, total: None,
     say: Callable[[str], None] = lambda line: None,
 ) -> tuple[Path, dict[str, Any]]:
     """Train a captioner; returns the checkpoint directory and its metrics.
 
     init: a checkpoint whose model, weights and tokenizer the run starts from, whatever the recipe says of them.
-    teacher: a checkpoint that the stages with objective "distill" learn from.
+    teacher: a checkpoint that the stages with objective "distill" learn from. critic: a retrieval checkpoint or a CLIP
+    that judges how captions fit their photos, for the stages with objective "guided" and in every validation.
     With `resume` the run in `out` (or the newest under runs/) goes on by its own recipe. Raises UsageError for bad
     data, recipes and folders. Where several processes train, the first decides, writes and tells.
     """
@@ -112,27 +151,55 @@ def train(
         data = open_dataset(recipe.data.spec, skip_bad=recipe.data.skip_bad)
         if main:
             _tell_data(data, say)
-        begun, recipe = _from_main(lambda: _open_run(recipe, data, out, resume, init, teacher))
+        begun, recipe = _from_main(lambda: _open_run(recipe, data, out, resume, init, teacher, critic))
         start = read_start(out)
         tokenizer = Tokenizer.load(out / TOKENIZER).inner
         torch.manual_seed(recipe.seed)
-        model = _model(recipe, token_ids(tokenizer), out, begun, start)
-        taught = None
-        if start.teacher:
-            taught = Teacher(load_again(start.teacher, start.teacher_sha256, "teacher"), tokenizer)
-            if taught.preprocess != preprocess_for(recipe):
-                raise UsageError(f"{start.teacher} sees photos in another size or form: it cannot teach this captioner")
+        model = _model(recipe, token_ids(tokenizer, recipe.tokenizer.ids), out, begun, start)
+        helpers = _helpers(recipe, start, tokenizer)
         log = TrainingLog(out if main else None, say)
-        trainer = Trainer(recipe, model, tokenizer, data, out, accelerator, progress, log, start=start, teacher=taught)
+        trainer = _trainer(recipe.task)(
+            recipe, model, tokenizer, data, out, accelerator, progress, log, start=start, helpers=helpers
+        )
         return out, trainer.run(begun)
 
 
-def _model(recipe: Recipe, tokens: dict[str, int], out: Path, begun: bool, start: Start) -> CaptionModel:
-    """The model as the run begins or goes on: a pruned one has the shapes of its weights."""
-    if start.init and not begun:
-        return load_again(start.init, start.sha256, "its start").model
-    model = model_for(recipe, tokens, load_weights=not begun)
-    if start.pruned:
+def _trainer(task: str) -> type[Trainer]:
+    if task == "retrieval":
+        from .towers import TowersTrainer
+
+        return TowersTrainer
+    return Trainer
+
+
+def _helpers(recipe: Recipe, start: Start, tokenizer: Any) -> Helpers:
+    """The teacher and the critic that the run began with."""
+    teacher = critic = None
+    if start.teacher:
+        teacher = Teacher(load_again(start.teacher, start.teacher_sha256, "teacher"), tokenizer)
+        if teacher.preprocess != preprocess_for(recipe):
+            raise UsageError(f"{start.teacher} sees photos in another size or form: it cannot teach this captioner")
+    if start.critic:
+        from .critic import Critic
+
+        critic = Critic.load(start.critic)
+        if critic.sha256 != start.critic_sha256:
+            raise UsageError(f"{start.critic} has changed since this run began with it as critic: put it back")
+    return Helpers(teacher, critic)
+
+
+def _model(recipe: Recipe, tokens: dict[str, int], out: Path, begun: bool, start: Start) -> Any:
+    """The model as the run begins or goes on: a pruned one has the shapes of its weights, an adapter its base."""
+    adapters = recipe.lora.rank > 0
+    if start.init and (adapters or not begun):
+        model = load_again(start.init, start.sha256, "its start").model
+    else:
+        model = model_for(recipe, tokens, load_weights=adapters or not begun)
+    if adapters:
+        from .lora import add_adapters
+
+        add_adapters(model, recipe.lora)
+    if start.pruned and begun:
         tensors, _ = load_progress(out / PROGRESS)
         shrink_to(model, {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")})
     return model
@@ -192,32 +259,48 @@ def _only_run(out: Path) -> Iterator[None]:
 
 
 def _open_run(
-    recipe: Recipe, data: Dataset, out: Path, resume: bool, init: Path | None, teacher: Path | None
+    recipe: Recipe,
+    data: Dataset,
+    out: Path,
+    resume: bool,
+    init: Path | None,
+    teacher: Path | None,
+    critic: str | None,
 ) -> tuple[bool, Recipe]:
     """Has the run in `out` begun to learn? If not, its tokenizer and resolved recipe are written (anew)."""
     if (out / PROGRESS).is_file():
         return True, recipe
     if resume and (out / START).is_file():
         return False, recipe
-    check_teacher(recipe, teacher)
+    check_helpers(recipe, teacher, critic)
     first = None if init is None else load_checkpoint(init)
     master = None if teacher is None else load_checkpoint(teacher)
-    write_start(out, first, master)
+    write_start(out, first, master, _identify(critic))
     if first is not None:
         recipe = with_parts(recipe, first)
         write_bytes(out / TOKENIZER, (first.path / TOKENIZER).read_bytes())
         write_bytes(out / RECIPE, recipe.to_toml().encode())
         return False, read_recipe(out)
     captions = (caption_text(c) for example in data.splits["train"] for c in example.captions)
-    tokenizer = train_tokenizer(captions, recipe.tokenizer)
+    tokenizer, recipe = open_tokenizer(resolve(recipe), captions)
     # Built here already, so that a recipe that cannot be built leaves no run.
-    probe = model_for(recipe, token_ids(tokenizer), load_weights=True)
+    probe = model_for(recipe, token_ids(tokenizer, recipe.tokenizer.ids), load_weights=True)
     if recipe.encoder.source:
         settings = dataclasses.replace(recipe.encoder, config=probe.encoder.settings())
         recipe = dataclasses.replace(recipe, encoder=settings)
     write_bytes(out / TOKENIZER, tokenizer.to_str(pretty=True).encode())
     write_bytes(out / RECIPE, recipe.to_toml().encode())  # last: a folder with a recipe can be resumed
     return False, read_recipe(out)
+
+
+def _identify(critic: str | None) -> tuple[str, str] | None:
+    """Where a critic lies and its hash."""
+    if critic is None:
+        return None
+    from .critic import Critic
+
+    place = str(Path(critic).resolve()) if Path(critic).exists() else critic  # or a hub id
+    return place, Critic.load(critic).sha256
 
 
 def _from_main(decide: Callable[[], T]) -> T:
@@ -259,46 +342,3 @@ def _tell_data(data: Dataset, say: Callable[[str], None]) -> None:
         names = ", ".join(f"{name} ({why})" for name, why in data.skipped[:5])
         more = f" and {len(data.skipped) - 5} more" if len(data.skipped) > 5 else ""
         say(f"skipped {len(data.skipped)} photos: {names}{more}")
-
-
-def evaluate(
-    checkpoint: Path | None,
-    *,
-    spec: str | None,
-    split: str,
-    limit: int | None,
-    decoding: dict[str, Any],
-    unfinished_ok: bool = False,
-    progress: Progress = lambda phase, done, total: None,
-) -> dict[str, Any]:
-    """Score a checkpoint on a split in torch, with the metrics that `edgecap bench` gives for a bundle."""
-    checkpoint = checkpoint or latest_run(finished=None if unfinished_ok else True)
-    if checkpoint is None:
-        raise UsageError(f"no finished run under {RUNS}: train one with edgecap train, or name a checkpoint")
-    loaded = load_checkpoint(checkpoint, unfinished_ok=unfinished_ok)
-    data = open_dataset(spec or loaded.recipe.data.spec, skip_bad=loaded.recipe.data.skip_bad)
-    if split not in data.splits or not len(data.splits[split]):
-        raise UsageError(f"{data.spec} has no photos in split {split!r}; splits: {', '.join(data.splits)}")
-    examples = list(data.splits[split])[:limit]
-    defaults = dataclasses.asdict(loaded.recipe.decoding)
-    options = DecodeOptions.from_dict({**defaults, **{k: v for k, v in decoding.items() if v is not None}})
-    captions = caption_rows(
-        loaded.model,
-        loaded.tokenizer.inner,
-        lambda part: load_pixels(examples[part], loaded.preprocess),
-        len(examples),
-        options,
-        features=False,
-        report=lambda done: progress("captions", done, len(examples)),
-    )
-    scores = score_captions(captions, examples)
-    return {
-        "checkpoint": str(checkpoint),
-        "sha256": loaded.sha256,
-        "data": data.spec,
-        "split": split,
-        "photos": len(examples),
-        "decoding": dataclasses.asdict(options),
-        "scores": scores.to_dict(),
-        "captions": [{"id": e.id, "caption": c} for e, c in zip(examples, captions, strict=True)],
-    }

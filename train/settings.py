@@ -28,12 +28,14 @@ class TokenizerSettings:
     """kind: word, bpe (byte level) or unigram, learnt from the captions, or pretrained.
 
     min_count is for words, vocab_size an upper limit for what is learnt. source: hub id or directory of a pretrained
-    one, empty = the decoder's source; ids: its bos, eos, pad and unk, filled in when a run begins.
+    one, empty = the decoder's source; ids: its bos, eos, pad and unk, filled in when a run begins. fill: unused entries
+    up to vocab_size, so that a language model has its real size without its tokenizer.
     """
 
     kind: str = "word"
     source: str = ""
     ids: dict[str, Any] = field(default_factory=dict)
+    fill: bool = False
     vocab_size: int = 8000
     min_count: int = 5
     max_length: int = 20  # tokens of a caption in training, end excluded
@@ -144,6 +146,9 @@ class Recipe:
 
     name: str = DEFAULT_RECIPE
     task: str = "caption"
+    watch: str = (
+        ""  # the validation figure that says what is best: cider, or alignment by --critic; "" = the task's own
+    )
     seed: int = 0
     mixed_precision: str = "auto"  # bf16 or fp16 where the device has it; or no, bf16, fp16
     data: Data = field(default_factory=Data)

@@ -1,4 +1,4 @@
-"""What a run starts from when it does not start from nothing: a checkpoint's weights, and a teacher to learn from."""
+"""What a run starts from when it does not start from nothing: a checkpoint's weights, a teacher, a critic."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tokenizers import Tokenizer
@@ -18,7 +18,9 @@ from .checkpoint import PROGRESS, Checkpoint, load_checkpoint
 from .models import CaptionModel
 from .settings import Recipe
 from .state import write_json
-from .tokenizer import token_ids
+
+if TYPE_CHECKING:
+    from .critic import Critic
 
 START = PROGRESS.parent / "start.json"
 
@@ -27,20 +29,37 @@ START = PROGRESS.parent / "start.json"
 class Start:
     """Kept beside the run's state, so that resuming finds the same files. `pruned`: what was pruned before."""
 
-    init: str
-    sha256: str
+    init: str = ""
+    sha256: str = ""
     teacher: str = ""
     teacher_sha256: str = ""
     pruned: list[dict[str, Any]] = field(default_factory=list)
+    critic: str = ""
+    critic_sha256: str = ""
 
 
-def check_teacher(recipe: Recipe, teacher: Path | None) -> None:
-    """UsageError where a stage needs a teacher and there is none, or the other way round."""
-    learning = [i for i, stage in enumerate(recipe.stages) if stage.objective == "distill"]
-    if learning and teacher is None:
-        raise UsageError(f"stages.{learning[0]}.objective = distill needs --teacher CHECKPOINT")
-    if teacher is not None and not learning:
-        raise UsageError("--teacher: no stage learns from it; add --set stages.0.objective=distill")
+@dataclass(frozen=True)
+class Helpers:
+    """Models that take part in training without learning themselves."""
+
+    teacher: Teacher | None = None
+    critic: Critic | None = None
+
+
+ALONE = Helpers()
+
+
+def check_helpers(recipe: Recipe, teacher: Path | None, critic: str | None) -> None:
+    """UsageError where a stage needs a teacher or a critic and there is none, or the other way round."""
+    for name, given, objective in (("teacher", teacher, "distill"), ("critic", critic, "guided")):
+        learning = [i for i, stage in enumerate(recipe.stages) if stage.objective == objective]
+        watched = name == "critic" and recipe.watch == "alignment"
+        if learning and given is None:
+            raise UsageError(f"stages.{learning[0]}.objective = {objective} needs --{name} CHECKPOINT")
+        if watched and given is None:
+            raise UsageError("watch = alignment needs --critic CHECKPOINT")
+        if given is not None and not learning and name == "teacher":
+            raise UsageError(f"--{name}: no stage learns from it; add --set stages.0.objective={objective}")
 
 
 def with_parts(recipe: Recipe, init: Checkpoint) -> Recipe:
@@ -52,8 +71,11 @@ def with_parts(recipe: Recipe, init: Checkpoint) -> Recipe:
     return dataclasses.replace(recipe, **parts)
 
 
-def write_start(out: Path, init: Checkpoint | None, teacher: Checkpoint | None) -> None:
-    if init is None and teacher is None:
+def write_start(
+    out: Path, init: Checkpoint | None, teacher: Checkpoint | None, critic: tuple[str, str] | None = None
+) -> None:
+    """critic: its path or hub id, and its hash."""
+    if init is None and teacher is None and critic is None:
         (out / START).unlink(missing_ok=True)
         return
     start = Start(
@@ -62,6 +84,7 @@ def write_start(out: Path, init: Checkpoint | None, teacher: Checkpoint | None) 
         str(teacher.path.resolve()) if teacher else "",
         teacher.sha256 if teacher else "",
         list(init.metrics.get("pruned", [])) if init else [],
+        *(critic or ("", "")),
     )
     write_json(out / START, dataclasses.asdict(start))
 
@@ -71,7 +94,7 @@ def read_start(out: Path) -> Start:
     try:
         return Start(**json.loads((out / START).read_text(encoding="utf-8")))
     except FileNotFoundError:
-        return Start("", "")
+        return Start()
     except (OSError, ValueError, TypeError) as error:
         raise EdgecapError(f"{out / START} cannot be read ({error}): begin the run anew") from error
 
@@ -91,7 +114,7 @@ class Teacher:
         self.model: CaptionModel = loaded.model.eval().requires_grad_(False)
         self.kind, self.preprocess = loaded.recipe.encoder.kind, loaded.preprocess
         theirs = loaded.tokenizer.inner.get_vocab(with_added_tokens=True)
-        unknown = token_ids(loaded.tokenizer.inner)["unk"]
+        unknown = loaded.tokens["unk"]
         ours = sorted(tokenizer.get_vocab(with_added_tokens=True).items(), key=lambda entry: entry[1])
         missing = sorted(word for word, _ in ours if word not in theirs)
         if missing:

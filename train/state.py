@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from ..runtime.errors import EdgecapError, UsageError
 from .optim import WeightAverage
 
+WEIGHTS = "model.safetensors"
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -65,11 +67,24 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise EdgecapError(f"{path} cannot be read ({error}): it is damaged, restore it or train again") from error
 
 
+def write_weights(out: Path, model: nn.Module) -> None:
+    """Replace a checkpoint's weights by the model's."""
+    write_tensors(out / WEIGHTS, model_tensors(model), {"format": "pt"})
+
+
+def read_weights(out: Path) -> dict[str, Tensor]:
+    """What `write_weights` wrote."""
+    return read_tensors(out / WEIGHTS)[0]
+
+
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict with each shared (tied) tensor once."""
+    """The state dict with each shared (tied) tensor once; of a model that `stores` only a part, that part."""
     seen: set[tuple[int, int]] = set()
     kept = {}
+    stores = getattr(model, "stores", None) or (lambda name: True)
     for name, tensor in model.state_dict().items():
+        if not stores(name):
+            continue
         place = (tensor.data_ptr(), tensor.numel())
         if tensor.numel() and place in seen:
             continue

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -58,7 +59,13 @@ def train_tokenizer(captions: Iterable[str], settings: TokenizerSettings) -> Tok
     return tokenizer
 
 
-def token_ids(tokenizer: Tokenizer) -> dict[str, int]:
-    """The special ids as the bundle names them, with the size of the vocabulary."""
-    ids = {name.strip("<>"): tokenizer.token_to_id(name) for name in SPECIALS}
-    return {**ids, "vocab_size": tokenizer.get_vocab_size()}
+def token_ids(tokenizer: Tokenizer, ids: Mapping[str, int] = MappingProxyType({})) -> dict[str, int]:
+    """bos, eos, pad and unk as the bundle names them, with the size of the vocabulary; `ids`: a pretrained
+    tokenizer's own, of which several may be the same."""
+    found = dict(ids) or {name.strip("<>"): tokenizer.token_to_id(name) for name in SPECIALS}
+    return {**found, "vocab_size": tokenizer.get_vocab_size()}
+
+
+def spoken_never(tokens: Mapping[str, int]) -> list[int]:
+    """The ids that no caption holds: pad, bos and unk, where they are not eos, too."""
+    return sorted({tokens[name] for name in ("pad", "bos", "unk")} - {tokens["eos"]})

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from ..benchmarks.datasets import Example
 from ..benchmarks.metrics import CaptionScores, caption_metrics
 from ..runtime.decode import DecodeOptions, decode
 from .models import CaptionModel, TorchSession
-from .tokenizer import token_ids
+from .tokenizer import spoken_never, token_ids
 
 BATCH = 16  # larger batches of pixels fall out of the caches
 
@@ -33,12 +34,16 @@ def caption_rows(
     options: DecodeOptions,
     *,
     features: bool,
+    ids: Mapping[str, int] = MappingProxyType({}),
     report: Callable[[int], None] = lambda done: None,
 ) -> list[str]:
-    """Best caption per row: pixels uint8 [N, H, W, 3] or features [N, L, dim], an array or a function of a slice."""
+    """Best caption per row: pixels uint8 [N, H, W, 3] or features [N, L, dim], an array or a function of a slice.
+
+    ids: the special ids of a pretrained tokenizer.
+    """
     session = FeatureSession(model) if features else TorchSession(model)
-    special = token_ids(tokenizer)
-    suppress = [special[name] for name in ("pad", "bos", "unk")]
+    special = token_ids(tokenizer, ids)
+    suppress = spoken_never(special)
     captions = []
     for start in range(0, total, BATCH):
         part = slice(start, min(start + BATCH, total))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, get_type_hints
 
@@ -39,6 +40,13 @@ class CaptionModel(nn.Module):
         super().__init__()
         self.encoder, self.bridge, self.decoder = encoder, bridge, decoder
         self.bos_id, self.size = bos_id, size
+
+    frozen_parts: tuple[str, ...] = ()  # that no stage trains
+    stores: Callable[[str], bool] | None = None  # which tensors a checkpoint of it holds; None: all
+
+    def parts(self) -> dict[str, nn.Module]:
+        """Its modules by the names of the recipe's tables."""
+        return {"encoder": self.encoder, "bridge": self.bridge, "decoder": self.decoder}
 
     def forward(
         self,
@@ -148,13 +156,17 @@ def build_model(
     size: tuple[int, int],
     load_weights: bool = True,
 ) -> CaptionModel:
-    """Build one cell of the grid. Each part: {"kind": …, **options}; the encoder's options are `source` and `config`.
+    """Build one cell of the grid. Each part: {"kind": …, **options}; the encoder's are `source`, `config`, `features`.
 
-    `load_weights=False` builds the encoder's shape only (its weights come from a checkpoint).
+    `load_weights=False` builds shapes only, whatever `source` a part has (the weights come from a checkpoint).
     """
-    make, source = _pick(ENCODERS, "encoder", encoder["kind"]), encoder.get("source") if load_weights else None
+    if not load_weights:
+        encoder, bridge, decoder = (
+            {key: value for key, value in part.items() if key != "source"} for part in (encoder, bridge, decoder)
+        )
+    make = _pick(ENCODERS, "encoder", encoder["kind"])
     try:
-        seen = make(source, encoder["config"])
+        seen = make(encoder.get("source"), encoder["config"])
     except BAD_SETTINGS as error:
         raise UsageError(f"recipe [encoder] ({encoder['kind']}): {error}") from error
     across = _build(BRIDGES, "bridge", bridge, seen.dim)
