@@ -1,0 +1,111 @@
+"""`edgecap eval`: a checkpoint's score on a split, in torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from ..benchmarks.datasets import Example, open_dataset
+from ..runtime.decode import DecodeOptions
+from ..runtime.errors import UsageError
+from .batches import Progress
+from .cache import load_pixels
+from .checkpoint import Checkpoint, load_checkpoint
+from .run import RUNS, latest_run
+from .validate import caption_rows, score_captions
+
+
+def evaluate(
+    checkpoint: Path | None,
+    *,
+    spec: str | None,
+    split: str,
+    limit: int | None,
+    decoding: dict[str, Any],
+    adapter: Path | None = None,
+    critic: str | None = None,
+    unfinished_ok: bool = False,
+    progress: Progress = lambda phase, done, total: None,
+) -> dict[str, Any]:
+    """Score a checkpoint on a split in torch, with the metrics that `edgecap bench` gives for a bundle.
+
+    adapter: a run whose adapter the checkpoint gets first. critic: see `run.train`.
+    """
+    checkpoint = checkpoint or latest_run(finished=None if unfinished_ok else True)
+    if checkpoint is None:
+        raise UsageError(f"no finished run under {RUNS}: train one with edgecap train, or name a checkpoint")
+    loaded = load_checkpoint(checkpoint, unfinished_ok=unfinished_ok)
+    if adapter is not None:
+        from .lora import with_adapter
+
+        loaded = with_adapter(loaded, adapter)
+    data = open_dataset(spec or loaded.recipe.data.spec, skip_bad=loaded.recipe.data.skip_bad)
+    if split not in data.splits or not len(data.splits[split]):
+        raise UsageError(f"{data.spec} has no photos in split {split!r}; splits: {', '.join(data.splits)}")
+    examples = list(data.splits[split])[:limit]
+    record = {
+        "checkpoint": str(checkpoint),
+        "sha256": loaded.sha256,
+        **({"adapter": str(adapter)} if adapter else {}),
+        "data": data.spec,
+        "split": split,
+        "photos": len(examples),
+    }
+    if loaded.recipe.task == "retrieval":
+        from .towers import score_retrieval
+
+        return {**record, "scores": score_retrieval(loaded, examples, progress)}
+    said = _captions(loaded, examples, decoding, progress)
+    record |= said
+    captions = [line["caption"] for line in said["captions"]]
+    scores = score_captions(captions, examples).to_dict()
+    if critic is not None:
+        from .critic import Critic, alignment_scores
+
+        scores["alignment"] = alignment_scores(Critic.load(critic), captions, examples, data, progress)
+    return {**record, "scores": scores}
+
+
+def _captions(
+    loaded: Checkpoint, examples: list[Example], decoding: dict[str, Any], progress: Progress
+) -> dict[str, Any]:
+    defaults = dataclasses.asdict(loaded.recipe.decoding)
+    options = DecodeOptions.from_dict({**defaults, **{k: v for k, v in decoding.items() if v is not None}})
+    captions = caption_rows(
+        loaded.model,
+        loaded.tokenizer.inner,
+        lambda part: load_pixels(examples[part], loaded.preprocess),
+        len(examples),
+        options,
+        features=False,
+        ids=loaded.recipe.tokenizer.ids,
+        report=lambda done: progress("captions", done, len(examples)),
+    )
+    return {
+        "decoding": dataclasses.asdict(options),
+        "captions": [{"id": e.id, "caption": c} for e, c in zip(examples, captions, strict=True)],
+    }
+
+
+def score_lines(record: dict[str, Any]) -> list[str]:
+    """A record of `evaluate` for people."""
+    scores = record["scores"]
+    with_adapter = f" with the adapter of {record['adapter']}" if "adapter" in record else ""
+    first = f"{record['checkpoint']}{with_adapter} on {record['data']}, {record['split']}, {record['photos']:,} photos:"
+    if "image_to_text" in scores:
+        from .towers import retrieval_lines
+
+        return [first, *retrieval_lines(scores)]
+    low, high = scores["cider_interval"]["low"], scores["cider_interval"]["high"]
+    lines = [
+        first,
+        f"  CIDEr    {scores['cider']:.4f}  (95% {low:.4f} to {high:.4f})",
+        f"  BLEU-4   {scores['bleu_4']:.4f}    ROUGE-L {scores['rouge_l']:.4f}",
+        f"  distinct {scores['distinct']:.1%}   repeated n-grams {scores['repeated_ngrams']:.1%}",
+    ]
+    if "alignment" in scores:
+        from .critic import alignment_lines
+
+        lines += alignment_lines(scores["alignment"])
+    return lines
