@@ -17,7 +17,8 @@ import torch
 from edgecap.runtime.errors import UsageError
 from edgecap.train import loop
 from edgecap.train.checkpoint import PROGRESS, WEIGHTS, load_checkpoint
-from edgecap.train.run import evaluate, latest_run, new_run, train
+from edgecap.train.evaluate import evaluate
+from edgecap.train.run import latest_run, new_run, train
 from edgecap.train.settings import Stage
 
 from .tiny import tiny_recipe

@@ -23,7 +23,7 @@ from edgecap.train.objectives import Distillation
 from edgecap.train.run import train
 from edgecap.train.settings import Stage
 from edgecap.train.shapes import shrink_to
-from edgecap.train.start import START, Teacher
+from edgecap.train.start import START, Helpers, Teacher
 from edgecap.train.state import load_model_tensors, model_tensors
 from edgecap.train.tokenizer import caption_text, token_ids, train_tokenizer
 
@@ -61,7 +61,7 @@ def test_distillation_is_its_formula_over_our_words() -> None:
         features = teacher.model.encoder(pixels)
     batch = Batch(ids, np.arange(6), pixels=pixels, teacher=features)
     stage = Stage(objective="distill", teacher_share=0.6, temperature=3.0, match=0.5, label_smoothing=0.1)
-    objective = Distillation(tiny_recipe(), stage, ours, examples, teacher)
+    objective = Distillation(tiny_recipe(), stage, ours, examples, Helpers(teacher))
     loss, figures = objective.loss(model, model, batch)
 
     keep = ids[:, :, 1:] >= 0
