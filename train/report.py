@@ -17,6 +17,8 @@ TOLD = {
     "repeated": ("repeats", ".1%"),
     "alignment": ("alignment", ".3f"),
     "recall": ("mean recall", ".4f"),
+    "image_to_text_10": ("image → text R@10", ".3f"),
+    "text_to_image_10": ("text → image R@10", ".3f"),
 }
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ...runtime.errors import UsageError
 from .attention import EncoderBlock
+from .query import QueryBridge
 
 
 class LinearBridge(nn.Module):
@@ -123,4 +124,5 @@ BRIDGES: dict[str, Callable[..., Any]] = {
     "mlp": MLPBridge,
     "pixel_shuffle": PixelShuffleBridge,
     "prefix": PrefixBridge,
+    "query": QueryBridge,
 }

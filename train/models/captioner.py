@@ -93,9 +93,14 @@ class EncoderGraph(nn.Module):
     def __init__(self, model: CaptionModel) -> None:
         super().__init__()
         self.model = model
+        # A prompt's words are looked up here: the graph would hold the whole word embedding for a few of its rows.
+        look_up = getattr(model.decoder, "prompt_words", None)
+        with torch.no_grad():
+            self.register_buffer("words", None if look_up is None else look_up(), persistent=False)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        photo = self.model.photo(pixels=pixels)
+        words = () if self.words is None else (self.words,)
+        photo = self.model.decoder.photo(self.model.memory(pixels=pixels), *words)
         return tuple(photo[name] for name in self.model.decoder.photo_outputs)
 
 
@@ -164,15 +169,24 @@ def build_model(
         encoder, bridge, decoder = (
             {key: value for key, value in part.items() if key != "source"} for part in (encoder, bridge, decoder)
         )
-    make = _pick(ENCODERS, "encoder", encoder["kind"])
-    try:
-        seen = make(encoder.get("source"), encoder["config"])
-    except BAD_SETTINGS as error:
-        raise UsageError(f"recipe [encoder] ({encoder['kind']}): {error}") from error
-    across = _build(BRIDGES, "bridge", bridge, seen.dim)
+    seen = build_encoder(encoder)
+    if hasattr(seen, "fit"):
+        seen.fit(size[0], encoder.get("tile", 0))
+    elif encoder.get("tile"):
+        raise UsageError(f"recipe [encoder] ({encoder['kind']}): only siglip splits photos into tiles; leave tile out")
+    across = build_part(BRIDGES, "bridge", bridge, seen.dim)
     return CaptionModel(
-        seen, across, _build(DECODERS, "decoder", decoder, across.dim, vocab_size), bos_id=bos_id, size=size
+        seen, across, build_part(DECODERS, "decoder", decoder, across.dim, vocab_size), bos_id=bos_id, size=size
     ).eval()
+
+
+def build_encoder(options: dict[str, Any]) -> Any:
+    """An encoder of the table: {"kind": …, "source": …, "config": …}; without a source it starts from its config."""
+    make = _pick(ENCODERS, "encoder", options["kind"])
+    try:
+        return make(options.get("source"), options["config"])
+    except BAD_SETTINGS as error:
+        raise UsageError(f"recipe [encoder] ({options['kind']}): {error}") from error
 
 
 def _pick(table: dict[str, Any], part: str, kind: str) -> Any:
@@ -181,7 +195,8 @@ def _pick(table: dict[str, Any], part: str, kind: str) -> Any:
     return table[kind]
 
 
-def _build(table: dict[str, Any], part: str, options: dict[str, Any], *sizes: int) -> nn.Module:
+def build_part(table: dict[str, Any], part: str, options: dict[str, Any], *sizes: int) -> Any:
+    """A bridge or decoder of its table: {"kind": …, **options}, with the sizes that lie before it."""
     settings = {key: value for key, value in options.items() if key != "kind"}
     make = _pick(table, part, options["kind"])
     for key, hint in get_type_hints(make.__init__).items():

@@ -16,7 +16,9 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from ...runtime.errors import UsageError
-from .captioner import BAD_SETTINGS
+from ..settings import Recipe
+from .bridges import BRIDGES
+from .captioner import BAD_SETTINGS, build_encoder, build_part
 from .hub import read_config, reading
 
 TEXTS = 16  # read together
@@ -212,3 +214,29 @@ def _without_pooler(body: nn.Module) -> nn.Module:
     if not hasattr(body.config, "hidden_size") or not hasattr(body, "get_input_embeddings"):
         raise UsageError(f"recipe [text]: a {body.config.model_type} is not a text encoder")
     return body.eval()
+
+
+def build_towers(recipe: Recipe, tokens: dict[str, int], *, load_weights: bool) -> TwoTowers:
+    """The two towers of a recipe. `tokens`: ids of bos, eos, pad, unk and vocab_size.
+
+    `load_weights=False` builds shapes only (the weights come from a checkpoint). UsageError for what cannot be built.
+    """
+    for i, stage in enumerate(recipe.stages):
+        if stage.encoder_lr:
+            raise UsageError(f"stages.{i}.encoder_lr: both encoders of a retrieval model are frozen, leave it at 0")
+    if recipe.data.captions_per_photo != 1:
+        raise UsageError("task = retrieval learns one caption of a photo in a step: data.captions_per_photo = 1")
+    settings, sight = recipe.text, recipe.encoder
+    text = open_text_tower(settings.source if load_weights else None, settings.config, settings.pool)
+    longest = getattr(text.body.config, "max_position_embeddings", settings.max_length)
+    if not 3 <= settings.max_length <= longest:
+        raise UsageError(f"text.max_length = {settings.max_length} is out of range: this encoder reads 3 to {longest}")
+    if tokens["vocab_size"] > text.embedding.num_embeddings:
+        known = f"knows {text.embedding.num_embeddings:,} tokens, its tokenizer has {tokens['vocab_size']:,}"
+        raise UsageError(f"recipe [text]: the text encoder {known}")
+    options = {"source": sight.source if load_weights else None, "config": sight.config, "features": sight.features}
+    encoder = build_encoder({"kind": sight.kind, "tile": sight.tile, **options})
+    bridge = build_part(BRIDGES, "bridge", recipe.bridge, encoder.dim)
+    head = Head(bridge.dim, text.dim, settings.dim, settings.hidden, settings.dropout)
+    size = (recipe.data.image_size, recipe.data.image_size)
+    return TwoTowers(encoder, bridge, text, head, tokens=tokens, max_length=settings.max_length, size=size).eval()

@@ -1,0 +1,336 @@
+"""Two towers learn to find photos and captions by each other, with both encoders untouched; the query bridge."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+
+from edgecap.benchmarks.datasets import open_dataset
+from edgecap.benchmarks.retrieval import score_retrieval
+from edgecap.runtime.errors import UsageError
+from edgecap.train import loop
+from edgecap.train.checkpoint import load_checkpoint
+from edgecap.train.evaluate import evaluate, score_lines
+from edgecap.train.infonce import contrast
+from edgecap.train.models.query import QueryBridge
+from edgecap.train.optim import make_optimizer
+from edgecap.train.recipe import load_recipe, recipe_from_dict
+from edgecap.train.run import train
+from edgecap.train.settings import Recipe
+from edgecap.train.state import WEIGHTS, model_tensors, read_tensors
+from edgecap.train.tokenizer import caption_text
+
+from .tiny import ENCODER, SCENES, SIZE
+
+SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+STAGE = {"name": "align", "objective": "infonce", "epochs": 3, "batch_size": 16, "lr": 5e-3, "label_smoothing": 0.0}
+CONFIG = {"model_type": "bert", "vocab_size": 600, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+CONFIG |= {"intermediate_size": 48, "max_position_embeddings": 40}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGECAP_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Small text encoders on disk, each with a WordPiece tokenizer as BERT has it."""
+    from transformers import BertConfig, BertModel, DistilBertConfig, DistilBertModel, PreTrainedTokenizerFast
+
+    captions = [caption for example in open_dataset(SCENES).splits["train"] for caption in example.captions]
+    inner = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    inner.normalizer, inner.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    inner.train_from_iterator(captions, trainers.WordPieceTrainer(vocab_size=90, special_tokens=SPECIALS))
+    inner.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    inner.enable_padding(length=30)  # as sentence encoders have it: it must not be read as words
+    names = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, **names)
+    torch.manual_seed(3)
+    sizes = {"vocab_size": inner.get_vocab_size(), "max_position_embeddings": 40}
+    small = {"n_layers": 2, "n_heads": 2, "dim": 32, "hidden_dim": 48}
+    bert = {key: value for key, value in CONFIG.items() if key != "model_type"} | sizes
+    folders = {}
+    for name, body in (
+        ("distilbert", DistilBertModel(DistilBertConfig(**sizes, **small))),
+        ("bert", BertModel(BertConfig(**bert))),
+    ):
+        folders[name] = tmp_path_factory.mktemp(name)
+        with torch.no_grad():
+            for parameter in body.parameters():
+                if parameter.ndim > 1:
+                    parameter.mul_(5.0)  # random states of the usual size differ too little from text to text
+        body.save_pretrained(folders[name])
+        tokenizer.save_pretrained(folders[name])
+    return folders
+
+
+def recipe_of(source: Path | str, *stages: dict[str, Any], **text: Any) -> Recipe:
+    return recipe_from_dict(
+        {
+            "name": "towers",
+            "task": "retrieval",
+            "data": {"spec": SCENES, "image_size": SIZE, "captions_per_photo": 1, "flip": True},
+            "encoder": ENCODER,
+            "bridge": {"kind": "query", "dim": 32, "queries": 4, "layers": 1, "heads": 2, "ffn": 48, "dropout": 0.1},
+            "text": {"source": str(source), "max_length": 16, "dim": 24, "dropout": 0.1, **text},
+            "stages": list(stages) or [STAGE],
+        }
+    )
+
+
+# --- the query bridge ----------------------------------------------------------------------------------------------
+
+
+def test_queries_read_as_torchs_attention_does() -> None:
+    """One layer against nn.MultiheadAttention with the same weights."""
+    torch.manual_seed(0)
+    bridge = QueryBridge(20, dim=16, queries=3, layers=1, heads=4, ffn=24).eval()
+    layer, features = bridge.layers[0], torch.randn(2, 7, 20)
+
+    def theirs(own: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        whole = torch.nn.MultiheadAttention(16, 4, batch_first=True).eval()
+        parts = (own.query, own.key, own.value)
+        with torch.no_grad():
+            whole.in_proj_weight.copy_(torch.cat([part.weight for part in parts]))
+            whole.in_proj_bias.copy_(torch.cat([part.bias for part in parts]))
+            whole.out_proj.weight.copy_(own.out.weight)
+            whole.out_proj.bias.copy_(own.out.bias)
+        return whole(x, y, y, need_weights=False)[0]
+
+    with torch.no_grad():
+        seen = bridge.norm(bridge.project(features))
+        x = bridge.queries.expand(2, -1, -1)
+        y = layer.norms[0](x)
+        x = x + theirs(layer.self_attention, y, y)
+        x = x + theirs(layer.cross_attention, layer.norms[1](x), seen)
+        x = x + layer.down(F.gelu(layer.up(layer.norms[2](x))))
+        torch.testing.assert_close(bridge(features), bridge.out_norm(x), atol=1e-5, rtol=1e-4)
+        assert bridge(torch.randn(2, 50, 20)).shape == (2, 3, 16)
+        order = torch.randperm(7)
+        torch.testing.assert_close(bridge(features[:, order]), bridge(features), atol=1e-5, rtol=1e-4)
+
+
+# --- the loss ------------------------------------------------------------------------------------------------------
+
+
+def test_infonce_is_cross_entropy_to_the_own_caption() -> None:
+    logits, distinct = torch.randn(6, 6), torch.eye(6, dtype=torch.bool)
+    for smoothing in (0.0, 0.1):
+        expected = F.cross_entropy(logits, torch.arange(6), reduction="sum", label_smoothing=smoothing)
+        torch.testing.assert_close(contrast(logits, distinct, smoothing), expected)
+
+
+def test_a_caption_that_two_photos_share_is_no_negative() -> None:
+    logits = torch.randn(4, 4, requires_grad=True)
+    which = torch.tensor([0, 1, 0, 2])
+    contrast(logits, which[:, None] == which[None, :], 0.1).backward()
+    assert logits.grad[0, 2] == logits.grad[2, 0] == 0
+    assert (logits.grad[torch.tensor([0, 0, 1]), torch.tensor([1, 3, 2])] != 0).all()
+    # Row 0 is what is left of it without the third caption.
+    left = F.cross_entropy(logits[:1, [0, 1, 3]], torch.tensor([0]), reduction="sum")
+    torch.testing.assert_close(contrast(logits, which[:, None] == which[None, :], 0.0), left + sum(
+        F.cross_entropy(logits[row : row + 1, columns], torch.tensor([own]), reduction="sum")
+        for row, columns, own in ((1, [0, 1, 2, 3], 1), (2, [1, 2, 3], 1), (3, [0, 1, 2, 3], 3))
+    ))  # fmt: skip
+
+
+# --- runs ----------------------------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing catches it."""
+
+
+def test_learns_with_both_encoders_untouched_and_resumes_bit_by_bit(
+    sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pieces = {**STAGE, "name": "pieces", "accumulate": 2, "epochs": 1, "lr": 1e-3, "ema": 0.9}
+    source = tmp_path / "source"
+    shutil.copytree(sources["distilbert"], source)
+    recipe = recipe_of(source, {**STAGE, "epochs": 6}, pieces)
+    first, metrics = train(recipe, tmp_path / "first")
+    history = metrics["history"]
+    assert metrics["finished"] and metrics["metric"] == "recall" and metrics["kind"] == "retrieval"
+    assert history[5]["loss"] < 0.8 * history[0]["loss"]
+    assert set(metrics["parameters"]) == {"encoder", "bridge", "text", "head"}
+    assert (first / "chart.png").is_file()
+
+    # What is frozen came through unchanged, down to the last bit.
+    stored, _ = read_tensors(first / WEIGHTS)
+    theirs, _ = read_tensors(source / "model.safetensors")
+    for name, tensor in theirs.items():
+        assert torch.equal(stored[f"text.body.{name}"], tensor), name
+
+    monkeypatch.setattr(loop, "SAVE_EVERY_S", 0.0)
+    out, left, step = tmp_path / "killed", [0], loop.Trainer._step
+
+    def mortal(self: loop.Trainer, *args: object) -> tuple[float, int, dict[str, float]]:
+        if left[0] == 0:
+            raise Killed
+        left[0] -= 1
+        return step(self, *args)
+
+    monkeypatch.setattr(loop.Trainer, "_step", mortal)
+    lives = 0
+    while True:
+        lives, left[0] = lives + 1, 5
+        try:
+            train(None if lives > 1 else recipe, out, resume=lives > 1)
+            break
+        except Killed:
+            continue
+    assert lives == 5  # 21 steps
+    assert (out / WEIGHTS).read_bytes() == (first / WEIGHTS).read_bytes()
+
+    # The checkpoint needs neither source, and scores as the validation said.
+    shutil.rmtree(source)
+    record = evaluate(first, spec=None, split="val", limit=None, decoding={})
+    assert record["scores"]["mean_recall"] == pytest.approx(metrics["best"]["recall"], abs=0.05)  # float16 features
+    lines = score_lines(record)
+    assert "image → text" in lines[1] and "by chance" in lines[2] and "text → image" in lines[3]
+    assert json.dumps(record)
+    chance = record["scores"]["text_to_image"]["recall_1"]["chance"]
+    assert chance == 1 / 16
+
+    # Two captions said of two photos are the vectors that training saw.
+    model = load_checkpoint(first).model
+    with torch.no_grad():
+        vectors = model.text_features(["a red circle", "two dogs on a blue square"])
+        torch.testing.assert_close(
+            model.project_texts(vectors), model.embed_texts(["a red circle", "two dogs on a blue square"])
+        )
+
+
+def test_the_optimizer_sees_bridge_and_head_alone(sources: dict[str, Path], tmp_path: Path) -> None:
+    out, _ = train(recipe_of(sources["bert"], {**STAGE, "epochs": 1}, pool="mean"), tmp_path / "run")
+    loaded = load_checkpoint(out)
+    optimizer = make_optimizer(loaded.model, loaded.recipe.stages[0])
+    seen = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    names = {name.split(".")[0] for name, p in loaded.model.named_parameters() if id(p) in seen}
+    assert names == {"bridge", "head"}
+    assert seen == {id(p) for part in (loaded.model.bridge, loaded.model.head) for p in part.parameters()}
+    loaded.model.train()
+    assert not loaded.model.text.body.training and not loaded.model.encoder.training and loaded.model.bridge.training
+
+
+# --- what a critic asks --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, pool", [("distilbert", "cls"), ("bert", "mean")])
+def test_texts_are_read_as_transformers_reads_them(
+    sources: dict[str, Path], tmp_path: Path, name: str, pool: str
+) -> None:
+    from transformers import AutoModel, AutoTokenizer
+
+    model = towers_of(recipe_of(sources[name], pool=pool), tmp_path)
+    texts = ["a red circle", "a small blue square left of two green triangles", "zebra"]
+    tokens = AutoTokenizer.from_pretrained(sources[name])(texts, return_tensors="pt", padding=True, truncation=False)
+    states = AutoModel.from_pretrained(sources[name]).eval()(
+        input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
+    ).last_hidden_state  # fmt: skip
+    mask = tokens["attention_mask"].unsqueeze(2)
+    expected = states[:, 0] if pool == "cls" else (states * mask).sum(1) / mask.sum(1)
+    torch.testing.assert_close(model.text_features(texts), expected.detach(), atol=1e-5, rtol=1e-4)
+    embedded = model.embed_texts(texts)
+    torch.testing.assert_close(embedded.norm(dim=1), torch.ones(3))
+    long = model.encode(["circle " * 50])[0]
+    assert long.shape == (1, 16) and long[0, 0] == 2 and long[0, -1] == 3
+
+
+def test_soft_words_read_as_words_and_pass_gradients(sources: dict[str, Path], tmp_path: Path) -> None:
+    model = towers_of(recipe_of(sources["distilbert"]), tmp_path)
+    texts = ["a red circle", "a small blue square left of two green triangles"]
+    ids, mask = model.encode(texts)
+    soft = F.one_hot(ids, model.text.embedding.num_embeddings).float() @ model.text.embedding.weight
+    soft = soft.detach().requires_grad_()
+    embedded = model.embed_soft(soft, mask)
+    torch.testing.assert_close(embedded, model.embed_texts(texts), atol=1e-5, rtol=1e-4)
+    pixels = torch.randint(0, 256, (2, SIZE, SIZE, 3), dtype=torch.uint8)
+    (embedded * model.embed_photos(pixels=pixels).detach()).sum().backward()
+    moved = soft.grad.abs().sum(2) > 0
+    assert moved[mask].all() and not moved[~mask].any()
+    assert all(p.grad is None for p in model.text.parameters())
+
+
+def test_the_temperature_stays_below_a_hundred(sources: dict[str, Path], tmp_path: Path) -> None:
+    head = towers_of(recipe_of(sources["bert"]), tmp_path).head
+    assert float(head.scale) == pytest.approx(1 / 0.07)
+    with torch.no_grad():
+        head.log_scale.fill_(9.0)
+    assert float(head.scale) == 100
+
+
+def test_without_a_source_words_are_learnt_from_the_captions(tmp_path: Path) -> None:
+    recipe = recipe_of("", {**STAGE, "epochs": 1}, config=CONFIG, hidden=16)
+    recipe = dataclasses.replace(recipe, tokenizer=dataclasses.replace(recipe.tokenizer, min_count=1))
+    out, _ = train(recipe, tmp_path / "run")
+    model = load_checkpoint(out).model
+    ids, _ = model.encode([caption_text("A red circle.")])
+    assert ids[0, 0] == model.tokens["bos"] and ids[0, -1] == model.tokens["eos"] and len(set(ids[0].tolist())) > 3
+
+
+def test_recall_of_untrained_towers_is_near_chance(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    owners = np.repeat(np.arange(400), 5)
+    scores = score_retrieval(random.normal(size=(400, 16)), random.normal(size=(2000, 16)), owners)
+    for way in ("image_to_text", "text_to_image"):
+        low, high = scores.interval(way, 10)
+        assert low <= scores.chance(way, 10) <= high
+
+
+# --- what is refused -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"stages": [{**STAGE, "encoder_lr": 1e-4}]}, "both encoders of a retrieval model are frozen"),
+        ({"stages": [{"name": "words"}]}, "objective = xe is not for task = retrieval"),
+        ({"data": {"spec": SCENES, "image_size": SIZE}}, "captions_per_photo = 1"),
+        ({"text": {"source": "", "config": {}}}, "no source and no config.model_type"),
+        ({"text": {"source": "", "config": {**CONFIG, "depth": 3}}}, "has no depth"),
+        ({"text": {"source": "", "config": {**CONFIG, "vocab_size": 5}}}, "knows 5 tokens"),
+        ({"text": {"source": "", "config": CONFIG, "max_length": 41}}, "reads 3 to 40"),
+        ({"text": {"source": "./nowhere"}}, "no config.json there"),
+        ({"bridge": {"kind": "query", "dim": 30, "heads": 4}}, "heads .4. must divide dim .30."),
+    ],
+)
+def test_recipes_that_cannot_be_are_one_line(
+    tmp_path: Path, sources: dict[str, Path], change: dict[str, Any], message: str
+) -> None:
+    tree = {**recipe_of(sources["bert"]).to_dict(), **change}
+    with pytest.raises(UsageError, match=message) as caught:
+        train(recipe_from_dict(tree), tmp_path / "run")
+    assert "\n" not in caught.value.message and not (tmp_path / "run").exists()
+
+
+def test_the_published_recipe_says_what_the_issue_says() -> None:
+    recipe = load_recipe("query-bridge")
+    stage = recipe.stages[0]
+    assert (recipe.task, recipe.encoder.kind, recipe.text.config["model_type"]) == ("retrieval", "dino", "distilbert")
+    assert (recipe.text.pool, recipe.text.dim, stage.batch_size, stage.accumulate) == ("cls", 512, 64, 8)
+    assert recipe.mixed_precision == "auto" and stage.objective == "infonce" and stage.encoder_lr == 0
+
+
+def towers_of(recipe: Recipe, folder: Path) -> Any:
+    """The untrained towers of a recipe, as a run begins with them."""
+    from edgecap.train.checkpoint import model_for
+    from edgecap.train.tokenizer import token_ids
+    from edgecap.train.towers import open_texts
+
+    torch.manual_seed(0)
+    tokenizer, recipe = open_texts(recipe, [])
+    model = model_for(recipe, token_ids(tokenizer, recipe.tokenizer.ids), load_weights=True)
+    assert not any(p.requires_grad for name in model.frozen_parts for p in model.parts()[name].parameters())
+    assert set(model_tensors(model)) > {"head.log_scale"}
+    return model.read_with(tokenizer)
