@@ -101,12 +101,15 @@ def _roles(source: Source, pair: GraphPair) -> dict[str, Any]:
     if "kv" not in pair.session:
         return {"decoder": "recurrent", **roles, "photo": pair.session["photo"], "state": pair.session["state"]}
     decoder = source.checkpoint.model.decoder
-    prefix = pair.encoder_outputs[0]
-    cells = _shapes(pair)[prefix][1]
+    seen: dict[str, Any] = {"photo": pair.session["photo"]} if "photo" in pair.session else {}
+    cells = 0
+    if "prefix" in pair.session:
+        seen["prefix"] = pair.session["prefix"]["from"]
+        cells = _shapes(pair)[seen["prefix"]][1]
     longest = int(source.checkpoint.recipe.to_dict()["decoding"].get("max_length", 24))
     room = cells + PROMPT_ROOM + WIDE_BEAM * longest
     slots = max(decoder.max_positions, -(-room // 64) * 64)
-    return {"decoder": "slots", **roles, "prefix": prefix, "slots": slots, "positions": decoder.max_positions}
+    return {"decoder": "slots", **roles, **seen, "slots": slots, "positions": decoder.max_positions}
 
 
 def _shapes(pair: GraphPair) -> dict[str, tuple[int, ...]]:
@@ -137,7 +140,7 @@ def _decoder(model: CaptionModel, pair: GraphPair, roles: dict[str, Any]) -> tup
     import coremltools as ct
     import torch
 
-    from .coreml_torch import STATES, RecurrentStep, SlotDecoder
+    from .coreml_torch import STATES, PhotoSlots, PrefixSlots, RecurrentStep, SlotDecoder
 
     half, whole, tensor = np.float16, np.int32, ct.TensorType
     rows = ct.RangeDim(1, roles["rows"], 1)
@@ -157,15 +160,25 @@ def _decoder(model: CaptionModel, pair: GraphPair, roles: dict[str, Any]) -> tup
         described = {"example": tuple(example), "inputs": inputs, "outputs": outputs}
         return RecurrentStep(model.decoder, roles["photo"], state).eval(), described
     decoder, slots = model.decoder, roles["slots"]
-    module = SlotDecoder(decoder, slots).eval()
     length, end = ct.RangeDim(1, slots, 1), ct.RangeDim(1, slots, 1)
+    prefix: dict[str, Any] = {}
+    photo: dict[str, Any] = {}
+    if "prefix" in roles:
+        module: SlotDecoder = PrefixSlots(decoder, slots).eval()
+        prefix["words"] = ((1, length, 1), half, torch.ones(1, 5, 1))
+        prefix["prefix"] = ((1, length, decoder.dim), half, torch.zeros(1, 5, decoder.dim))
+    else:
+        module = PhotoSlots(decoder, slots).eval()
+        for name, source in roles["photo"].items():
+            shape = _shapes(pair)[source]
+            photo[name] = (shape, half, torch.zeros(shape))
     given = {  # name → (shape, dtype, example of 5 new tokens after 4)
         "ids": ((1, length), whole, torch.ones(1, 5, dtype=torch.int32)),
-        "words": ((1, length, 1), half, torch.ones(1, 5, 1)),
-        "prefix": ((1, length, decoder.dim), half, torch.zeros(1, 5, decoder.dim)),
+        **prefix,
         "positions": ((1, length), whole, torch.arange(5, dtype=torch.int32).unsqueeze(0)),
         "mask": ((1, 1, length, end), half, torch.zeros(1, 1, 5, 9)),
         "wanted": ((rows,), whole, torch.tensor([1, 2, 4], dtype=torch.int32)),
+        **photo,
     }
     shape = getattr(module, STATES[0]).shape
     return module, {

@@ -44,20 +44,37 @@ class RecurrentStep(nn.Module):
 
 
 class SlotDecoder(nn.Module):
-    """A causal language model over a cache of slots; prefill and step in one.
+    """A decoder over a cache of slots; prefill and step in one. What the kinds share; each reads its photo differently.
+
+    The R new tokens fill the slots E - R to E, E being the mask's last axis. decoder: copied; layers, kv_heads and
+    head_dim are its cache's.
+    """
+
+    def __init__(self, decoder: Any, slots: int, kv_heads: int) -> None:
+        super().__init__()
+        self.decoder = copy.deepcopy(decoder)
+        for name in STATES:
+            self.register_buffer(name, torch.zeros(decoder.layers, kv_heads, slots, decoder.head_dim))
+
+    def hold(self, layer: int, keys: Tensor, values: Tensor, end: int) -> tuple[Tensor, Tensor]:
+        """Write one layer's new keys and values [1, heads, R, size]; returns those of all slots up to `end`."""
+        at, begin = slice(layer, layer + 1), end - keys.shape[2]
+        self.keys[at, :, begin:end] = keys
+        self.values[at, :, begin:end] = values
+        return self.keys[at, :, :end], self.values[at, :, :end]
+
+
+class PrefixSlots(SlotDecoder):
+    """A causal language model: the photo is embeddings in front of the words.
 
     ids int32 [1, R]; words [1, R, 1]: 1 where there is a word, 0 where the row is of the photo's prefix;
     prefix [1, R, dim]: those rows, 0 elsewhere; positions int32 [1, R]; mask [1, 1, R, E]: 0 where a token sees a slot,
     -1e4 elsewhere; wanted int32 [K]: the rows whose logits are asked for → logits [K, V].
-    The R new tokens fill the slots E - R to E.
     """
 
     def __init__(self, decoder: Any, slots: int) -> None:
-        super().__init__()
-        self.decoder = _static(copy.deepcopy(decoder))
-        shape = (decoder.layers, decoder.kv_heads, slots, decoder.head_dim)
-        for name in STATES:
-            self.register_buffer(name, torch.zeros(shape))
+        super().__init__(decoder, slots, decoder.kv_heads)
+        _make_static(self.decoder)
         # One key-value head serves several query heads; repeated by a gather, which needs no shape at run time.
         repeats = torch.arange(decoder.kv_heads).repeat_interleave(decoder.heads // decoder.kv_heads)
         self.register_buffer("heads", repeats)
@@ -66,19 +83,37 @@ class SlotDecoder(nn.Module):
         self, ids: Tensor, words: Tensor, prefix: Tensor, positions: Tensor, mask: Tensor, wanted: Tensor
     ) -> Tensor:
         embeds = self.decoder.embedding(ids) * words + prefix  # [1, R, dim]
-        end = mask.shape[-1]
         out = self.decoder.lm.base_model(
             inputs_embeds=embeds,
             attention_mask=mask,
             position_ids=positions,
-            past_key_values=_slots(self.keys, self.values, end - ids.shape[1], end, self.heads),
+            past_key_values=_cache(self, mask.shape[-1], ids.shape[1]),
             use_cache=True,
         )
         return self.decoder.lm.lm_head(out.last_hidden_state[0].index_select(0, wanted))
 
 
-def _slots(keys: Tensor, values: Tensor, begin: int, end: int, heads: Tensor) -> Any:
-    """A transformers Cache that writes into slots begin to end of registered buffers and shows those up to end."""
+class PhotoSlots(SlotDecoder):
+    """A transformer that looks at the photo in every layer: TransformerDecoder.
+
+    photo: each layer's keys and values of the one photo [1, heads, L, size], as they come from the encoder; the rest as
+    in PrefixSlots. Every row of the one batch looks at that photo, so that nothing of it is copied.
+    """
+
+    def __init__(self, decoder: Any, slots: int) -> None:
+        super().__init__(decoder, slots, decoder.heads)
+
+    def forward(self, ids: Tensor, positions: Tensor, mask: Tensor, wanted: Tensor, *photo: Tensor) -> Tensor:
+        def remember(layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+            return self.hold(layer, keys, values, mask.shape[-1])
+
+        pairs = list(zip(photo[0::2], photo[1::2], strict=True))
+        hidden = self.decoder.run(self.decoder.embed(ids, positions), pairs, remember, mask)  # [1, R, dim]
+        return self.decoder.logits(hidden[0].index_select(0, wanted))
+
+
+def _cache(slots: PrefixSlots, end: int, new: int) -> Any:
+    """A transformers Cache over the slots up to `end`, the last `new` of which are written."""
     from transformers import Cache
 
     class Slots(Cache):
@@ -86,16 +121,13 @@ def _slots(keys: Tensor, values: Tensor, begin: int, end: int, heads: Tensor) ->
             self.layers = []
 
         def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
-            at = slice(layer_idx, layer_idx + 1)
-            keys[at, :, begin:end] = key_states
-            values[at, :, begin:end] = value_states
-            seen = keys[at, :, :end], values[at, :, :end]
-            if len(heads) == keys.shape[1]:
+            seen = slots.hold(layer_idx, key_states, value_states, end)
+            if len(slots.heads) == slots.keys.shape[1]:
                 return seen
-            return tuple(each.index_select(1, heads) for each in seen)
+            return tuple(each.index_select(1, slots.heads) for each in seen)
 
         def get_seq_length(self, layer_idx: int = 0) -> int:
-            return begin
+            return end - new
 
     return Slots()
 
@@ -114,11 +146,10 @@ class _RotaryTable(nn.Module):
         return self.cos[position_ids], self.sin[position_ids]
 
 
-def _static(decoder: Any) -> Any:
+def _make_static(decoder: Any) -> None:
     base = decoder.lm.base_model
     if hasattr(base, "rotary_emb"):
         base.rotary_emb = _RotaryTable(base.rotary_emb, decoder.max_positions, decoder.dim)
     for module in base.modules():
         if hasattr(module, "num_key_value_groups"):
             module.num_key_value_groups = 1  # the cache repeats the heads
-    return decoder

@@ -134,11 +134,15 @@ class _Recurrent:
 
 
 class _Slots:
-    """One photo's rows over one KV cache: every token takes the next slot, and each row remembers which are its own."""
+    """One photo's rows over one KV cache: every token takes the next slot, and each row remembers which are its own.
+
+    The photo is a prefix in front of the words, or tensors that every call is given.
+    """
 
     def __init__(self, model: CoreMLModel, encoded: dict[str, np.ndarray]) -> None:
-        self.model = model
-        self.prefix = encoded[model.roles["prefix"]][0]  # [P, dim]
+        self.model, roles = model, model.roles
+        self.fixed = {name: encoded[source] for name, source in roles.get("photo", {}).items()}
+        self.prefix = encoded[roles["prefix"]][0] if "prefix" in roles else np.zeros((0, 0), np.float16)  # [P, dim]
         self.cache = model.decoder.make_state()
         self.used = 0  # slots
         self.length = 0  # positions, of every row
@@ -176,12 +180,14 @@ class _Slots:
             )
         feed = {
             "ids": ids[None].astype(np.int32),
-            "words": words[None, :, None].astype(np.float16),
-            "prefix": prefix[None].astype(np.float16),
             "positions": positions[None].astype(np.int32),
             "mask": np.where(sees, 0.0, MASKED)[None, None].astype(np.float16),
             "wanted": wanted.astype(np.int32),
+            **self.fixed,
         }
+        if "prefix" in roles:
+            feed["words"] = words[None, :, None].astype(np.float16)
+            feed["prefix"] = prefix[None].astype(np.float16)
         found = _predict(self.model.decoder, feed, self.cache)
         self.used = end
         return found[roles["logits"]].astype(np.float32, copy=False)
@@ -195,17 +201,23 @@ def check_roles(bundle: Bundle) -> dict[str, Any]:
         raise EdgecapError(f"{where} is missing; export the bundle again")
     texts, wholes = ["image", "logits"], ["rows"]
     if roles.get("decoder") == "slots":
-        texts, wholes = [*texts, "prefix"], ["slots", "positions"]
+        wholes = ["slots", "positions"]
+        if "photo" not in roles:
+            texts = [*texts, "prefix"]
     elif roles.get("decoder") != "recurrent":
         raise EdgecapError(
             f'{where}.decoder must be "recurrent" or "slots"; upgrade edgecap or export the bundle again'
         )
     bad = [name for name in texts if not isinstance(roles.get(name), str)]
     bad += [name for name in wholes if type(roles.get(name)) is not int or roles[name] < 1]
-    if roles["decoder"] == "recurrent":
-        photo, state = roles.get("photo"), roles.get("state")
+    if "prefix" in roles and not isinstance(roles["prefix"], str):
+        bad.append("prefix")
+    if roles["decoder"] == "recurrent" or "photo" in roles:
+        photo = roles.get("photo")
         if not isinstance(photo, dict) or not all(isinstance(source, str) for source in photo.values()):
             bad.append("photo")
+    if roles["decoder"] == "recurrent":
+        state = roles.get("state")
         keys = ("input", "output", "init")
         if not isinstance(state, list) or not all(
             isinstance(each, dict) and all(isinstance(each.get(key), str) for key in keys) for each in state
