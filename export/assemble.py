@@ -80,4 +80,4 @@ def public_spec(spec: str) -> str:
 def _scores(metrics: dict[str, Any]) -> dict[str, Any]:
     """What the checkpoint scored and how large it is; not how long it took."""
     best = {key: value for key, value in (metrics.get("best") or {}).items() if "seconds" not in key}
-    return {"best": best} | {key: metrics[key] for key in ("train_photos", "parameters") if key in metrics}
+    return {"best": best} | {key: metrics[key] for key in ("train_photos", "parameters", "merged") if key in metrics}

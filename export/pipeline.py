@@ -18,6 +18,7 @@ from ..runtime.fused import FusedCaptioner, check_fused
 from ..runtime.verify import verify_golden
 from ..train.cache import load_pixels
 from ..train.checkpoint import Checkpoint, load_checkpoint
+from ..train.lora import refuse_adapter
 from ..train.run import RUNS, latest_run
 from ..train.tokenizer import caption_text
 from .artifact import Artifact, BuildOptions, Source, size_of
@@ -110,7 +111,9 @@ def export(
             raise UsageError("--autotune and --tuning keep only what passes the gate: leave --recover out")
     if (autotune or known) and not (chosen.backend == "onnx" and chosen.calibrated):
         raise UsageError(f"--autotune and --tuning go with onnx-int8 and onnx-int4, not with {target}")
-    loaded = load_checkpoint(_find(checkpoint, unfinished_ok), unfinished_ok=unfinished_ok)
+    run = _find(checkpoint, unfinished_ok)
+    refuse_adapter(run)
+    loaded = load_checkpoint(run, unfinished_ok=unfinished_ok)
     if reason := chosen.refusal(recipe_parts(loaded), options):
         raise UsageError(f"{target} cannot be made of {loaded.path}: {reason}")
     label = f"pruned-{target}" if smaller.items else target

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from .models import CaptionModel, build_model
 from .recipe import recipe_from_dict
 from .settings import Recipe
 from .shapes import shrink_to
-from .state import WEIGHTS, load_model_tensors, read_weights
+from .state import ADAPTER, WEIGHTS, load_model_tensors, read_weights
 from .tokenizer import token_ids
 
 RECIPE, TOKENIZER, METRICS = "recipe.toml", "tokenizer.json", "metrics.json"
@@ -41,28 +41,76 @@ class Checkpoint:
         return bool(self.metrics.get("finished"))
 
 
-def load_checkpoint(path: str | Path, *, unfinished_ok: bool = False) -> Checkpoint:
-    """Load a checkpoint directory; UsageError where it is none, is damaged, or its training has not finished."""
+def load_checkpoint(
+    path: str | Path, *, unfinished_ok: bool = False, base: Path | None = None, full_precision: bool = False
+) -> Checkpoint:
+    """Load a checkpoint directory; UsageError where it is none, is damaged, or its training has not finished.
+
+    An adapter run is loaded onto its base, which lies where it lay then or at `base`; full_precision: not in 4 bits,
+    also where the adapter learnt so.
+    """
     path = Path(path)
     for name in (RECIPE, TOKENIZER):
         if not (path / name).is_file():
             raise UsageError(f"{path} is not a checkpoint: {name} is missing (edgecap train makes one)")
     metrics = read_metrics(path)
     again = f"continue it with: edgecap train --resume --out {path}"
-    if not (path / WEIGHTS).is_file():
+    weights = path / (ADAPTER if (path / ADAPTER).is_file() else WEIGHTS)
+    if not weights.is_file():
         raise UsageError(f"{path} has no weights yet, its training stopped before the first validation; {again}")
     if not metrics.get("finished") and not unfinished_ok:
         raise UsageError(f"the training of {path} has not finished; {again} (or take it as it is with --unfinished-ok)")
     recipe = read_recipe(path)
     tokenizer = Tokenizer.load(path / TOKENIZER)
     tokens = token_ids(tokenizer.inner, recipe.tokenizer.ids)
-    model = model_for(recipe, tokens, load_weights=False)
     tensors = read_weights(path)
-    if metrics.get("pruned"):
-        shrink_to(model, tensors)
-    load_model_tensors(model, tensors, f"{path / WEIGHTS}")
-    digest = hashlib.sha256((path / WEIGHTS).read_bytes()).hexdigest()
+    if recipe.lora.rank:
+        model = _adapted(path, recipe, tokens, metrics, base, full_precision)
+    else:
+        model = model_for(recipe, tokens, load_weights=False)
+        if metrics.get("pruned"):
+            shrink_to(model, tensors)
+    load_model_tensors(model, tensors, f"{weights}")
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
     return Checkpoint(path, recipe, model, tokenizer, tokens, preprocess_for(recipe), metrics, digest)
+
+
+def _adapted(
+    path: Path, recipe: Recipe, tokens: dict[str, int], metrics: dict[str, Any], base: Path | None, full: bool
+) -> Any:
+    """The base of an adapter run with adapters that have learnt nothing yet."""
+    from .lora import add_adapters
+
+    known = metrics.get("base")
+    if not isinstance(known, dict) or not {"checkpoint", "sha256"} <= set(known):
+        raise UsageError(f"{path / METRICS} does not say which base the adapter belongs to: restore it, or train again")
+    model, _ = base_model(recipe, tokens, str(base or known["checkpoint"]), known["sha256"], f"the adapter of {path}")
+    add_adapters(model, replace(recipe.lora, bits=0) if full else recipe.lora)
+    return model.eval()
+
+
+def base_model(recipe: Recipe, tokens: dict[str, int], path: str, sha256: str, whose: str) -> tuple[Any, str]:
+    """What adapters are put on, and its hash: the checkpoint at `path`, or, if that is empty, the recipe's sources.
+
+    sha256: what the hash must be ("": anything); UsageError where the base is gone or another one now.
+    """
+    if path and not (Path(path) / RECIPE).is_file():
+        raise UsageError(f"the base of {whose} is gone: put it back at {path}, or say where it is")
+    if path:
+        loaded = load_checkpoint(path)
+        model, digest = loaded.model, loaded.sha256
+    else:
+        import torch
+
+        from .lora import fingerprint
+
+        torch.manual_seed(recipe.seed)
+        model = model_for(recipe, tokens, load_weights=True)
+        digest = fingerprint(model)
+    if sha256 not in ("", digest):
+        where = path or "what the recipe's sources give"
+        raise UsageError(f"{where} is not the base of {whose}, or has changed since: put that back")
+    return model, digest
 
 
 def read_recipe(path: Path) -> Recipe:

@@ -12,8 +12,11 @@ from ..runtime.errors import UsageError
 from .batches import Progress
 from .cache import load_pixels
 from .checkpoint import Checkpoint, load_checkpoint
+from .lora import refuse_adapter, require_adapter, switch_off
 from .run import RUNS, latest_run
 from .validate import caption_rows, score_captions
+
+NO_ADAPTER = "none"
 
 
 def evaluate(
@@ -30,28 +33,32 @@ def evaluate(
 ) -> dict[str, Any]:
     """Score a checkpoint on a split in torch, with the metrics that `edgecap bench` gives for a bundle.
 
-    adapter: a run whose adapter the checkpoint gets first. critic: see `run.train`.
+    adapter: a run whose adapter the checkpoint, its base, gets first; "none": an adapter run without its own. critic:
+    see `run.train`.
     """
     checkpoint = checkpoint or latest_run(finished=None if unfinished_ok else True)
     if checkpoint is None:
         raise UsageError(f"no finished run under {RUNS}: train one with edgecap train, or name a checkpoint")
-    loaded = load_checkpoint(checkpoint, unfinished_ok=unfinished_ok)
-    if adapter is not None:
-        from .lora import with_adapter
-
-        loaded = with_adapter(loaded, adapter)
+    record: dict[str, Any] = {"checkpoint": str(checkpoint)}
+    if adapter is None:
+        loaded = load_checkpoint(checkpoint, unfinished_ok=unfinished_ok)
+        record["sha256"] = loaded.sha256
+    elif str(adapter) == NO_ADAPTER:
+        require_adapter(checkpoint)
+        loaded = load_checkpoint(checkpoint, unfinished_ok=unfinished_ok)
+        switch_off(loaded.model)
+        record |= {"sha256": loaded.metrics["base"]["sha256"], "adapter": NO_ADAPTER}
+    else:
+        require_adapter(adapter)
+        refuse_adapter(checkpoint)
+        loaded = load_checkpoint(adapter, unfinished_ok=unfinished_ok, base=checkpoint)
+        record |= {"sha256": loaded.metrics["base"]["sha256"]}
+        record |= {"adapter": str(adapter), "adapter_sha256": loaded.sha256}
     data = open_dataset(spec or loaded.recipe.data.spec, skip_bad=loaded.recipe.data.skip_bad)
     if split not in data.splits or not len(data.splits[split]):
         raise UsageError(f"{data.spec} has no photos in split {split!r}; splits: {', '.join(data.splits)}")
     examples = list(data.splits[split])[:limit]
-    record = {
-        "checkpoint": str(checkpoint),
-        "sha256": loaded.sha256,
-        **({"adapter": str(adapter)} if adapter else {}),
-        "data": data.spec,
-        "split": split,
-        "photos": len(examples),
-    }
+    record |= {"data": data.spec, "split": split, "photos": len(examples)}
     if loaded.recipe.task == "retrieval":
         from .towers import score_retrieval
 
@@ -91,7 +98,10 @@ def _captions(
 def score_lines(record: dict[str, Any]) -> list[str]:
     """A record of `evaluate` for people."""
     scores = record["scores"]
-    with_adapter = f" with the adapter of {record['adapter']}" if "adapter" in record else ""
+    adapter = record.get("adapter", "")
+    with_adapter = f" with the adapter of {adapter}" if adapter else ""
+    if adapter == NO_ADAPTER:
+        with_adapter = " without its adapter"
     first = f"{record['checkpoint']}{with_adapter} on {record['data']}, {record['split']}, {record['photos']:,} photos:"
     if "image_to_text" in scores:
         from .towers import retrieval_lines

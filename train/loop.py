@@ -23,6 +23,7 @@ from ..runtime.errors import UsageError
 from .batches import Batch, EpochPlan, Photos, Progress, encode_captions
 from .cache import cache_key
 from .checkpoint import METRICS, PROGRESS, RECIPE, TOKENIZER, preprocess_for
+from .lora import count_parameters
 from .models import CaptionModel
 from .objectives import OBJECTIVES
 from .optim import WeightAverage, lr_factor, make_optimizer, set_modes
@@ -131,7 +132,7 @@ class Trainer:
         self.plan = EpochPlan(len(self.train), stage.batch_size, (self.recipe.seed, number), flip=self.recipe.data.flip)
         if tensors is None:
             self._save()  # before the best weights can change, which are this stage's start
-        if self.start.init and not self.state["history"] and not self.state["batch"]:
+        if self.start.sha256 and not self.state["history"] and not self.state["batch"]:
             # What the run starts from is a result already, and may stay the best.
             self.reward = None
             self._validate(stage)
@@ -349,10 +350,11 @@ class Trainer:
             "seconds": round(self.state["seconds"], 1),
             "train_photos": len(self.train),
             "val_photos": len(self.val),
-            "parameters": {
-                name: sum(p.numel() for p in part.parameters()) for name, part in self.model.parts().items()
-            },
+            "parameters": {name: count_parameters(part) for name, part in self.model.parts().items()},
         }
+        if self.recipe.lora.rank:
+            metrics["base"] = {"checkpoint": self.start.init, "sha256": self.start.sha256}
+            metrics["adapter_parameters"] = sum(tensor.numel() for tensor in model_tensors(self.model).values())
         if self.start.pruned:
             metrics["pruned"] = self.start.pruned  # tells how to load what follows
         return metrics

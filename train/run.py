@@ -21,6 +21,7 @@ from .checkpoint import (
     PROGRESS,
     RECIPE,
     TOKENIZER,
+    base_model,
     load_checkpoint,
     model_for,
     preprocess_for,
@@ -28,6 +29,7 @@ from .checkpoint import (
     read_recipe,
 )
 from .loop import Trainer
+from .lora import check_base, refuse_adapter
 from .pretrained import open_tokenizer, resolve
 from .recipe import load_recipe
 from .report import TrainingLog
@@ -190,15 +192,16 @@ def _helpers(recipe: Recipe, start: Start, tokenizer: Any) -> Helpers:
 
 def _model(recipe: Recipe, tokens: dict[str, int], out: Path, begun: bool, start: Start) -> Any:
     """The model as the run begins or goes on: a pruned one has the shapes of its weights, an adapter its base."""
-    adapters = recipe.lora.rank > 0
-    if start.init and (adapters or not begun):
-        model = load_again(start.init, start.sha256, "its start").model
-    else:
-        model = model_for(recipe, tokens, load_weights=adapters or not begun)
-    if adapters:
+    if recipe.lora.rank:
         from .lora import add_adapters
 
-        add_adapters(model, recipe.lora)
+        model, _ = base_model(recipe, tokens, start.init, start.sha256, f"the adapter of {out}")
+        add_adapters(model, recipe.lora, seed=recipe.seed)
+        return model
+    if start.init and not begun:
+        model = load_again(start.init, start.sha256, "its start").model
+    else:
+        model = model_for(recipe, tokens, load_weights=not begun)
     if start.pruned and begun:
         tensors, _ = load_progress(out / PROGRESS)
         shrink_to(model, {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")})
@@ -273,6 +276,10 @@ def _open_run(
     if resume and (out / START).is_file():
         return False, recipe
     check_helpers(recipe, teacher, critic)
+    if init is not None:
+        refuse_adapter(init)
+    if recipe.lora.rank:
+        check_base(recipe, init)
     first = None if init is None else load_checkpoint(init)
     master = None if teacher is None else load_checkpoint(teacher)
     write_start(out, first, master, _identify(critic))
@@ -284,7 +291,12 @@ def _open_run(
     captions = (caption_text(c) for example in data.splits["train"] for c in example.captions)
     tokenizer, recipe = open_tokenizer(resolve(recipe), captions)
     # Built here already, so that a recipe that cannot be built leaves no run.
-    probe = model_for(recipe, token_ids(tokenizer, recipe.tokenizer.ids), load_weights=True)
+    tokens = token_ids(tokenizer, recipe.tokenizer.ids)
+    if recipe.lora.rank:
+        probe, base = base_model(recipe, tokens, "", "", f"the adapter of {out}")
+        write_start(out, None, master, _identify(critic), base)
+    else:
+        probe = model_for(recipe, tokens, load_weights=True)
     if recipe.encoder.source:
         settings = dataclasses.replace(recipe.encoder, config=probe.encoder.settings())
         recipe = dataclasses.replace(recipe, encoder=settings)

@@ -71,14 +71,14 @@ class Prompt:
 class Lora:
     """Low-rank adapters on the language model (Hu et al. 2021, arXiv:2106.09685); rank 0: none.
 
-    targets: names of the layers that get one, comma separated; bits: 4 keeps the frozen weights in 4 bits (QLoRA,
-    Dettmers et al. 2023, arXiv:2305.14314).
+    targets: names of the layers that get one, comma separated, or all-linear; bits: 4 keeps the frozen weights in 4
+    bits (QLoRA, Dettmers et al. 2023, arXiv:2305.14314).
     """
 
     rank: int = 0
     alpha: float = 16.0
     dropout: float = 0.0
-    targets: str = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
+    targets: str = "all-linear"
     bits: int = 0
 
 

@@ -72,15 +72,19 @@ def with_parts(recipe: Recipe, init: Checkpoint) -> Recipe:
 
 
 def write_start(
-    out: Path, init: Checkpoint | None, teacher: Checkpoint | None, critic: tuple[str, str] | None = None
+    out: Path,
+    init: Checkpoint | None,
+    teacher: Checkpoint | None,
+    critic: tuple[str, str] | None = None,
+    base: str = "",
 ) -> None:
-    """critic: its path or hub id, and its hash."""
-    if init is None and teacher is None and critic is None:
+    """critic: its path or hub id, and its hash. base: hash of what adapters are put on where that is no checkpoint."""
+    if init is None and teacher is None and critic is None and not base:
         (out / START).unlink(missing_ok=True)
         return
     start = Start(
         str(init.path.resolve()) if init else "",
-        init.sha256 if init else "",
+        init.sha256 if init else base,
         str(teacher.path.resolve()) if teacher else "",
         teacher.sha256 if teacher else "",
         list(init.metrics.get("pruned", [])) if init else [],

@@ -18,6 +18,7 @@ from ..runtime.errors import EdgecapError, UsageError
 from .optim import WeightAverage
 
 WEIGHTS = "model.safetensors"
+ADAPTER = Path("adapter") / "adapter_model.safetensors"  # in its place where adapters alone are stored
 
 
 @contextmanager
@@ -68,12 +69,21 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def write_weights(out: Path, model: nn.Module) -> None:
-    """Replace a checkpoint's weights by the model's."""
-    write_tensors(out / WEIGHTS, model_tensors(model), {"format": "pt"})
+    """Replace a checkpoint's weights by the model's; where it stores adapters alone, those in peft's format."""
+    if getattr(model, "stores", None):
+        from .lora import write_adapter
+
+        write_adapter(out, model)
+    else:
+        write_tensors(out / WEIGHTS, model_tensors(model), {"format": "pt"})
 
 
 def read_weights(out: Path) -> dict[str, Tensor]:
     """What `write_weights` wrote."""
+    if (out / ADAPTER).is_file():
+        from .lora import read_adapter
+
+        return read_adapter(out)
     return read_tensors(out / WEIGHTS)[0]
 
 
