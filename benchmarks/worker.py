@@ -241,7 +241,9 @@ def decoded(photo: str) -> Any:
 
 def special_ids(tokens: dict[str, int]) -> tuple[int, tuple[int, ...]]:
     """A bundle's or checkpoint's "tokens" → (EOS, the ids never emitted)."""
-    return tokens["eos"], tuple(tokens[name] for name in ("bos", "pad", "unk") if name in tokens)
+    from ..runtime.decode import never_said
+
+    return tokens["eos"], never_said(tokens)
 
 
 def versions(*more: str) -> dict[str, str]:

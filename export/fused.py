@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from ..runtime.decode import MAX_BEAM, MAX_LENGTH, DecodeOptions
+from ..runtime.decode import MAX_BEAM, MAX_LENGTH, DecodeOptions, never_said
 from ..runtime.errors import EdgecapError
 from ..runtime.preprocess import Preprocess
 from .fused_build import FLOAT, INT64, Scope, inline, value
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 FILE = "fused.onnx"
 OPSET_TEXT = 20  # the first with StringConcat
 IR_VERSION = 10
-SUPPRESSED = ("bos", "pad", "unk")
 PROBES = 200  # id sequences whose text is checked
 CHANGED = {"GroupNormalization", "GridSample", "DFT"}  # operators whose meaning changed between opsets 18 and 23
 
@@ -61,8 +60,7 @@ def fuse(
     given = {pixels: _resize(main, batch, preprocess)}
     photo = inline(pair.encoder, given, main, "encoder/", weights="encoder/")
     decoder = Decoder(pair.decoder, pair.session, photo, tokens["vocab_size"])
-    suppress = tuple(tokens[name] for name in SUPPRESSED if name in tokens)
-    rules = Rules(options, tokens["bos"], tokens["eos"], suppress)
+    rules = Rules(options, tokens["bos"], tokens["eos"], never_said(tokens))
 
     alone = main("Equal", main("Squeeze", width), main.constant(1))
     # Both loops lie in the main graph, and one of them makes no step: in the branches of an If, ONNX Runtime would pack
@@ -209,7 +207,7 @@ def text_pieces(tokenizer: Tokenizer, tokens: Mapping[str, int]) -> tuple[list[s
     control characters, and single bytes of a character, which read as "\ufffd" each in the graph's text.
     """
     inner, vocab = tokenizer.inner, tokens["vocab_size"]
-    special = {tokens[name] for name in (*SUPPRESSED, "eos") if name in tokens}
+    special = {*never_said(tokens), tokens["eos"]}
     plain = [each for each in range(vocab) if each not in special and inner.decode([each])]
     first = next((each for each in plain if inner.decode([each]).isalnum() and inner.decode([each]).isascii()), None)
     if first is None:

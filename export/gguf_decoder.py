@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 PRECISIONS = ("f16", "q8_0", "q4_0")
 BLOCK = 32  # values that share one scale in q8_0 and q4_0
-EMBEDDING, POSITIONS = "token_embd.weight", "position_embd.weight"
+EMBEDDING, POSITIONS, OUTPUT = "token_embd.weight", "position_embd.weight", "output.weight"
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def write_decoder(
     """Write the decoder to `path`; kind: "llama" or "gpt2"; precision: f16, q8_0 or q4_0.
 
     Vectors stay float32. Rows that blocks of 32 do not divide, positions and the tensors in `keep` are stored as f16;
-    under q4_0 the word embedding, which is the output layer too, is q8_0 (as in llama.cpp's own quantizer). words: name
+    under q4_0 the word embedding and the output layer are q8_0 (as in llama.cpp's own quantizer). words: name
     the words even where llama.cpp has no such tokenizer; its image encoders look for markers among them.
     """
     from gguf import GGUFWriter, LlamaFileType
@@ -99,7 +99,7 @@ def finish(writer: GGUFWriter, tensors: Iterable[tuple[str, np.ndarray, str]], p
 
 
 def tensors(decoder: LanguageModelDecoder, kind: str) -> Iterator[tuple[str, np.ndarray]]:
-    """Name in GGUF and float32 values of every tensor, weights [out, in]; the tied output layer is left out."""
+    """Name in GGUF and float32 values of every tensor, weights [out, in]; a tied output layer is left out."""
     architecture = ARCHITECTURES[kind]
     parameters = dict(decoder.lm.named_parameters())
 
@@ -109,6 +109,8 @@ def tensors(decoder: LanguageModelDecoder, kind: str) -> Iterator[tuple[str, np.
 
     for name, parameter in architecture.whole.items():
         yield value(name, parameter)
+    if "lm_head.weight" in parameters:
+        yield value(OUTPUT, "lm_head.weight")
     for index in range(decoder.layers):
         for name, parameter in architecture.layer.items():
             yield value(f"blk.{index}.{name}", f"{architecture.stack}.{index}.{parameter}")
@@ -119,7 +121,7 @@ def _precision(name: str, tensor: np.ndarray, precision: str, keep: Collection[s
         return "f32"
     if name == POSITIONS or name in keep or tensor.shape[-1] % BLOCK:
         return "f16"
-    return "q8_0" if name == EMBEDDING and precision == "q4_0" else precision
+    return "q8_0" if name in (EMBEDDING, OUTPUT) and precision == "q4_0" else precision
 
 
 def _ffn(decoder: LanguageModelDecoder, architecture: Architecture) -> int | list[int]:
@@ -142,24 +144,33 @@ def _add_vocabulary(writer: GGUFWriter, tokenizer: Tokenizer, tokens: dict[str, 
 
     from gguf import TokenType
 
-    model = json.loads(tokenizer.inner.to_str())["model"]
+    tree = json.loads(tokenizer.inner.to_str())
+    model, bytewise = tree["model"], _byte_level(tree)
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model.get("merges", [])]
-    if not merges and not words:
+    if not (merges and bytewise) and not words:
         writer.add_tokenizer_model("none")
         return
     special = set(tokenizer.inner.get_added_tokens_decoder())
-    names = [tokenizer.inner.id_to_token(index) for index in range(tokens["vocab_size"])]
+    found = [tokenizer.inner.id_to_token(index) for index in range(tokens["vocab_size"])]
+    names = [f"[PAD{index}]" if name is None else name for index, name in enumerate(found)]
+    kinds = [TokenType.CONTROL if i in special else TokenType.NORMAL for i in range(len(names))]
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
+    writer.add_tokenizer_pre("smollm" if '"type": "Digits"' in json.dumps(tree["pre_tokenizer"]) else "gpt-2")
     writer.add_token_list(names)
-    writer.add_token_types([TokenType.CONTROL if i in special else TokenType.NORMAL for i in range(len(names))])
+    writer.add_token_types([TokenType.UNUSED if found[i] is None else kind for i, kind in enumerate(kinds)])
     writer.add_token_merges(merges or [" ".join(names[:2])])  # llama.cpp wants one at least
     writer.add_bos_token_id(tokens["bos"])
     writer.add_eos_token_id(tokens["eos"])
     writer.add_pad_token_id(tokens["pad"])
     writer.add_unk_token_id(tokens["unk"])
     writer.add_add_bos_token(False)
-    writer.add_add_space_prefix(True)
+    writer.add_add_space_prefix(tokenizer.encode("a") == tokenizer.encode(" a"))
+
+
+def _byte_level(tree: dict[str, Any]) -> bool:
+    """Whether a tokenizer.json spells what it does not know as GPT-2 does, in bytes with letters of their own."""
+    step = tree.get("pre_tokenizer") or {}
+    return any(each["type"] == "ByteLevel" for each in step.get("pretokenizers", [step]) if each)
 
 
 def _llama_layout(name: str, array: np.ndarray, decoder: LanguageModelDecoder) -> np.ndarray:
@@ -173,11 +184,23 @@ def _llama_layout(name: str, array: np.ndarray, decoder: LanguageModelDecoder) -
 
 def _llama_settings(writer: GGUFWriter, decoder: LanguageModelDecoder) -> None:
     config = decoder.lm.config
+    usual = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+    _check(config, {**usual, "rope_parameters": {**config.rope_parameters, "rope_type": "default"}})
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_rope_dimension_count(decoder.head_dim)
     writer.add_key_length(decoder.head_dim)
     writer.add_value_length(decoder.head_dim)
+
+
+def _check(config: Any, usual: dict[str, Any]) -> None:
+    """UsageError where a setting is another one than llama.cpp computes with."""
+    for name, value in usual.items():
+        if getattr(config, name) != value:
+            found = getattr(config, name)
+            raise UsageError(
+                f"llama.cpp knows this architecture only with {name} = {value}, not {found}; take another target"
+            )
 
 
 def _gpt2_layout(name: str, array: np.ndarray, decoder: LanguageModelDecoder) -> np.ndarray:
@@ -191,6 +214,8 @@ def _gpt2_settings(writer: GGUFWriter, decoder: LanguageModelDecoder) -> None:
             f"llama.cpp knows gpt2 only with dim = heads × their size; here {decoder.dim} is not {decoder.heads} × "
             f"{decoder.head_dim}: export it without pruned heads, or to another target"
         )
+    usual = {"activation_function": "gelu_new", "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
+    _check(decoder.lm.config, usual)
     writer.add_layer_norm_eps(decoder.lm.config.layer_norm_epsilon)
 
 

@@ -75,7 +75,7 @@ def write_mmproj(
     chosen = ((name, tensor, _precision(name, tensor, precision, keep)) for name, tensor in tensors(model))
     cost = finish(writer, chosen, precision)
     result = PassResult("mmproj", {"graph": "encoder", "projector": "idefics3", "precision": precision}, cost)
-    return result, _array(model.decoder.project.bias)
+    return result, _array(projection(model)[1])
 
 
 def tensors(model: CaptionModel) -> Iterator[tuple[str, np.ndarray]]:
@@ -87,8 +87,20 @@ def tensors(model: CaptionModel) -> Iterator[tuple[str, np.ndarray]]:
         for name, module in LAYER.items():
             for part in ("weight", "bias"):
                 yield f"v.blk.{index}.{name}.{part}", _array(parameters[f"encoder.layers.{index}.{module}.{part}"])
-    bridge, project = model.bridge.project.weight.double(), model.decoder.project.weight.double()
-    yield "mm.model.fc.weight", _array(project @ bridge)  # [dim, hidden · scale²]
+    yield (
+        "mm.model.fc.weight",
+        _array(projection(model)[0] @ model.bridge.project.weight.double()),
+    )  # [dim, hidden · scale²]
+
+
+def projection(model: CaptionModel) -> tuple[Tensor, Tensor]:
+    """The decoder's own projection of the bridge's features: weight float64 [dim, bridge dim], bias [dim]."""
+    import torch
+
+    project, dim = model.decoder.project, model.decoder.dim
+    if isinstance(project, torch.nn.Linear):
+        return project.weight.double(), project.bias
+    return torch.eye(dim, dtype=torch.float64), torch.zeros(dim)
 
 
 def _precision(name: str, tensor: np.ndarray, precision: str, keep: Collection[str]) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
+from ..runtime.errors import UsageError
 from .artifact import MIN_ENGINE, Artifact, BuildOptions, Source
 from .gguf_decoder import ARCHITECTURES, write_decoder
 from .gguf_mmproj import write_mmproj
@@ -75,6 +76,8 @@ def _encoder(
     """Adds the encoder's file; the manifest's "gguf" and "graphs.encoder", the passes, and what running it requires."""
     options = source.options
     if options.mmproj:
+        if source.checkpoint.model.decoder.prompt:
+            raise UsageError("--mmproj: llama.cpp's encoder gives the photo without the prompt around it; leave it out")
         keep = {name.removeprefix("encoder:") for name in options.keep if name.startswith("encoder:")}
         written, bias = write_mmproj(folder / ENCODER, source.checkpoint.model, options.mmproj, keep=keep)
         files[ENCODER] = folder / ENCODER

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ..runtime.decode import DecodeOptions, decode
+from ..runtime.decode import DecodeOptions, decode, never_said
 from .threads import one_thread
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def make_golden(checkpoint: Checkpoint) -> Golden:
     pixels = np.array(checkpoint.preprocess(image))[None]  # [1, H, W, 3]
     tokens = checkpoint.tokens
     options = DecodeOptions(max_length=checkpoint.recipe.decoding.max_length)
-    suppress = tuple(tokens[name] for name in ("bos", "pad", "unk") if name in tokens)
+    suppress = never_said(tokens)
     with one_thread():
         ((best,),) = decode(checkpoint.model.session(), pixels, options, eos_id=tokens["eos"], suppress=suppress)
     return Golden(buffer.getvalue(), list(best.token_ids), reference_logits(checkpoint, pixels, best.token_ids))

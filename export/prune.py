@@ -21,6 +21,7 @@ from ..runtime.errors import UsageError, need
 from ..runtime.tokenizer import Tokenizer
 from ..train.checkpoint import METRICS, RECIPE, TOKENIZER, WEIGHTS, Checkpoint, model_for
 from ..train.models import CaptionModel
+from ..train.models.language_model import PHOTO
 from ..train.settings import Recipe
 from ..train.state import model_tensors, write_bytes, write_json, write_tensors
 from ..train.tokenizer import token_ids
@@ -187,8 +188,11 @@ def _prune(
     if plan.encoder:
         prune_encoder(model, plan.encoder, pixels, progress)
     if plan.vocab:
-        inner, old = shrink_vocab(tokenizer.inner, corpus, plan.vocab)
-        tokenizer, tokens = Tokenizer(inner), token_ids(inner)
+        needed = [tokens[name] for name in ("bos", "eos", "pad", "unk")]
+        needed += [i for i in recipe.decoder.get("prompt", ()) if i != PHOTO]
+        inner, old = shrink_vocab(tokenizer.inner, corpus, plan.vocab, needed)
+        recipe = _renumbered(recipe, old)
+        tokenizer, tokens = Tokenizer(inner), token_ids(inner, recipe.tokenizer.ids)
         tensors = dict(model.decoder.state_dict())
         rows = torch.tensor(old)
         tensors |= {name: tensors[name].index_select(0, rows) for name in model.decoder.vocab_rows}
@@ -200,7 +204,16 @@ def _prune(
     return model, recipe, tokenizer, details
 
 
-def _with_decoder(recipe: Recipe, options: dict[str, int]) -> Recipe:
+def _renumbered(recipe: Recipe, old: list[int]) -> Recipe:
+    """The recipe with the new ids of its special tokens and its prompt."""
+    new = {i: place for place, i in enumerate(old)} | {PHOTO: PHOTO}
+    if recipe.decoder.get("prompt"):
+        recipe = _with_decoder(recipe, {"prompt": [new[i] for i in recipe.decoder["prompt"]]})
+    ids = {name: i if name == "bos_is_word" else new[i] for name, i in recipe.tokenizer.ids.items()}
+    return dataclasses.replace(recipe, tokenizer=dataclasses.replace(recipe.tokenizer, ids=ids))
+
+
+def _with_decoder(recipe: Recipe, options: dict[str, Any]) -> Recipe:
     return dataclasses.replace(recipe, decoder={**recipe.decoder, **options})
 
 

@@ -10,14 +10,17 @@ from typing import Any
 from tokenizers import Tokenizer, pre_tokenizers
 
 from ..runtime.errors import UsageError
-from ..train.tokenizer import token_ids
+from ..train.tokenizer import SPECIALS
 
 UNPRUNED = "--prune vocab: this tokenizer cannot be shrunk"
 
 
-def shrink_vocab(tokenizer: Tokenizer, captions: Iterable[str], at_least: int) -> tuple[Tokenizer, list[int]]:
-    """The tokenizer with the tokens used `at_least` so often in the captions (in `caption_text` form), and all
-    special ones; with it the old id of each new one, in order. Pieces that other tokens are merged from stay."""
+def shrink_vocab(
+    tokenizer: Tokenizer, captions: Iterable[str], at_least: int, needed: Iterable[int] = ()
+) -> tuple[Tokenizer, list[int]]:
+    """The tokenizer with the tokens used `at_least` so often in the captions (in `caption_text` form), all special
+    ones and the ids `needed`; with it the old id of each new one, in order. Pieces that other tokens are merged from
+    stay."""
     if at_least < 1:
         raise UsageError(f"--prune vocab={at_least}: give vocab=used, or how often a word must be used (1 or more)")
     tree = json.loads(tokenizer.to_str())
@@ -27,7 +30,8 @@ def shrink_vocab(tokenizer: Tokenizer, captions: Iterable[str], at_least: int) -
         counts.update(encoding.ids)
     names = {i: name for name, i in tokenizer.get_vocab(with_added_tokens=True).items()}
     keep = {names[i] for i, count in counts.items() if count >= at_least}
-    keep |= {token["content"] for token in tree["added_tokens"]} | set(_specials(tokenizer))
+    keep |= {token["content"] for token in tree["added_tokens"]} | {name for name in SPECIALS if name in names.values()}
+    keep |= {names[i] for i in needed}
     keep |= _pieces(kind, tree["model"], keep)
     old = sorted(i for i, name in names.items() if name in keep)
     new = {names[i]: place for place, i in enumerate(old)}
@@ -36,11 +40,6 @@ def shrink_vocab(tokenizer: Tokenizer, captions: Iterable[str], at_least: int) -
     if small.get_vocab(with_added_tokens=True) != new:
         raise UsageError(f"{UNPRUNED} without changing what its tokens mean")
     return small, old
-
-
-def _specials(tokenizer: Tokenizer) -> list[str]:
-    names = {i: name for name, i in tokenizer.get_vocab(with_added_tokens=True).items()}
-    return [names[i] for name, i in token_ids(tokenizer).items() if name != "vocab_size" and i is not None]
 
 
 def _pieces(kind: str, model: dict[str, Any], keep: set[str]) -> set[str]:

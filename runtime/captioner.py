@@ -11,7 +11,7 @@ import numpy as np
 
 from .backends import load_model
 from .bundle import Bundle
-from .decode import DecodeOptions, Hypothesis, decode
+from .decode import DecodeOptions, Hypothesis, decode, never_said
 from .errors import UsageError
 from .preprocess import Preprocess
 from .tokenizer import Tokenizer, plain_words
@@ -61,7 +61,7 @@ class Captioner:
         self.tokenizer = tokenizer
         self.preprocess = Preprocess.from_dict(manifest["preprocess"])
         self.tokens: dict[str, int] = manifest["tokens"]
-        self._suppress = tuple(self.tokens[name] for name in ("bos", "pad", "unk") if name in self.tokens)
+        self._suppress = never_said(self.tokens)
         self._model: Model | None = model
 
     @classmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -71,6 +71,15 @@ class Hypothesis:
     logprob: float
     score: float
     finished: bool
+
+
+def never_said(tokens: Mapping[str, int]) -> tuple[int, ...]:
+    """A bundle's "tokens" → the ids that no caption holds: bos, pad and unk.
+
+    Not those that end captions, too, and not a BOS that is a word ("bos_is_word": the last one of a prompt).
+    """
+    names = ("pad", "unk") if tokens.get("bos_is_word") else ("bos", "pad", "unk")
+    return tuple(sorted({tokens[name] for name in names if name in tokens} - {tokens["eos"]}))
 
 
 def decode(

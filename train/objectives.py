@@ -12,12 +12,14 @@ from torch import Tensor, nn
 
 from ..benchmarks.datasets import Example
 from ..benchmarks.metrics import CiderD
+from ..runtime.decode import never_said
 from ..runtime.errors import UsageError
 from .batches import Batch
+from .infonce import InfoNCE
 from .models import CaptionModel
 from .settings import Recipe, Stage
 from .start import ALONE, Helpers
-from .tokenizer import caption_text, spoken_never, token_ids
+from .tokenizer import caption_text, token_ids
 
 END = "</s>"  # the end of a sentence is a word of the reward's n-grams, or captions learn to stop anywhere
 
@@ -97,7 +99,7 @@ class SelfCritical:
     ) -> None:
         self.samples, self.max_length = max(2, stage.samples), recipe.tokenizer.max_length
         self.tokenizer, self.special = tokenizer, token_ids(tokenizer, recipe.tokenizer.ids)
-        self.forbidden = spoken_never(self.special)
+        self.forbidden = list(never_said(self.special))
         self.reward = CiderD([[caption_text(c).split() + [END] for c in example.captions] for example in examples])
 
     def count(self, ids: Tensor) -> int:
@@ -153,4 +155,9 @@ class SelfCritical:
         return [text.split() + [END] * end for text, end in zip(texts, ended, strict=True)]
 
 
-OBJECTIVES: dict[str, Any] = {"xe": CrossEntropy, "scst": SelfCritical, "distill": Distillation}
+OBJECTIVES: dict[str, Any] = {
+    "xe": CrossEntropy,
+    "scst": SelfCritical,
+    "distill": Distillation,
+    "infonce": InfoNCE,
+}

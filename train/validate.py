@@ -11,9 +11,9 @@ from tokenizers import Tokenizer
 
 from ..benchmarks.datasets import Example
 from ..benchmarks.metrics import CaptionScores, caption_metrics
-from ..runtime.decode import DecodeOptions, decode
+from ..runtime.decode import DecodeOptions, decode, never_said
 from .models import CaptionModel, TorchSession
-from .tokenizer import spoken_never, token_ids
+from .tokenizer import token_ids
 
 BATCH = 16  # larger batches of pixels fall out of the caches
 
@@ -43,7 +43,7 @@ def caption_rows(
     """
     session = FeatureSession(model) if features else TorchSession(model)
     special = token_ids(tokenizer, ids)
-    suppress = spoken_never(special)
+    suppress = never_said(special)
     captions = []
     for start in range(0, total, BATCH):
         part = slice(start, min(start + BATCH, total))

@@ -39,6 +39,29 @@ def read_config(source: str, role: str) -> dict[str, Any]:
         return PreTrainedConfig.get_config_dict(place)[0]
 
 
+def read_pixel_scaling(source: str, role: str) -> tuple[list[float], list[float]] | None:
+    """What a hub id's or directory's image processor does to pixels in [0, 1], as (mean, std) of each channel; None
+    where it says nothing of it."""
+    from transformers.models.auto.image_processing_auto import get_image_processor_config
+
+    with reading(source, role) as place:
+        said = get_image_processor_config(place)
+        if "image_mean" not in said or "image_std" not in said:
+            return None
+        factor = 255 * said.get("rescale_factor", 1 / 255) if said.get("do_rescale", True) else 255.0
+        offset = 1.0 if said.get("rescale_offset") else 0.0  # taken off before mean
+        mean, std = said["image_mean"], said["image_std"]
+        if not said.get("do_normalize", True):
+            mean, std = [0.0] * 3, [1.0] * 3
+        # EfficientNet's processor divides by std twice, once more for the weights' own sake.
+        kind = str(said.get("image_processor_type") or said.get("feature_extractor_type"))
+        twice = kind.startswith("EfficientNet") and said.get("include_top", True)
+        return (
+            [(m + offset) / factor for m in mean],
+            [(s * t if twice else s) / factor for s, t in zip(std, said["image_std"], strict=True)],
+        )
+
+
 def check_kind(source: str, wanted: set[str], role: str) -> None:
     """UsageError where `source` is a model of another type than `wanted`."""
     kind, wanted = read_config(source, role).get("model_type"), wanted - {""}
@@ -47,17 +70,15 @@ def check_kind(source: str, wanted: set[str], role: str) -> None:
 
 
 @contextmanager
-def reading(source: str, role: str, needs: str = "config.json") -> Iterator[str]:
-    """The place to load `source` from, a hub id or a directory with a file `needs`; what transformers says or raises
-    inside the block is one UsageError."""
-    from huggingface_hub.errors import StrictDataclassError
-    from safetensors import SafetensorError
+def reading(source: str, role: str, needs: tuple[str, ...] = ("config.json",)) -> Iterator[str]:
+    """The place to load `source` from, a hub id or a directory with one of the files `needs`; what transformers says
+    or raises inside the block is one UsageError."""
     from transformers.utils import logging
 
     looks_local = Path(source).is_absolute() or source.startswith((".", "~")) or source.count("/") > 1
     path = Path(source).expanduser()
-    if looks_local and not (path / needs).is_file():
-        raise UsageError(f"{role} {source}: no {needs} there; give a transformers model directory or a hub id")
+    if (looks_local or path.is_dir()) and not any((path / name).is_file() for name in needs):
+        raise UsageError(f"{role} {source}: no {needs[0]} there; give a transformers model directory or a hub id")
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -65,7 +86,7 @@ def reading(source: str, role: str, needs: str = "config.json") -> Iterator[str]
         yield str(path) if path.exists() else source
     except UsageError:
         raise
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError, StrictDataclassError) as error:
+    except Exception as error:  # of files that others wrote, whatever they make the libraries raise
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UsageError(f"{role} {source} cannot be loaded: {first}") from error
     finally:

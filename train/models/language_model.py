@@ -13,7 +13,7 @@ from ...runtime.errors import UsageError
 from .hub import check_kind, known, pretrained, read_config
 from .widths import Columns, Width, units
 
-PHOTO = -1  # in a prompt: here goes one of the photo's embeddings, or, where there is but one such place, all of them
+PHOTO = -1  # in a prompt: here goes an equal share of the photo's embeddings, all of them where it is there once
 COMMON = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, "attn_implementation": "sdpa"}
 # Settings that say nothing about what the model computes, or that the recipe says in its own words.
 NOT_KEPT = {
@@ -178,17 +178,16 @@ class LanguageModelDecoder(nn.Module):
     def _order(self, count: int) -> list[int]:
         """For each position of the prefix its place among the prompt's words and, behind them, `count` embeddings."""
         places = self.prompt.count(PHOTO)
-        if places not in (1, count):
+        if count % places:
             raise UsageError(f"the prompt has places for {places} photo embeddings; the bridge gives {count}")
         order, word, seen = [], 0, len(self.prompt) - places
         for i in self.prompt:
-            if i != PHOTO:
+            if i == PHOTO:
+                order += range(seen, seen + count // places)
+                seen += count // places
+            else:
                 order.append(word)
                 word += 1
-            else:
-                step = count if places == 1 else 1
-                order += range(seen, seen + step)
-                seen += step
         return order
 
     def forward(self, memory: Tensor, ids: Tensor, keep: Tensor | None = None) -> Tensor:
