@@ -29,7 +29,7 @@ from edgecap.train.checkpoint import Checkpoint, load_checkpoint
 from .nets import photos, save_run
 
 Build = Callable[..., Artifact]
-KINDS = ("gru", "llama", "gpt2")
+KINDS = ("gru", "transformer", "llama", "gpt2")
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +180,7 @@ def test_a_weight_that_is_not_the_checkpoints_is_found(build: Build, checkpoints
         compare_weights(model.decoder, other)
 
 
-@pytest.mark.parametrize(("decoder", "version"), [("gru", 7), ("llama", 9)])
+@pytest.mark.parametrize(("decoder", "version"), [("gru", 7), ("llama", 9), ("transformer", 9)])
 def test_the_specification_says_what_the_manifest_says(decoder: str, version: int, build: Build) -> None:
     artifact = build(decoder, "fp16")
     encoder = artifact.graphs["encoder"]
@@ -194,8 +194,10 @@ def test_the_specification_says_what_the_manifest_says(decoder: str, version: in
         assert graph["inputs"]["ids"] == {"dtype": "int32", "shape": ["1..64"]}
         assert set(graph["inputs"]) == {"ids", *roles["photo"], *(each["input"] for each in roles["state"])}
     else:
-        assert set(graph["inputs"]) == {"ids", "words", "prefix", "positions", "mask", "wanted"}
-        assert graph["states"]["keys"] == {"dtype": "float16", "shape": [2, 2, roles["slots"], 8]}
+        seen = {"words", "prefix"} if decoder == "llama" else {f"cross_{part}_{i}" for i in range(2) for part in "kv"}
+        assert set(graph["inputs"]) == {"ids", *seen, "positions", "mask", "wanted"}
+        heads = 2 if decoder == "llama" else 4
+        assert graph["states"]["keys"] == {"dtype": "float16", "shape": [2, heads, roles["slots"], 8]}
         assert graph["inputs"]["mask"]["shape"] == [1, 1, f"1..{roles['slots']}", f"1..{roles['slots']}"]
     assert graph["outputs"]["logits"]["dtype"] == "float32"
 
@@ -267,7 +269,7 @@ def test_elsewhere_than_on_a_mac_it_is_one_line(bundle: Callable[[str], Any]) ->
     assert "\n" not in caught.value.message
 
 
-@pytest.mark.parametrize("decoder", ["gru", "llama"])
+@pytest.mark.parametrize("decoder", ["gru", "transformer", "llama"])
 def test_load_as_on_a_mac_with_the_program_computed_here(
     decoder: str, bundle: Callable[[str], Any], checkpoints: dict[str, Checkpoint], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -295,6 +297,27 @@ def _external(manifest: dict[str, Any], root: Path) -> None:
 
 def _damaged(manifest: dict[str, Any], root: Path) -> None:
     (root / "decoder.mlpackage" / PACKAGE[1]).write_bytes(b"\xff" * 100)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"photo": None}, "coreml.prefix is missing"),
+        ({"photo": ["cross_k_0"]}, "coreml.photo is missing"),
+        ({"prefix": 3}, "coreml.prefix is missing"),
+        ({"slots": 0}, "coreml.slots is missing"),
+    ],
+)
+def test_roles_of_slots_that_a_session_cannot_use_are_refused(change: dict[str, Any], message: str) -> None:
+    roles = {"decoder": "slots", "image": "image", "logits": "logits", "rows": 64, "slots": 128, "positions": 128}
+    roles |= {"photo": {"cross_k_0": "cross_k_0"}}
+    opened: Any = SimpleNamespace(path=Path("x"), manifest={"coreml": roles})
+    assert backend.check_roles(opened) == roles
+    roles |= change
+    if roles["photo"] is None:
+        del roles["photo"]
+    with pytest.raises(EdgecapError, match=message):
+        backend.check_roles(opened)
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,17 @@ def smaller(model: torch.nn.Module, kind: str, options: dict, tensors: dict, voc
 
 
 @pytest.mark.parametrize(
-    ("kind", "key"), [("gru", "hidden"), ("llama", "ffn"), ("llama", "heads"), ("gpt2", "ffn"), ("opt", "ffn")]
+    ("kind", "key"),
+    [
+        ("gru", "hidden"),
+        ("lstm", "hidden"),
+        ("transformer", "ffn"),
+        ("transformer", "heads"),
+        ("llama", "ffn"),
+        ("llama", "heads"),
+        ("gpt2", "ffn"),
+        ("opt", "ffn"),
+    ],
 )
 def test_units_that_nothing_reads_go_without_a_trace(kind: str, key: str) -> None:
     """Silences units by the decoder's own description, then checks against the unchanged forward pass."""
@@ -100,7 +110,7 @@ def test_units_that_nothing_reads_go_without_a_trace(kind: str, key: str) -> Non
     with torch.no_grad():
         for width in widths:
             # Of heads one in each group of a key-value head: as many of each have to go.
-            silent = [0, 3] if width.buckets else [1, 4, 5, 11][: width.units // 4]
+            silent = [0, 3] if key == "heads" else [1, 4, 5, 11][: width.units // 4]
             for reader in width.readers:
                 weight = model.decoder.get_submodule(reader.module).weight
                 places = reader.index[silent].flatten()
@@ -124,11 +134,11 @@ def test_units_that_nothing_reads_go_without_a_trace(kind: str, key: str) -> Non
 
 
 def test_the_layer_that_matters_least_goes() -> None:
-    for kind in ("llama", "gpt2", "opt"):
+    for kind in ("llama", "gpt2", "opt", "transformer"):
         model = tiny_model(kind)
         with torch.no_grad():
             for name, parameter in model.decoder.get_submodule(f"{model.decoder.stack}.0").named_parameters():
-                if name.split(".")[-2] in ("o_proj", "out_proj", "c_proj", "down_proj", "fc2"):
+                if name.split(".")[-2] in ("o_proj", "out_proj", "c_proj", "down_proj", "fc2", "out", "down"):
                     parameter.zero_()  # adds nothing to the residual stream
         captioned = seen(model)
         whole = logits(model, captioned)
