@@ -14,6 +14,7 @@ from ...runtime.errors import UsageError
 from .bridges import BRIDGES
 from .decoders import DECODERS
 from .encoders import ENCODERS
+from .siglip import fit
 
 BAD_SETTINGS = (TypeError, ValueError, RuntimeError, ArithmeticError, AttributeError)  # what impossible sizes raise
 
@@ -170,10 +171,7 @@ def build_model(
             {key: value for key, value in part.items() if key != "source"} for part in (encoder, bridge, decoder)
         )
     seen = build_encoder(encoder)
-    if hasattr(seen, "fit"):
-        seen.fit(size[0], encoder.get("tile", 0))
-    elif encoder.get("tile"):
-        raise UsageError(f"recipe [encoder] ({encoder['kind']}): only siglip splits photos into tiles; leave tile out")
+    fit(seen, size[0], encoder.get("tile", 0))
     across = build_part(BRIDGES, "bridge", bridge, seen.dim)
     return CaptionModel(
         seen, across, build_part(DECODERS, "decoder", decoder, across.dim, vocab_size), bos_id=bos_id, size=size
@@ -181,10 +179,11 @@ def build_model(
 
 
 def build_encoder(options: dict[str, Any]) -> Any:
-    """An encoder of the table: {"kind": …, "source": …, "config": …}; without a source it starts from its config."""
+    """An encoder of the table: {"kind": …, "source": …, "config": …, "features": …}; without a source it starts from
+    its config."""
     make = _pick(ENCODERS, "encoder", options["kind"])
     try:
-        return make(options.get("source"), options["config"])
+        return make(options.get("source"), options["config"], options.get("features", "grid"))
     except BAD_SETTINGS as error:
         raise UsageError(f"recipe [encoder] ({options['kind']}): {error}") from error
 
