@@ -1,4 +1,4 @@
-"""The GRU's decoder graph: few operations, all of its matrices in int8, and a state that is not rounded."""
+"""The recurrent decoders' graph: few operations, all of its matrices in int8, and a state that is not rounded."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ from edgecap.export.int8_static import quantize_static
 from edgecap.export.tie import tie_embedding
 from edgecap.export.trunk import trace
 from edgecap.train.models.gru import GRUDecoder
+from edgecap.train.models.lstm import LSTMDecoder
+from edgecap.train.models.recurrent import RecurrentDecoder
 
 HEADS, CELLS, SIZE, HIDDEN, VOCAB = 2, 6, 8, 24, 40
 
 
-@pytest.fixture(scope="module")
-def decoder() -> GRUDecoder:
+@pytest.fixture(scope="module", params=[GRUDecoder, LSTMDecoder])
+def decoder(request: pytest.FixtureRequest) -> RecurrentDecoder:
     torch.manual_seed(0)
-    decoder = GRUDecoder(HEADS * SIZE, VOCAB, hidden=HIDDEN, embed=16, heads=HEADS).eval()
+    decoder = request.param(HEADS * SIZE, VOCAB, hidden=HIDDEN, embed=16, heads=HEADS).eval()
     with torch.no_grad():
         for parameter in decoder.parameters():
             parameter.mul_(2.0) if parameter.ndim > 1 else parameter.normal_()
@@ -29,19 +31,19 @@ def decoder() -> GRUDecoder:
 
 
 @pytest.fixture(scope="module")
-def traced(decoder: GRUDecoder) -> onnx.ModelProto:
+def traced(decoder: RecurrentDecoder) -> onnx.ModelProto:
     model = trace(decoder.graph_form(), decoder.graph_inputs(CELLS), decoder.graph_outputs, 18)
     assert tie_embedding(model).cost["changed"]
     return model
 
 
-def feeds(seed: int, rows: int = 3) -> dict[str, np.ndarray]:
+def feeds(decoder: RecurrentDecoder, seed: int, rows: int = 3) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
     return {
         "ids": rng.integers(0, VOCAB, rows),
         "photo": rng.integers(0, 2, rows),
         "grid": rng.normal(size=(2, HEADS, CELLS, SIZE)).astype(np.float32),
-        "h": np.tanh(rng.normal(size=(rows, HIDDEN))).astype(np.float32),
+        **{name: np.tanh(rng.normal(size=(rows, HIDDEN))).astype(np.float32) for name in decoder.states},
     }
 
 
@@ -52,24 +54,27 @@ def engine(model: onnx.ModelProto, optimized: str = "") -> ort.InferenceSession:
     return ort.InferenceSession(save(model), options, providers=["CPUExecutionProvider"])
 
 
-def test_the_graph_is_one_step_of_the_decoder(decoder: GRUDecoder, traced: onnx.ModelProto) -> None:
+def test_the_graph_is_one_step_of_the_decoder(decoder: RecurrentDecoder, traced: onnx.ModelProto) -> None:
     """Against the step that training takes; what every token costs is bounded by the number of operations."""
-    feed = feeds(1)
+    feed = feeds(decoder, 1)
     with torch.no_grad():
-        state = {"h": torch.from_numpy(feed["h"])}
+        state = {name: torch.from_numpy(feed[name]) for name in decoder.states}
         grid = {"grid": torch.from_numpy(feed["grid"])}
         logits, after = decoder.advance(torch.from_numpy(feed["ids"]), torch.from_numpy(feed["photo"]), grid, state)
-    got = engine(traced).run(["logits", "h_next"], feed)
-    np.testing.assert_allclose(got[0], logits.numpy(), atol=1e-4)
-    np.testing.assert_allclose(got[1], after["h"].numpy(), atol=1e-5)
+    got, *states = engine(traced).run(list(decoder.graph_outputs), feed)
+    np.testing.assert_allclose(got, logits.numpy(), atol=1e-4)
+    for name, state in zip(decoder.states, states, strict=True):
+        np.testing.assert_allclose(state, after[name].numpy(), atol=1e-5)
     assert len(traced.graph.node) <= 34
 
 
 @pytest.mark.parametrize("by_rows", [False, True])
-def test_all_matrices_run_in_int8(traced: onnx.ModelProto, tmp_path, by_rows: bool) -> None:
+def test_all_matrices_run_in_int8(
+    decoder: RecurrentDecoder, traced: onnx.ModelProto, tmp_path, by_rows: bool
+) -> None:
     """What is behind a rank-2 product decides whether ONNX Runtime finds an int8 kernel for it at all."""
     model = onnx.ModelProto.FromString(save(traced))
-    quantize_static(model, [feeds(seed, rows=16) for seed in range(8)])
+    quantize_static(model, [feeds(decoder, seed, rows=16) for seed in range(8)])
     result = quantize_embeddings(model, by_rows=by_rows)
     assert result.cost == {"shared_with_output_layer": 1, "rounded": 0}
     session = engine(model, str(tmp_path / "optimized.onnx"))
@@ -85,9 +90,10 @@ def test_all_matrices_run_in_int8(traced: onnx.ModelProto, tmp_path, by_rows: bo
     ]
     assert not float_weights
 
-    feed = feeds(99)
-    exact, rounded = engine(traced).run(["logits", "h_next"], feed), session.run(["logits", "h_next"], feed)
-    cosine = (exact[0] * rounded[0]).sum(1) / np.linalg.norm(exact[0], axis=1) / np.linalg.norm(rounded[0], axis=1)
+    feed = feeds(decoder, 99)
+    names = list(decoder.graph_outputs)
+    (exact, *_), (rounded, *states) = engine(traced).run(names, feed), session.run(names, feed)
+    cosine = (exact * rounded).sum(1) / np.linalg.norm(exact, axis=1) / np.linalg.norm(rounded, axis=1)
     assert cosine.min() > 0.99
-    steps = np.unique(rounded[1])
-    assert len(steps) > 0.95 * rounded[1].size  # int8 would leave fewer, all multiples of one step
+    for state in states:
+        assert len(np.unique(state)) > 0.95 * state.size  # int8 would leave fewer, all multiples of one step
