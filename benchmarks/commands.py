@@ -19,8 +19,9 @@ import click
 def data(spec: str, skip_bad: bool, verify: bool, sample: int | None, out: Path | None, as_json: bool) -> None:
     """Check a data set and say what is in it.
 
-    SPEC is scenes[:train=N,val=N,test=N,size=PX,seed=N], flickr8k:DIR, folder:DIR (captions.csv or
-    captions.jsonl) or coco:DIR.
+    SPEC is scenes[:train=N,val=N,test=N,size=PX,seed=N,style=plain|telegram], flickr8k:DIR, flickr30k:DIR,
+    folder:DIR (captions.csv or captions.jsonl), coco:DIR, fashion:DIR, hf:ID[:SPLIT] or openimages:[DIR].
+    Options of the last three stand behind a question mark: fashion:DIR?caption=columns.
 
     \b
     Examples:
@@ -34,11 +35,12 @@ def data(spec: str, skip_bad: bool, verify: bool, sample: int | None, out: Path 
 
     if (sample is None) != (out is None):
         raise click.UsageError("--sample N and -o DIR go together")
-    dataset = open_dataset(spec, skip_bad=skip_bad, verify=verify or skip_bad)
+    dataset = open_dataset(spec, skip_bad=skip_bad, verify=verify or skip_bad, photos_alone=True)
     summary = summarize(dataset)
     if sample is not None and out is not None:
         paths = write_sample(dataset, sample, out)
-        click.echo(f"{len(paths)} photos and captions.jsonl written to {out}", err=True)
+        what = "photos and captions.jsonl" if dataset.captioned else "photos"
+        click.echo(f"{len(paths)} {what} written to {out}", err=True)
     if as_json:
         click.echo(json.dumps(summary, indent=2))
         return
@@ -55,6 +57,8 @@ def data(spec: str, skip_bad: bool, verify: bool, sample: int | None, out: Path 
     console = Console()
     console.print(table)
     console.print(f"fingerprint {dataset.fingerprint[:16]}", highlight=False)
+    for note in dataset.notes:
+        console.print(note, highlight=False, markup=False)
     for id, reason in dataset.skipped:
         console.print(f"skipped {id}: {reason}", highlight=False, markup=False)
 

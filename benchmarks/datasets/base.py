@@ -63,6 +63,8 @@ class Dataset:
     splits: Mapping[str, Sequence[Example]]
     fingerprint: str
     skipped: tuple[tuple[str, str], ...] = ()  # (id, reason) of what was left out
+    captioned: bool = True  # False: photos alone, for a teacher to caption
+    notes: tuple[str, ...] = ()  # what the reader decided and the user should know, a line each
 
 
 @dataclass(frozen=True)

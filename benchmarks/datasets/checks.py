@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ...runtime.errors import EdgecapError, UsageError
 from .base import SPLITS, Dataset, Example
@@ -47,6 +48,19 @@ def read_lines(path: Path) -> list[str]:
     except UnicodeDecodeError:
         raise UsageError(f"cannot read {path}: it is not UTF-8 text") from None
     return [line.strip() for line in text.split("\n")]
+
+
+def read_json(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
+    """The JSON object of a file, in which `keys` name lists; UsageError for anything else."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError:
+        raise UsageError(f"cannot read {path}: it is not JSON") from None
+    if not isinstance(data, dict) or not all(isinstance(data.get(key), list) for key in keys):
+        raise UsageError(f"{path} is no caption file: expected lists called {' and '.join(keys)}")
+    return data
 
 
 def clean_caption(caption: str) -> str:
@@ -104,13 +118,15 @@ def build_dataset(
     *,
     skip_bad: bool,
     verify: bool,
+    captioned: bool = True,
+    notes: tuple[str, ...] = (),
 ) -> Dataset:
     """Check the rows and make the data set.
 
     Bad rows: no file, an empty file, one that does not decode (only with `verify`), no captions, a photo that
     is also in another split (by id or by bytes; the copy in test, then val, stays). `problems` are
     (id, reason) that the reader found itself. UsageError names them, unless `skip_bad` drops them. A split
-    that is left empty is a UsageError either way.
+    that is left empty is a UsageError either way. `captioned` False: photos alone, of which one in any split is enough.
     """
     bad = list(problems)
     # Held-out splits first: of a photo that is in two splits, the training copy is the one that goes.
@@ -127,7 +143,7 @@ def build_dataset(
             bad.append((row.id, "missing image file"))
         elif size == 0:
             bad.append((row.id, "empty image file"))
-        elif not row.captions:
+        elif captioned and not row.captions:
             bad.append((row.id, "image without captions"))
         else:
             kept.append((row, size))
@@ -159,13 +175,13 @@ def build_dataset(
         if i % (len(kept) // PROBED + 1) == 0:
             digest.update(_probe(row.path, size))
     for split, examples in splits.items():
-        if not examples:
+        if not examples and (captioned or not kept):
             left_out = f" after leaving out {describe_problems(bad)}" if bad else ""
             raise UsageError(
                 f"{spec}: the {split} split is empty{left_out}: "
                 "train, val and test each need at least one photo with captions"
             )
-    return Dataset(name, spec, splits, digest.hexdigest(), tuple(bad))
+    return Dataset(name, spec, splits, digest.hexdigest(), tuple(bad), captioned, notes)
 
 
 def require_decodable(examples: Iterable[Example], spec: str) -> None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 from ...runtime.errors import UsageError
 from .base import Dataset
-from .checks import Row, build_dataset, clean_caption, hash_fraction, require_folder
+from .checks import Row, build_dataset, clean_caption, hash_fraction, read_json, require_folder
 
 USAGE = "coco:DIR"
 KARPATHY = "dataset_coco.json"
@@ -49,20 +47,8 @@ def _annotation_file(folder: Path, split: str) -> Path | None:
     return found[0] if found else None
 
 
-def _read_json(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError:
-        raise UsageError(f"cannot read {path}: it is not JSON") from None
-    if not isinstance(data, dict) or not all(isinstance(data.get(key), list) for key in keys):
-        raise UsageError(f"{path} is no caption file: expected lists called {' and '.join(keys)}")
-    return data
-
-
 def _read_annotations(folder: Path, file: Path, split: str, *, halve: bool) -> Found:
-    data = _read_json(file, ("images", "annotations"))
+    data = read_json(file, ("images", "annotations"))
     try:
         names = {str(image["id"]): str(image["file_name"]) for image in data["images"]}
         captions: dict[str, list[str]] = {id: [] for id in names}
@@ -85,7 +71,7 @@ def _read_annotations(folder: Path, file: Path, split: str, *, halve: bool) -> F
 
 
 def _read_karpathy(folder: Path, file: Path) -> Found:
-    data = _read_json(file, ("images",))
+    data = read_json(file, ("images",))
     rows = []
     folders: dict[tuple[str, str], list[Path]] = {}
     try:

@@ -5,30 +5,35 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 from random import Random
-from typing import overload
+from typing import Any, overload
 
 from ...runtime.errors import UsageError
 from .base import SPLITS, Dataset, Example
 from .scene_captions import draw_captions
 from .scene_facts import Scene, draw_scene
+from .scene_telegrams import draw_telegrams
 
-USAGE = "scenes[:train=N,val=N,test=N,size=PX,seed=N]"
+USAGE = "scenes[:train=N,val=N,test=N,size=PX,seed=N,style=plain|telegram]"
 VERSION = 4  # raise it whenever any picture or caption would come out differently: it is in the fingerprint
 
 
 @dataclass(frozen=True)
 class SceneOptions:
-    """Photos per split, side of the square picture in pixels, and the seed of everything."""
+    """Photos per split, side of the square picture in pixels, the seed of everything, and how captions are worded."""
 
     train: int = 4000
     val: int = 4000  # many, so that the gate can tell a small loss of quality from none
     test: int = 1000
     size: int = 128
     seed: int = 0
+    style: str = field(
+        default="plain", repr=False
+    )  # repr is in the fingerprint, which plain captions had before styles
 
 
+STYLES = {"plain": ("captions", draw_captions), "telegram": ("telegrams", draw_telegrams)}  # stream, drawer
 LIMITS = {
     "train": (1, 10**7),
     "val": (1, 10**7),
@@ -87,7 +92,8 @@ def make_example(split: str, index: int, options: SceneOptions) -> SceneExample:
     """Example `index` of a split. It depends on seed, split and index alone, not on how many there are."""
     id = f"{split}-{index:05d}"
     scene = draw_scene(_random(options.seed, id, "facts"), split, index)
-    captions = draw_captions(_random(options.seed, id, "captions"), scene)
+    stream, draw = STYLES[options.style]
+    captions = draw(_random(options.seed, id, stream), scene)
     return SceneExample(id, captions, None, scene, options.size, options.seed)
 
 
@@ -100,21 +106,25 @@ def open_scenes(argument: str, spec: str, skip_bad: bool, verify: bool) -> Datas
     """Parse the options; nothing is drawn yet. There is nothing to verify or to skip."""
     options = parse_options(argument)
     splits = {split: SceneSplit(split, getattr(options, split), options) for split in SPLITS}
-    fingerprint = hashlib.sha256(f"scenes {VERSION} {options}".encode()).hexdigest()
+    style = "" if options.style == "plain" else f" {options.style}"
+    fingerprint = hashlib.sha256(f"scenes {VERSION} {options}{style}".encode()).hexdigest()
     return Dataset("scenes", spec, splits, fingerprint)
 
 
 def parse_options(argument: str) -> SceneOptions:
     """'train=400,size=96' → SceneOptions; UsageError naming the choices."""
-    names = [field.name for field in fields(SceneOptions)]
-    values: dict[str, int] = {}
+    choices = [*(f"{name}=N" for name in LIMITS), f"style={'|'.join(STYLES)}"]
+    values: dict[str, Any] = {}
     for part in filter(None, (part.strip() for part in argument.split(","))):
         key, equals, text = part.partition("=")
         key = key.strip()
-        if not equals or key not in names:
-            raise UsageError(f"scenes has no option {part!r}: choose from {', '.join(f'{n}=N' for n in names)}")
-        low, high = LIMITS[key]
         text = text.strip()
+        if key == "style" and text in STYLES:
+            values[key] = text
+            continue
+        if not equals or key not in LIMITS:
+            raise UsageError(f"scenes has no option {part!r}: choose from {', '.join(choices)}")
+        low, high = LIMITS[key]
         if not text.isdecimal() or not low <= int(text) <= high:
             raise UsageError(f"scenes option {key}={text!r} must be a whole number from {low} to {high}")
         values[key] = int(text)

@@ -27,14 +27,14 @@ def summarize(dataset: Dataset) -> dict[str, Any]:
         row: dict[str, float] = {
             "photos": len(examples),
             "captions": captions,
-            "fewest_captions": min(counts),
-            "most_captions": max(counts),
+            "fewest_captions": min(counts, default=0),
+            "most_captions": max(counts, default=0),
             "words": len(words),
-            "mean_length": round(words.total() / captions, 2),
+            "mean_length": round(words.total() / max(1, captions), 2),
         }
         if split == "train":
             known = set(words)
-        else:
+        elif words:
             new = sum(number for word, number in words.items() if word not in known)
             row["new_words"] = round(new / words.total(), 4)
         splits[split] = row
@@ -43,6 +43,7 @@ def summarize(dataset: Dataset) -> dict[str, Any]:
         "reader": dataset.name,
         "fingerprint": dataset.fingerprint,
         "splits": splits,
+        "notes": list(dataset.notes),
         "skipped": [{"id": id, "reason": reason} for id, reason in dataset.skipped],
     }
 
@@ -50,7 +51,8 @@ def summarize(dataset: Dataset) -> dict[str, Any]:
 def write_sample(dataset: Dataset, count: int, folder: Path) -> list[Path]:
     """Write `count` photos of each split, spread evenly over it, as JPEG with a `captions.jsonl`.
 
-    What it writes can be read back as `folder:DIR`. Returns the photos' paths.
+    What it writes can be read back as `folder:DIR`. Of photos alone there is no `captions.jsonl`: it is for what
+    `edgecap caption --json` will say of them. Returns the photos' paths.
     """
     folder.mkdir(parents=True, exist_ok=True)
     paths, lines = [], []
@@ -65,5 +67,6 @@ def write_sample(dataset: Dataset, count: int, folder: Path) -> list[Path]:
                 example.load().save(path, format="JPEG", quality=95, subsampling=0)
             paths.append(path)
             lines.append(json.dumps({"image": path.name, "split": split, "captions": example.captions}))
-    (folder / "captions.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    if dataset.captioned:
+        (folder / "captions.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return paths

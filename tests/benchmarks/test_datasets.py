@@ -2,143 +2,34 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
-from PIL import Image
 
-from edgecap.benchmarks.datasets import READERS, SPLITS, Dataset, open_dataset
-from edgecap.benchmarks.datasets.folder import split_of
-from edgecap.runtime.errors import EdgecapError, UsageError
+from edgecap.benchmarks.datasets import READERS, SPLITS, open_dataset
+from edgecap.benchmarks.datasets.splits import split_of
+from edgecap.runtime.errors import EdgecapError
 
-# What every small folder holds: split → {photo: captions}
-CONTENT = {
-    "train": {"a.jpg": ["A red dog runs .", "a dog"], "b.jpg": ["two cats"]},
-    "val": {"c.jpg": ["a bird on a wire"]},
-    "test": {"d.jpg": ["the sea", "a wave breaks"]},
-}
-
-
-def draw(path: Path, shade: int) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image = Image.linear_gradient("L").resize((40, 30)).convert("RGB")
-    image.paste((shade, 255 - shade, 60), (5, 5, 20, 20))
-    image.save(path, quality=90)
-
-
-def draw_all(folder: Path) -> None:
-    names = [name for photos in CONTENT.values() for name in photos]
-    for i, name in enumerate(names):
-        draw(folder / name, 50 * i)
-
-
-def write_flickr8k(folder: Path) -> None:
-    draw_all(folder / "images")
-    lists = {"train": "trainImages", "val": "devImages", "test": "testImages"}
-    lines = []
-    for split, photos in CONTENT.items():
-        (folder / f"Flickr_8k.{lists[split]}.txt").write_text("".join(f"{name}\n" for name in photos))
-        lines += [f"{name}#{i}\t{text}" for name, texts in photos.items() for i, text in enumerate(texts)]
-    (folder / "Flickr8k.token.txt").write_text("\n".join(lines) + "\n")
-
-
-def write_csv(folder: Path) -> None:
-    draw_all(folder)
-    with open(folder / "captions.csv", "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["image", "caption", "split"])
-        writer.writerows(
-            (name, text, split) for split, photos in CONTENT.items() for name, texts in photos.items() for text in texts
-        )
-
-
-def write_jsonl(folder: Path) -> None:
-    draw_all(folder / "images")
-    lines = [
-        json.dumps({"image": name, "captions": texts, "split": split})
-        for split, photos in CONTENT.items()
-        for name, texts in photos.items()
-    ]
-    (folder / "captions.jsonl").write_text("\n".join(lines))
-
-
-def write_coco(folder: Path) -> None:
-    (folder / "annotations").mkdir(parents=True)
-    for split, photos in CONTENT.items():
-        images, annotations = [], []
-        for name, texts in photos.items():
-            id = ord(name[0])
-            draw(folder / f"{split}2014" / name, 2 * (id - 90))
-            images.append({"id": id, "file_name": name})
-            annotations += [{"image_id": id, "id": 0, "caption": text} for text in texts]
-        file = folder / "annotations" / f"captions_{split}2014.json"
-        file.write_text(json.dumps({"images": images, "annotations": annotations}))
-
-
-def write_karpathy(folder: Path) -> None:
-    write_coco(folder)
-    shutil.rmtree(folder / "annotations")
-    images = [
-        {
-            "filepath": f"{split}2014",
-            "filename": name,
-            "split": "restval" if name == "b.jpg" else split,
-            "cocoid": ord(name[0]),
-            "sentences": [{"raw": text} for text in texts],
-        }
-        for split, photos in CONTENT.items()
-        for name, texts in photos.items()
-    ]
-    (folder / "dataset_coco.json").write_text(json.dumps({"images": images}))
-
-
-WRITERS: dict[str, tuple[str, Callable[[Path], None]]] = {
-    "flickr8k": ("flickr8k", write_flickr8k),
-    "csv": ("folder", write_csv),
-    "jsonl": ("folder", write_jsonl),
-    "coco": ("coco", write_coco),
-    "karpathy": ("coco", write_karpathy),
-}
-
-
-@pytest.fixture(params=WRITERS)
-def any_folder(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Path]:
-    """A good small data set of each kind: (spec, folder)."""
-    reader, write = WRITERS[request.param]
-    folder = tmp_path / "data"
-    folder.mkdir()
-    write(folder)
-    return f"{reader}:{folder}", folder
-
-
-def photo(folder: Path, name: str) -> Path:
-    (found,) = folder.rglob(name)
-    return found
-
-
-def content(dataset: Dataset) -> dict[str, dict[str, list[str]]]:
-    return {
-        split: {example.path.name: list(example.captions) for example in examples if example.path}
-        for split, examples in dataset.splits.items()
-    }
-
-
-def message(spec: str, **options: bool) -> str:
-    """The one line that opening `spec` fails with."""
-    with pytest.raises(UsageError) as caught:
-        open_dataset(spec, **options)
-    assert "\n" not in str(caught.value)
-    return caught.value.message
+from .small_data import (
+    CONTENT,
+    WRITERS,
+    content,
+    draw,
+    draw_all,
+    message,
+    photo,
+    write_coco,
+    write_csv,
+    write_flickr8k,
+)
 
 
 def test_every_reader_has_a_writer_here():
-    assert {reader for reader, _ in WRITERS.values()} | {"scenes"} == set(READERS)
+    elsewhere = {"scenes", "fashion", "hf", "openimages"}  # test_scenes.py, test_readers.py
+    assert {reader for reader, _ in WRITERS.values()} | elsewhere == set(READERS)
 
 
 # --- good data -----------------------------------------------------------------------------------------
@@ -434,46 +325,6 @@ def test_absent_folder_is_one_line(reader, tmp_path):
     assert READERS[reader].usage in message(reader)
     (tmp_path / "empty").mkdir()
     assert str(tmp_path / "empty") in message(f"{reader}:{tmp_path / 'empty'}")
-
-
-# --- the command -----------------------------------------------------------------------------------------
-
-
-def run(*arguments: str):
-    from edgecap.cli import cli
-
-    return CliRunner().invoke(cli, ["data", *arguments])
-
-
-def test_command_summarises_as_json(any_folder):
-    spec, folder = any_folder
-    break_missing(folder)
-    assert isinstance(run(spec, "--json").exception, UsageError)
-    result = run(spec, "--json", "--skip-bad")
-    assert result.exit_code == 0
-    summary = json.loads(result.stdout)
-    assert summary["splits"]["train"] == {
-        "photos": 1, "captions": 2, "fewest_captions": 2, "most_captions": 2, "words": 4, "mean_length": 3.0,
-    }  # fmt: skip
-    # 'the sea', 'a wave breaks': of five words only 'a' is in train
-    assert summary["splits"]["test"]["new_words"] == 0.8
-    assert [entry["reason"] for entry in summary["skipped"]] == ["missing image file"]
-
-
-def test_command_writes_a_sample_that_reads_back(tmp_path):
-    result = run("scenes:train=7,val=3,test=4,size=32", "--sample", "3", "-o", str(tmp_path / "look"))
-    assert result.exit_code == 0, result.output
-    original, again = (
-        open_dataset("scenes:train=7,val=3,test=4,size=32"),
-        open_dataset(f"folder:{tmp_path / 'look'}"),
-    )
-    for split in SPLITS:
-        captions = {example.captions for example in original.splits[split]}
-        assert len(again.splits[split]) == 3 and {e.captions for e in again.splits[split]} <= captions
-
-
-def test_command_wants_sample_and_out_together():
-    assert run("scenes", "--sample", "3").exit_code == 2
 
 
 # --- real photos -----------------------------------------------------------------------------------------

@@ -1,0 +1,19 @@
+"""Fixtures that several tests of data sets share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from .small_data import WRITERS
+
+
+@pytest.fixture(params=WRITERS)
+def any_folder(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Path]:
+    """A good small data set of each kind: (spec, folder)."""
+    reader, write = WRITERS[request.param]
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write(folder)
+    return f"{reader}:{folder}", folder
