@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,9 +18,9 @@ from .models.decoders import DECODERS
 from .models.hub import reading
 from .models.language_model import PHOTO, LanguageModelDecoder
 from .settings import Recipe
+from .smolvlm import IMAGE, around_photo, check_length, with_frames
 from .tokenizer import SPECIALS, named_tokens, token_ids, train_tokenizer
 
-IMAGE = "{image}"  # in a prompt: where the photo goes
 # What a tokenizer that edgecap trains says around the user's words, having no template: SmolVLM's dialogue.
 DIALOGUE = "<|im_start|>User:{chat}<end_of_utterance>\nAssistant:"
 
@@ -29,6 +30,7 @@ def resolve(recipe: Recipe) -> Recipe:
 
     Reads the source's config.json, not its weights. Raises UsageError for sources that are no model of the kind.
     """
+    recipe = with_frames(recipe)
     source = recipe.decoder.get("source")
     make = DECODERS.get(recipe.decoder["kind"])
     if not source or not _is_language_model(make):
@@ -39,6 +41,8 @@ def resolve(recipe: Recipe) -> Recipe:
         raise UsageError(f"decoder {source}: {error}") from error
     if "dropout" in recipe.decoder:
         found["config"] = {key: value for key, value in found["config"].items() if key not in make.dropouts}
+    if recipe.decoder["kind"] == "llama":  # with rotary positions the limit is free
+        found["max_positions"] = min(recipe.decoder.get("max_positions", math.inf), found["max_positions"])
     return dataclasses.replace(recipe, decoder={**recipe.decoder, **found})
 
 
@@ -58,11 +62,12 @@ def open_tokenizer(recipe: Recipe, captions: Iterable[str]) -> tuple[Tokenizer, 
         theirs = load_tokenizer(source)
         tokenizer, ids = _plain(theirs, source), _special_ids(theirs, source)
         text = chat_text(theirs, prompt.chat, source) if prompt.chat else prompt.text
+        text = around_photo(recipe, _with_image(text), tokenizer)
     else:
         text = DIALOGUE.replace("{chat}", _with_image(prompt.chat)) if prompt.chat else prompt.text
+        text = around_photo(recipe, _with_image(text))
         tokenizer, ids = train_tokenizer(captions, settings, named_tokens(text)), {}
     if text:
-        text = photo_text(recipe, _with_image(text))
         tokens, ids = prompt_tokens(tokenizer, text), dict(token_ids(tokenizer, ids))
         ids.pop("vocab_size")
         if tokens[-1] != PHOTO:
@@ -72,6 +77,7 @@ def open_tokenizer(recipe: Recipe, captions: Iterable[str]) -> tuple[Tokenizer, 
                 ids["bos_is_word"] = 1
                 tokenizer = _continuing(tokenizer, ids["bos"])
         recipe = dataclasses.replace(recipe, decoder={**recipe.decoder, "prompt": tokens})
+        check_length(recipe)
     if ids != settings.ids:
         recipe = dataclasses.replace(recipe, tokenizer=dataclasses.replace(settings, ids=ids))
     return tokenizer, recipe
@@ -98,11 +104,6 @@ def chat_text(tokenizer: Any, chat: str, source: str) -> str:
     except Exception as error:  # a template is a program of its author's
         raise UsageError(f"recipe [prompt]: the chat template of {source} fails: {error}") from error
     return said.replace("<image>", IMAGE)
-
-
-def photo_text(recipe: Recipe, text: str) -> str:
-    """The prompt with what the model expects around a photo, for those that expect something."""
-    return text
 
 
 def prompt_tokens(tokenizer: Tokenizer, text: str) -> list[int]:

@@ -11,7 +11,11 @@ from torch import Tensor, nn
 
 from ...runtime.errors import UsageError
 from .attention import EncoderBlock
+from .hub import check_kind, read_tensor
 from .query import QueryBridge
+from .siglip import VLMS
+
+PROJECTION = "model.connector.modality_projection.proj.weight"
 
 
 class LinearBridge(nn.Module):
@@ -30,28 +34,46 @@ class LinearBridge(nn.Module):
 class PixelShuffleBridge(nn.Module):
     """SmolVLM's connector (Marafioti et al. 2025, arXiv:2504.05299): scale × scale neighbouring features become one.
 
-    [N, L, encoder dim] of a square grid → [N, L / scale², dim], by one projection without bias of the features side by
-    side, then dropout (share in [0, 1)).
+    [N, L, encoder dim] of `frames` square grids, one behind the other, → [N, L / scale², dim], by one projection
+    without bias of the features side by side, then dropout (share in [0, 1)). source: hub id or directory of a SmolVLM
+    whose projection it starts from, of this dim and scale.
     """
 
-    def __init__(self, encoder_dim: int, dim: int = 192, scale: int = 2, dropout: float = 0.0) -> None:
+    def __init__(
+        self,
+        encoder_dim: int,
+        dim: int = 192,
+        scale: int = 2,
+        dropout: float = 0.0,
+        frames: int = 1,
+        source: str = "",
+    ) -> None:
         super().__init__()
         if scale < 2:
             raise ValueError(f"scale must be 2 or more, not {scale}")
-        self.dim, self.scale = dim, scale
+        self.dim, self.scale, self.frames = dim, scale, _at_least_one("frames", frames)
         self.dropout = nn.Dropout(dropout)
         self.project = nn.Linear(encoder_dim * scale**2, dim, bias=False)
+        if source:
+            check_kind(source, set(VLMS), "bridge")
+            weight = read_tensor(source, PROJECTION, "bridge")
+            if weight.shape != self.project.weight.shape:
+                theirs, ours = (" × ".join(map(str, shape)) for shape in (weight.shape, self.project.weight.shape))
+                raise UsageError(f"bridge {source}: its projection is {theirs}, not {ours}; take its encoder too")
+            with torch.no_grad():
+                self.project.weight.copy_(weight)
 
     def forward(self, features: Tensor) -> Tensor:
-        n, cells, dim = features.shape
+        n, all_cells, dim = features.shape
+        cells = all_cells // self.frames
         side, scale = math.isqrt(cells), self.scale
         if side * side != cells or side % scale:
             raise UsageError(
                 f"recipe [bridge]: scale = {scale} does not divide the sides of {cells} features in a square"
             )
         # [N, rows, scale, columns, scale, D] → [N, rows, columns, scale, scale, D], a row's neighbours inside.
-        x = features.view(n, side // scale, scale, side // scale, scale, dim).transpose(2, 3)
-        return self.dropout(self.project(x.reshape(n, cells // scale**2, scale**2 * dim)))
+        x = features.reshape(n * self.frames, side // scale, scale, side // scale, scale, dim).transpose(2, 3)
+        return self.dropout(self.project(x.reshape(n, all_cells // scale**2, scale**2 * dim)))
 
 
 class MLPBridge(nn.Module):

@@ -69,6 +69,22 @@ def check_kind(source: str, wanted: set[str], role: str) -> None:
         raise UsageError(f"{role} {source} is a {kind} model; {role}.kind needs a {' or '.join(sorted(wanted))} model")
 
 
+def read_tensor(source: str, name: str, role: str) -> Any:
+    """One tensor, float32, of the safetensors files of a hub id or directory; the rest of them is not read."""
+    import json
+
+    from safetensors import safe_open
+    from transformers.utils import cached_file
+
+    with reading(source, role) as place:
+        file = "model.safetensors"
+        index = cached_file(place, f"{file}.index.json", _raise_exceptions_for_missing_entries=False)
+        if index:  # several files
+            file = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"][name]
+        with safe_open(cached_file(place, file), framework="pt") as tensors:
+            return tensors.get_tensor(name).float()
+
+
 @contextmanager
 def reading(source: str, role: str, needs: tuple[str, ...] = ("config.json",)) -> Iterator[str]:
     """The place to load `source` from, a hub id or a directory with one of the files `needs`; what transformers says
