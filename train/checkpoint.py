@@ -71,6 +71,8 @@ def load_checkpoint(
         if metrics.get("pruned"):
             shrink_to(model, tensors)
     load_model_tensors(model, tensors, f"{weights}")
+    if recipe.task == "retrieval":
+        model.read_with(tokenizer.inner)
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
     return Checkpoint(path, recipe, model, tokenizer, tokens, preprocess_for(recipe), metrics, digest)
 
@@ -136,7 +138,7 @@ def model_for(recipe: Recipe, tokens: dict[str, int], *, load_weights: bool) -> 
     if recipe.task == "retrieval":
         from .models.towers import build_towers
 
-        return build_towers(recipe, load_weights=load_weights)
+        return build_towers(recipe, tokens, load_weights=load_weights)
     return build_model(
         encoder={
             "kind": recipe.encoder.kind,

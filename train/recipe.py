@@ -80,6 +80,9 @@ def recipe_from_dict(tree: dict[str, Any], *, where: str = "recipe", overrides: 
     recipe = _build(Recipe, tree, where, "")
     if not recipe.stages:
         raise UsageError(f"{where}: no [[stages]]; at least one is needed")
+    for i, stage in enumerate(recipe.stages):
+        if (stage.objective == "infonce") != (recipe.task == "retrieval"):
+            raise UsageError(f"{where}: stages.{i}.objective = {stage.objective} is not for task = {recipe.task}")
     for part in ("bridge", "decoder"):
         if not isinstance(getattr(recipe, part).get("kind"), str):
             raise UsageError(f'{where}: [{part}] needs kind = "…"')

@@ -269,13 +269,19 @@ def _open_run(
     init: Path | None,
     teacher: Path | None,
     critic: str | None,
+    *,
+    distills: bool = True,
 ) -> tuple[bool, Recipe]:
-    """Has the run in `out` begun to learn? If not, its tokenizer and resolved recipe are written (anew)."""
+    """Has the run in `out` begun to learn? If not, its tokenizer and resolved recipe are written (anew).
+
+    distills: whether stages that need a teacher are meant to run.
+    """
     if (out / PROGRESS).is_file():
         return True, recipe
     if resume and (out / START).is_file():
         return False, recipe
-    check_helpers(recipe, teacher, critic)
+    if distills:
+        check_helpers(recipe, teacher, critic)
     if init is not None:
         refuse_adapter(init)
     if recipe.lora.rank:
@@ -289,7 +295,12 @@ def _open_run(
         write_bytes(out / RECIPE, recipe.to_toml().encode())
         return False, read_recipe(out)
     captions = (caption_text(c) for example in data.splits["train"] for c in example.captions)
-    tokenizer, recipe = open_tokenizer(resolve(recipe), captions)
+    if recipe.task == "retrieval":
+        from .towers import open_texts
+
+        tokenizer, recipe = open_texts(recipe, captions)
+    else:
+        tokenizer, recipe = open_tokenizer(resolve(recipe), captions)
     # Built here already, so that a recipe that cannot be built leaves no run.
     tokens = token_ids(tokenizer, recipe.tokenizer.ids)
     if recipe.lora.rank:
@@ -300,6 +311,8 @@ def _open_run(
     if recipe.encoder.source:
         settings = dataclasses.replace(recipe.encoder, config=probe.encoder.settings())
         recipe = dataclasses.replace(recipe, encoder=settings)
+    if recipe.task == "retrieval" and recipe.text.source:
+        recipe = dataclasses.replace(recipe, text=dataclasses.replace(recipe.text, config=probe.text.settings()))
     write_bytes(out / TOKENIZER, tokenizer.to_str(pretty=True).encode())
     write_bytes(out / RECIPE, recipe.to_toml().encode())  # last: a folder with a recipe can be resumed
     return False, read_recipe(out)

@@ -87,12 +87,16 @@ class TextTower:
     """The frozen text encoder of a retrieval model: hub id or directory, or a transformers `config` from scratch.
 
     pool: how its states become one vector, the first (cls) or their mean; max_length: tokens of a caption it reads.
+    dim: of the space where photos and texts meet; hidden: units of the layer between, 0 = none; dropout of the head.
     """
 
     source: str = ""
     config: dict[str, Any] = field(default_factory=dict)
     pool: str = "cls"
     max_length: int = 32
+    dim: int = 512
+    hidden: int = 0
+    dropout: float = 0.0
 
 
 @dataclass(frozen=True)

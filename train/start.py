@@ -64,7 +64,11 @@ def check_helpers(recipe: Recipe, teacher: Path | None, critic: str | None) -> N
 
 def with_parts(recipe: Recipe, init: Checkpoint) -> Recipe:
     """The recipe with the model and tokenizer that the checkpoint has."""
-    parts = {part: getattr(init.recipe, part) for part in ("tokenizer", "encoder", "bridge", "decoder")}
+    if recipe.task != init.recipe.task:
+        raise UsageError(
+            f"{init.path} was trained for {init.recipe.task}: a run for {recipe.task} cannot start from it"
+        )
+    parts = {part: getattr(init.recipe, part) for part in ("tokenizer", "encoder", "bridge", "decoder", "text")}
     if (recipe.data.image_size, recipe.data.resize) != (init.recipe.data.image_size, init.recipe.data.resize):
         size, resize = init.recipe.data.image_size, init.recipe.data.resize
         raise UsageError(f"{init.path} sees photos of {size} px ({resize}): say the same in the recipe's [data]")
