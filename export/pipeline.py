@@ -17,7 +17,7 @@ from ..runtime.errors import EdgecapError, UsageError
 from ..runtime.fused import FusedCaptioner, check_fused
 from ..runtime.verify import verify_golden
 from ..train.cache import load_pixels
-from ..train.checkpoint import Checkpoint, load_checkpoint
+from ..train.checkpoint import Checkpoint, load_checkpoint, require_captioner
 from ..train.lora import refuse_adapter
 from ..train.run import RUNS, latest_run
 from ..train.tokenizer import caption_text
@@ -113,7 +113,7 @@ def export(
         raise UsageError(f"--autotune and --tuning go with onnx-int8 and onnx-int4, not with {target}")
     run = _find(checkpoint, unfinished_ok)
     refuse_adapter(run)
-    loaded = load_checkpoint(run, unfinished_ok=unfinished_ok)
+    loaded = require_captioner(load_checkpoint(run, unfinished_ok=unfinished_ok))
     if reason := chosen.refusal(recipe_parts(loaded), options):
         raise UsageError(f"{target} cannot be made of {loaded.path}: {reason}")
     label = f"pruned-{target}" if smaller.items else target

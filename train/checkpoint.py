@@ -115,6 +115,13 @@ def base_model(recipe: Recipe, tokens: dict[str, int], path: str, sha256: str, w
     return model, digest
 
 
+def require_captioner(loaded: Checkpoint) -> Checkpoint:
+    """The checkpoint, where it says captions; UsageError for a retrieval model."""
+    if loaded.recipe.task != "caption":
+        raise UsageError(f"{loaded.path} is a retrieval model and says no captions: edgecap eval tells what it finds")
+    return loaded
+
+
 def read_recipe(path: Path) -> Recipe:
     try:
         tree = tomllib.loads((path / RECIPE).read_text(encoding="utf-8"))

@@ -27,6 +27,7 @@ from .checkpoint import (
     preprocess_for,
     read_metrics,
     read_recipe,
+    require_captioner,
 )
 from .loop import Trainer
 from .lora import check_base, refuse_adapter
@@ -287,7 +288,7 @@ def _open_run(
     if recipe.lora.rank:
         check_base(recipe, init)
     first = None if init is None else load_checkpoint(init)
-    master = None if teacher is None else load_checkpoint(teacher)
+    master = None if teacher is None else require_captioner(load_checkpoint(teacher))
     write_start(out, first, master, _identify(critic))
     if first is not None:
         recipe = with_parts(recipe, first)

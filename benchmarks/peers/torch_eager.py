@@ -44,11 +44,11 @@ class TorchEngine:
         import torch
 
         from ...runtime.decode import DecodeOptions, decode
-        from ...train.checkpoint import load_checkpoint
+        from ...train.checkpoint import load_checkpoint, require_captioner
 
         imported = perf_counter()
         torch.set_num_threads(request["threads"])
-        checkpoint = load_checkpoint(request["path"])
+        checkpoint = require_captioner(load_checkpoint(request["path"]))
         loaded = perf_counter()
         self._checkpoint, self._search = checkpoint, decode
         self._inference = torch.inference_mode
