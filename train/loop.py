@@ -293,10 +293,14 @@ class Trainer:
             report=lambda done: self.progress(f"validation {self.state['epoch']}", done, n),
         )  # fmt: skip
         scores = score_captions(captions, self.val.examples)
-        return {
+        record = {
             "cider": scores.cider, "bleu4": scores.bleu[3], "rouge_l": scores.rouge_l, "distinct": scores.distinct,
             "repeated": scores.repeated_ngrams,
         }  # fmt: skip
+        if critic := self.helpers.critic:
+            photos = critic.to(self.accelerator.device).photos(self.val.examples, self.progress)
+            record["alignment"] = float(critic.alignment(captions, photos).mean())
+        return record
 
     def _from_main(self, record: dict[str, Any]) -> dict[str, Any]:
         if self.accelerator.num_processes == 1:

@@ -1,4 +1,4 @@
-"""What a stage minimises: cross-entropy on reference captions, distillation, or self-critical training on CIDEr-D."""
+"""What a stage minimises: cross-entropy on captions, distillation, self-critical training; and the table of all."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from ..benchmarks.metrics import CiderD
 from ..runtime.decode import never_said
 from ..runtime.errors import UsageError
 from .batches import Batch
+from .guided import Guided
 from .infonce import InfoNCE
 from .models import CaptionModel
 from .settings import Recipe, Stage
@@ -159,5 +160,6 @@ OBJECTIVES: dict[str, Any] = {
     "xe": CrossEntropy,
     "scst": SelfCritical,
     "distill": Distillation,
+    "guided": Guided,
     "infonce": InfoNCE,
 }
