@@ -60,8 +60,8 @@ def _read_captions(table: Path) -> dict[str, list[str]]:
             continue
         seen.add(line)
         name, *rest = line.split("|", 2)
-        if len(rest) == 1 and (found := UNPARTED.fullmatch(rest[0])):
-            rest = list(found.groups())
+        if len(rest) == 1 and (parts := UNPARTED.fullmatch(rest[0])):
+            rest = list(parts.groups())
         if len(rest) != 2 or not name.strip() or not rest[0].strip().isdecimal():
             raise UsageError(f"{table}:{number}: expected 'photo.jpg| 0| caption', found {line[:60]!r}")
         found = captions.setdefault(name.strip(), [])

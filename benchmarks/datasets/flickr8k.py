@@ -39,7 +39,7 @@ def open_flickr8k(argument: str, spec: str, skip_bad: bool, verify: bool) -> Dat
             captions.setdefault(name, []).append(caption)
 
     rows = []
-    listed = set()
+    listed: set[str] = set()
     for split, file_name in LISTS.items():
         names = dict.fromkeys(line for line in read_lines(folder / file_name) if line)
         listed.update(names)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner, Result
 from PIL import Image
 
 from edgecap.benchmarks.datasets import Dataset, open_dataset
@@ -133,3 +135,29 @@ def message(spec: str, **options: bool) -> str:
         open_dataset(spec, **options)
     assert "\n" not in str(caught.value)
     return caught.value.message
+
+
+def sizes(dataset: Dataset) -> dict[str, int]:
+    """Photos per split."""
+    return {split: len(examples) for split, examples in dataset.splits.items()}
+
+
+def everything(dataset: Dataset) -> dict[str, tuple[str, ...]]:
+    """Captions by id, of all splits."""
+    return {example.id: example.captions for examples in dataset.splits.values() for example in examples}
+
+
+def png(number: int) -> bytes:
+    """A small photo's file, of other bytes for each number from 0 to 65535."""
+    buffer = io.BytesIO()
+    image = Image.linear_gradient("L").resize((24, 18)).convert("RGB")
+    image.paste((number % 256, number // 256, 60), (5, 5, 15, 15))
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def data_command(*arguments: str) -> Result:
+    """What `edgecap data` does."""
+    from edgecap.cli import cli
+
+    return CliRunner().invoke(cli, ["data", *arguments])

@@ -4,25 +4,17 @@ from __future__ import annotations
 
 import json
 
-from click.testing import CliRunner
-
 from edgecap.benchmarks.datasets import SPLITS, open_dataset
 from edgecap.runtime.errors import UsageError
 
-from .small_data import photo
-
-
-def run(*arguments: str):
-    from edgecap.cli import cli
-
-    return CliRunner().invoke(cli, ["data", *arguments])
+from .small_data import data_command, photo
 
 
 def test_command_summarises_as_json(any_folder):
     spec, folder = any_folder
     photo(folder, "b.jpg").unlink()
-    assert isinstance(run(spec, "--json").exception, UsageError)
-    result = run(spec, "--json", "--skip-bad")
+    assert isinstance(data_command(spec, "--json").exception, UsageError)
+    result = data_command(spec, "--json", "--skip-bad")
     assert result.exit_code == 0
     summary = json.loads(result.stdout)
     assert summary["splits"]["train"] == {
@@ -34,7 +26,7 @@ def test_command_summarises_as_json(any_folder):
 
 
 def test_command_writes_a_sample_that_reads_back(tmp_path):
-    result = run("scenes:train=7,val=3,test=4,size=32", "--sample", "3", "-o", str(tmp_path / "look"))
+    result = data_command("scenes:train=7,val=3,test=4,size=32", "--sample", "3", "-o", str(tmp_path / "look"))
     assert result.exit_code == 0, result.output
     original, again = (
         open_dataset("scenes:train=7,val=3,test=4,size=32"),
@@ -46,4 +38,4 @@ def test_command_writes_a_sample_that_reads_back(tmp_path):
 
 
 def test_command_wants_sample_and_out_together():
-    assert run("scenes", "--sample", "3").exit_code == 2
+    assert data_command("scenes", "--sample", "3").exit_code == 2
