@@ -148,7 +148,7 @@ def train(
             if check:
                 from .fit import check_fit
 
-                told = check_fit(plan, init=init, progress=bars)
+                told = check_fit(plan, init=init, critic=critic, progress=bars)
             else:
                 folder, metrics = run_train(
                     plan, out, resume=resume, init=init, teacher=teacher, critic=critic, progress=bars, say=say

@@ -1,0 +1,231 @@
+"""`edgecap train --check`: one batch of every stage, for real, to tell memory and speed before hours are spent."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..benchmarks.datasets import Dataset, open_dataset
+from ..benchmarks.rss import peak_rss
+from ..runtime.errors import EdgecapError
+from .batches import Progress
+from .settings import Recipe, Stage
+
+STEPS = 3  # the first of them warms up
+SPARE = 0.95  # of the memory that is free: allocators round up
+
+
+@dataclass
+class Fit:
+    """What a recipe's stages take. parameters: part → count; stages: a row each; memory in bytes, `free` before."""
+
+    recipe: str
+    device: str
+    parameters: dict[str, int]
+    free: int | None
+    stages: list[dict[str, Any]] = field(default_factory=list)
+    refusal: str = ""
+
+    @property
+    def fits(self) -> bool:
+        return not self.refusal
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "fits": self.fits}
+
+    def text(self) -> str:
+        """For people."""
+        parts = ", ".join(f"{name} {count / 1e6:,.2f} M" for name, count in self.parameters.items())
+        lines = [f"{self.recipe}: {sum(self.parameters.values()) / 1e6:,.2f} M parameters ({parts}) on {self.device}"]
+        for row in self.stages:
+            seen = f", encoder alone {row['encoder_images_per_s']:,.1f} photos/s" if row["encoder_images_per_s"] else ""
+            lines.append(
+                f"  {row['stage']}: trains {row['trained'] / 1e6:,.2f} M, batch {row['batch']}, peak "
+                f"{row['peak'] / 1e9:,.2f} GB, {row['images_per_s']:,.1f} photos/s{seen}"
+            )
+        free = "" if self.free is None else f" ({self.free / 1e9:,.1f} GB free before)"
+        return "\n".join([*lines, f"  {self.refusal or 'it fits'}{free}"])
+
+
+def check_fit(
+    recipe: Recipe, *, init: Path | None = None, critic: str | None = None, progress: Progress = lambda *done: None
+) -> Fit:
+    """Take STEPS optimizer steps of each stage on its own data, batch size and device, in a folder that goes again.
+
+    Peak memory is the whole process's (on a GPU: what torch has reserved there). images_per_s: of the optimizer steps,
+    from cached features where the encoder is frozen; encoder_images_per_s: of filling that cache.
+    """
+    from accelerate import Accelerator
+
+    from .run import TOKENIZER, _helpers, _model, _open_run, _precision, _trainer
+    from .start import read_start
+    from .tokenizer import token_ids
+
+    data = _batch_of(open_dataset(recipe.data.spec, skip_bad=recipe.data.skip_bad), recipe)
+    with tempfile.TemporaryDirectory(prefix="edgecap-check-") as folder, _own_cache(Path(folder) / "cache"):
+        from ..runtime.tokenizer import Tokenizer
+        from .report import TrainingLog
+
+        out = Path(folder) / "run"
+        out.mkdir()
+        accelerator = Accelerator(mixed_precision=_precision(recipe))
+        device = accelerator.device
+        _, recipe = _open_run(recipe, data, out, False, init, None, critic, distills=False)
+        tokenizer, start = Tokenizer.load(out / TOKENIZER).inner, read_start(out)
+        free = free_memory(device)
+        model = _model(recipe, token_ids(tokenizer, recipe.tokenizer.ids), out, False, start)
+        counts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.parts().items()}
+        fit = Fit(recipe.name, device.type, counts, free)
+        probe = _probe(_trainer(recipe.task))
+        trainer = probe(
+            recipe, model, tokenizer, data, out, accelerator, progress, TrainingLog(None, print),
+            start=start, helpers=_helpers(recipe, start, tokenizer),
+        )  # fmt: skip
+        for stage in recipe.stages:
+            if stage.objective == "distill":
+                continue  # without its teacher
+            fit.refusal = too_large(model, stage, free)
+            if not fit.refusal:
+                fit.refusal = trainer.try_stage(fit, stage, free)
+            if fit.refusal:
+                break
+        return fit
+
+
+def too_large(model: nn.Module, stage: Stage, free: int | None) -> str:
+    """Why a stage cannot fit, whatever its batch, or "": weights, gradients, AdamW's two moments, the average."""
+    least = least_memory(model, stage)
+    if free is None or least <= free * SPARE:
+        return ""
+    return (
+        f"it does not fit: weights, gradients and optimizer of stage {stage.name} alone take {least / 1e9:,.1f} GB, "
+        f"{free / 1e9:,.1f} GB are free; train fewer parts, or with [lora]"
+    )
+
+
+def least_memory(model: nn.Module, stage: Stage) -> int:
+    """Bytes that a stage takes before the first photo: see `too_large`."""
+    from .optim import make_optimizer
+
+    make_optimizer(model, stage)  # says which parameters the stage trains
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    return weights + trained * (4 if stage.ema else 3)
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that are free on a GPU, or for this process on the CPU; None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            entries = dict(line.split(":", 1) for line in file)
+        return int(entries["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None
+
+
+def _probe(base: type) -> Any:
+    """A trainer that takes a few steps of a stage, times them, and leaves nothing behind."""
+
+    class Probe(base):  # type: ignore[misc]
+        def try_stage(self, fit: Fit, stage: Stage, free: int | None) -> str:
+            """Adds the stage's row to `fit`; returns why it does not fit, or ""."""
+            device, self.times = self.accelerator.device, []
+            _forget_peak(device)
+            self.began = time.monotonic()
+            self.model.to(device)
+            try:
+                self._stage(dataclasses.replace(stage, epochs=STEPS, validate_every=STEPS + 1), None)
+            except (torch.OutOfMemoryError, MemoryError):
+                return (
+                    f"it does not fit: stage {stage.name} runs out of memory; "
+                    f"--set stages.{self.recipe.stages.index(stage)}.accumulate={2 * stage.accumulate} or more"
+                )
+            seen, self.seen = self.seen, None
+            photos = min(len(self.train), stage.batch_size)
+            fit.stages.append(
+                {
+                    "stage": stage.name,
+                    "batch": photos,
+                    "accumulate": stage.accumulate,
+                    "trained": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
+                    "peak": _peak(device),
+                    "images_per_s": photos / median(self.times[1:]),
+                    "encoder_images_per_s": None if seen is None else len(self.train) * len(self.views) / seen,
+                }
+            )
+            return ""
+
+        def _step(self, *args: Any) -> Any:
+            begun = time.perf_counter()
+            done = super()._step(*args)
+            if self.accelerator.device.type == "cuda":
+                torch.cuda.synchronize()
+            self.times.append(time.perf_counter() - begun)
+            return done
+
+        def _open_data(self, stage: Stage) -> None:
+            begun, first = time.perf_counter(), not hasattr(self, "seen")  # later stages find the features in the cache
+            super()._open_data(stage)
+            self.seen = time.perf_counter() - begun if self.frozen and first else None
+
+        def _validate(self, stage: Stage) -> None:
+            pass
+
+        _keep = _validate
+
+        def _save(self) -> None:
+            pass
+
+    return Probe
+
+
+def _batch_of(data: Dataset, recipe: Recipe) -> Dataset:
+    """The largest batch that a stage asks for, and one photo of the other splits."""
+    most = max(stage.batch_size for stage in recipe.stages)
+    splits = {name: list(examples[: most if name == "train" else 1]) for name, examples in data.splits.items()}
+    return dataclasses.replace(data, splits=splits)
+
+
+@contextmanager
+def _own_cache(folder: Path) -> Iterator[None]:
+    before = os.environ.get("EDGECAP_CACHE")
+    os.environ["EDGECAP_CACHE"] = str(folder)
+    try:
+        yield
+    finally:
+        os.environ.pop("EDGECAP_CACHE")
+        if before is not None:
+            os.environ["EDGECAP_CACHE"] = before
+
+
+def _forget_peak(device: torch.device) -> None:
+    """Start measuring anew, where the system lets us; else the peak is that of all stages so far."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        pass
+
+
+def _peak(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    peak = peak_rss()
+    if peak is None:
+        raise EdgecapError("this system does not tell a process's peak memory: --check works on Linux and macOS")
+    return peak
