@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 
 for module in ("torch", "transformers", "accelerate", "onnx", "onnxscript"):
@@ -18,3 +21,18 @@ def small():
     ENCODERS["small"] = small_encoder
     yield
     del ENCODERS["small"]
+
+
+@pytest.fixture(scope="session")
+def sources(tmp_path_factory: pytest.TempPathFactory, small: None) -> Callable[[str], Any]:
+    """Kind of decoder → its Source, traced once for all tests that build targets of it."""
+    from .small_source import small_source
+
+    made: dict[str, Any] = {}
+
+    def source(kind: str) -> Any:
+        if kind not in made:
+            made[kind] = small_source(tmp_path_factory.mktemp("source"), kind)
+        return made[kind]
+
+    return source

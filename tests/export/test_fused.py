@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,6 @@ from PIL import Image
 
 from edgecap.export.artifact import Source
 from edgecap.export.assemble import assemble
-from edgecap.export.calibration import Calibration
 from edgecap.export.fused import _batch, _resize, _text, add_fused, describe, fuse, text_pieces
 from edgecap.export.fused_build import Scope
 from edgecap.export.golden import make_golden
@@ -24,9 +24,8 @@ from edgecap.runtime.decode import DecodeOptions, decode
 from edgecap.runtime.fused import FusedCaptioner, check_fused
 from edgecap.runtime.preprocess import Preprocess
 from edgecap.runtime.tokenizer import Tokenizer
-from edgecap.train.checkpoint import load_checkpoint
 
-from .nets import engine, photos, save_run
+from .nets import engine, photos
 
 SIDE, STATE = 2, 6
 TOKENS = {"pad": 0, "bos": 1, "eos": 2, "unk": 3}
@@ -346,18 +345,16 @@ def test_graphs_that_cannot_be_merged() -> None:
         fuse_tiny(pair, tokens, {})
 
 
-@pytest.fixture(scope="module", params=["gru", "llama"])
-def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, small) -> Source:
-    folder = tmp_path_factory.mktemp("fused")
-    loaded = load_checkpoint(save_run(folder / request.param, request.param))
-    random = np.random.default_rng(1)
-    captions = [random.integers(4, loaded.tokens["vocab_size"], 7).tolist() for _ in range(8)]
-    return Source(loaded, Calibration(photos(8, seed=1), captions, loaded.tokens), folder)
+@pytest.fixture(params=["gru", "lstm", "transformer", "llama"])
+def source(request: pytest.FixtureRequest, sources: Callable[[str], Source], tmp_path: Path) -> Source:
+    found = sources(request.param)
+    found.scratch = tmp_path
+    return found
 
 
 @pytest.mark.parametrize("name", [name for name in TARGETS if name.startswith("onnx-")])
 def test_every_onnx_target_in_one_file(source: Source, name: str, tmp_path: Path) -> None:
-    checkpoint, source.scratch = source.checkpoint, tmp_path
+    checkpoint = source.checkpoint
     artifact = TARGETS[name].build(source)
     add_fused(artifact, checkpoint)
     again = dict(artifact.files)
@@ -381,7 +378,7 @@ def test_every_onnx_target_in_one_file(source: Source, name: str, tmp_path: Path
 
 
 def test_a_bundle_without_it(source: Source, tmp_path: Path) -> None:
-    checkpoint, source.scratch = source.checkpoint, tmp_path
+    checkpoint = source.checkpoint
     entry = ("onnx-fp32", TARGETS["onnx-fp32"])
     artifact = entry[1].build(source)
     write_bundle(tmp_path / "x", *assemble(checkpoint, entry, "x", artifact, make_golden(checkpoint), []))

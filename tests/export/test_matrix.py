@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -12,28 +13,25 @@ from click.testing import CliRunner
 
 from edgecap import cli
 from edgecap.export.artifact import BuildOptions, Source
-from edgecap.export.calibration import Calibration
 from edgecap.export.pipeline import Job, export, recipe_parts
 from edgecap.export.support import as_markdown, support
 from edgecap.export.targets import TARGETS
 from edgecap.runtime import Captioner, UsageError
 from edgecap.runtime.backends import BACKENDS
 from edgecap.runtime.decode import DecodeOptions, decode
-from edgecap.train.checkpoint import load_checkpoint
 
-from .nets import DECODERS, photos, save_run
+from .nets import DECODERS, photos
 
 EXACT = ("fp32", "fp16", "f16")  # precisions whose captions are torch's
 DOCS = Path(__file__).parents[2] / "docs"
 
 
-@pytest.fixture(scope="module", params=DECODERS)
-def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, small) -> Source:
-    folder = tmp_path_factory.mktemp("matrix")
-    loaded = load_checkpoint(save_run(folder / request.param, request.param))
-    random = np.random.default_rng(1)
-    words = [random.integers(4, loaded.tokens["vocab_size"], 7).tolist() for _ in range(8)]
-    return Source(loaded, Calibration(photos(8, seed=1), words, loaded.tokens), folder)
+@pytest.fixture(params=DECODERS)
+def source(request: pytest.FixtureRequest, sources: Callable[[str], Source], tmp_path: Path) -> Source:
+    found = sources(request.param)
+    found.scratch = tmp_path / "build"
+    found.scratch.mkdir()
+    return found
 
 
 def torch_says(source: Source, pixels: np.ndarray, beam: int) -> list[tuple[int, ...]]:
@@ -75,8 +73,6 @@ def test_greedy_and_beam_as_torch(source: Source, name: str, tmp_path: Path) -> 
     for package in (*target.packages, BACKENDS[target.backend].package):
         if find_spec(package) is None:
             pytest.skip(f"{name} needs {package}: pip install 'edgecap[{target.extra}]'")
-    (tmp_path / "build").mkdir()
-    source.scratch = tmp_path / "build"
     job = Job(source, source.checkpoint, name, target, "small", [], 0.02, tmp_path, lambda *_: None)
     captioner: Captioner = job.captioner(target.build(source))
     pixels, eos = photos(5, seed=3), source.checkpoint.tokens["eos"]

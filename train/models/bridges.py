@@ -126,7 +126,7 @@ class PrefixBridge(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         seen = _tokens(self.project(features), self.dim)  # [N, L · tokens, dim]
-        constants = self.constants.expand(len(features), -1, -1)  # [N, length, dim]
+        constants = self.constants.expand(features.shape[0], -1, -1)  # [N, length, dim]
         return self.blocks(torch.cat((seen, constants), dim=1))[:, seen.shape[1] :]
 
 
