@@ -22,7 +22,7 @@ def fold_pixels(model: onnx.ModelProto, pixels: str = "pixels") -> PassResult:
     chain, tensor = [], pixels
     scale, shift = np.ones(1), np.zeros(1)
     transpose = None
-    while (node := graph.only_reader(tensor)) is not None and node.op_type != "Conv":
+    while (node := _only_reader(graph, tensor, pixels)) is not None and node.op_type != "Conv":
         if node.op_type == "Transpose" and not chain:
             transpose = node
         elif node.op_type == "Cast" and attribute(node, "to") == onnx.TensorProto.FLOAT:
@@ -68,6 +68,14 @@ def fold_pixels(model: onnx.ModelProto, pixels: str = "pixels") -> PassResult:
     graph.replace(chain, [dequantize])
     graph.prune()
     return PassResult(NAME, {"scale": step, "zero_point": zero}, {"changed": True})
+
+
+def _only_reader(graph: Graph, tensor: str, pixels: str) -> onnx.NodeProto | None:
+    """The single node reading the values of `tensor`; the input's shape may be read, too (a batch of class tokens)."""
+    if tensor != pixels:
+        return graph.only_reader(tensor)
+    readers = [node for node in graph.consumers.get(tensor, []) if node.op_type != "Shape"]
+    return readers[0] if len(readers) == 1 else None
 
 
 def _per_channel(graph: Graph, node: onnx.NodeProto, tensor: str) -> np.ndarray | None:

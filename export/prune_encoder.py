@@ -42,11 +42,10 @@ class Traced(nn.Module):
 
     def __init__(self, model: CaptionModel) -> None:
         super().__init__()
-        self.body, self.bridge = model.encoder.body, model.bridge
+        self.body, self.bridge, self.read = model.encoder.body, model.bridge, model.encoder.read
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.body(x).last_hidden_state
-        return self.bridge(out.flatten(2).transpose(1, 2) if out.ndim == 4 else out)
+        return self.bridge(self.read(self.body(x)))
 
 
 def prune_encoder(model: CaptionModel, shares: dict[str, float], pixels: np.ndarray, report: Any) -> None:

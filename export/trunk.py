@@ -125,6 +125,7 @@ def _clean(model: onnx.ModelProto) -> None:
     _fold_transposes(model)
     _drop_flat_reshapes(model)
     _rows_of_grid(model)
+    _drop_open_masks(model)
 
 
 def _fold_transposes(model: onnx.ModelProto) -> None:
@@ -173,6 +174,41 @@ def _rows_of_grid(model: onnx.ModelProto) -> None:
         ]
         graph.replace([reshape, node], new)
         graph.prune()
+
+
+def _drop_open_masks(model: onnx.ModelProto) -> None:
+    """transformers masks attention whenever it is exported, even where every place sees every other: drop the mask that
+    hides nothing, and behind it torch's guard against rows that are hidden altogether."""
+    graph = Graph(model)
+    for node in list(model.graph.node):
+        if node.op_type == "Where" and _all_true(graph, node.input[0]):
+            for add in graph.consumers.get(node.output[0], []):
+                scores = [name for name in add.input if name != node.output[0]]
+                added = graph.constant(node.input[1])
+                if add.op_type == "Add" and len(scores) == 1 and added is not None and not added.any():
+                    graph.reroute(add.output[0], scores[0])
+                    graph.refresh()
+                    _drop_guard(graph, scores[0])
+    graph.refresh()
+    graph.prune()
+
+
+def _all_true(graph: Graph, name: str) -> bool:
+    while (node := graph.producer.get(name)) is not None and node.op_type == "Expand":
+        name = node.input[0]
+    value = graph.constant(name)
+    return value is not None and value.dtype == bool and bool(value.all())
+
+
+def _drop_guard(graph: Graph, scores: str) -> None:
+    """Where(IsNaN(p), 0, p) → p, for p the Softmax of `scores`."""
+    for softmax in [node for node in graph.consumers.get(scores, []) if node.op_type == "Softmax"]:
+        shares = softmax.output[0]
+        for test in [node for node in graph.consumers.get(shares, []) if node.op_type == "IsNaN"]:
+            for guard in graph.consumers.get(test.output[0], []):
+                if guard.op_type == "Where" and guard.input[2] == shares:
+                    graph.reroute(guard.output[0], shares)
+                    graph.refresh()
 
 
 def _name_axes(model: onnx.ModelProto, names: dict[str, dict[int, str]]) -> None:

@@ -57,7 +57,7 @@ class SmallBody(nn.Module):
         return SimpleNamespace(last_hidden_state=x)
 
 
-def small_encoder(source, config) -> encoders.Encoder:
+def small_encoder(source, config, features="grid") -> encoders.Encoder:
     return encoders.Encoder(SmallBody(), 24, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 

@@ -46,6 +46,11 @@ def class_token(out: Any) -> Tensor:
     return out.last_hidden_state[:, :1]  # [N, 1, dim]
 
 
+class MeanOfMap(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3), keepdim=True)  # [N, C, 1, 1]
+
+
 class Encoder(nn.Module):
     """Wraps a transformers vision model: uint8 [N, H, W, 3] → features float32 [N, L, dim].
 
@@ -128,7 +133,11 @@ def efficientnet(source: str | None, config: dict[str, Any], features: str = "gr
         body = pretrained(EfficientNetModel, source)
     else:
         body = EfficientNetModel(known("encoder.config", EfficientNetConfig, B0 | config))
-    body.pooler = nn.AdaptiveAvgPool2d(1)  # the same mean, in place of a window as wide as there are channels
+        _start_convolutions(body)
+    # The same means, in place of a window as wide as there are channels and of what exporters make of adaptive pooling.
+    body.pooler = MeanOfMap()
+    for block in body.encoder.blocks:
+        block.squeeze_excite.squeeze = MeanOfMap()
     _plain_momentum(body)
     dim = body.encoder.top_conv.out_channels
     return Encoder(body, dim, *pixels, read=read, said=_named(body, B0) | said)
@@ -288,6 +297,17 @@ def _plain_momentum(body: nn.Module) -> None:
     for module in body.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 0.1
+
+
+def _start_convolutions(body: nn.Module) -> None:
+    """As published for EfficientNet, normal with variance 2 / fan-out, and normalised to 1: transformers starts both at
+    0.02, under which the signal dies."""
+    for module in body.modules():
+        if isinstance(module, nn.Conv2d):
+            fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
+            nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
+        elif isinstance(module, nn.BatchNorm2d):
+            nn.init.ones_(module.weight)
 
 
 ENCODERS: dict[str, Callable[..., Encoder]] = {
