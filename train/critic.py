@@ -27,6 +27,7 @@ from .cache import cache_key, cached_rows, load_pixels
 from .tokenizer import caption_text
 
 TEXTS = 32  # read together
+ROUNDING = 1e-6  # of a cosine
 GENERIC = ("a photo of something", "a picture of a scene")  # captions that fit any photo, for comparison
 
 
@@ -300,10 +301,10 @@ def alignment_scores(
         "captions_interval": bootstrap_mean(own).to_dict(),
         "references": float(references.mean()),
         "generic": [
-            {"caption": text, "mean": float(column.mean()), "beaten": float((own > column).mean())}
+            {"caption": text, "mean": float(column.mean()), "beaten": float((own > column + ROUNDING).mean())}
             for text, column in zip(generics, theirs.T, strict=True)
         ],
-        "beats_generic": float((own > theirs.max(1)).mean()),
+        "beats_generic": float((own > theirs.max(1) + ROUNDING).mean()),
         "distinct": len(set(captions)) / len(captions),
     }
 

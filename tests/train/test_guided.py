@@ -1,0 +1,459 @@
+"""The guided losses act on what the model says, and the critic hears what was said."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+
+from edgecap.benchmarks.datasets import Example, open_dataset
+from edgecap.runtime.errors import UsageError
+from edgecap.runtime.preprocess import Preprocess
+from edgecap.train import loop
+from edgecap.train.batches import Batch, encode_captions
+from edgecap.train.checkpoint import load_checkpoint
+from edgecap.train.critic import GENERIC, Critic, TowersJudge, alignment_lines, alignment_scores
+from edgecap.train.evaluate import evaluate, score_lines
+from edgecap.train.guided import Guided, alignment_loss, contrast_loss, diversity_loss
+from edgecap.train.models.bridges import LinearBridge
+from edgecap.train.models.towers import Head, TextTower, TwoTowers
+from edgecap.train.recipe import recipe_from_dict
+from edgecap.train.run import train
+from edgecap.train.settings import Stage
+from edgecap.train.start import START, Helpers
+from edgecap.train.state import WEIGHTS
+from edgecap.train.tokenizer import caption_text, token_ids, train_tokenizer
+
+from .tiny import ENCODER, SIZE, tiny_model, tiny_recipe
+
+DATA = "scenes:train=24,val=6,test=8,size=64"
+QUIET: Callable[..., None] = lambda *_: None  # noqa: E731
+LOSSES = ("alignment", "contrast", "diversity")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGECAP_CACHE", str(tmp_path / "cache"))
+
+
+def captions_of(split: str = "train") -> list[str]:
+    return [caption_text(c) for e in open_dataset(DATA).splits[split] for c in e.captions]
+
+
+def wordpiece(size: int) -> Tokenizer:
+    inner = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    inner.normalizer, inner.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    inner.train_from_iterator(captions_of(), trainers.WordPieceTrainer(vocab_size=size, special_tokens=special))
+    return inner
+
+
+def towers_critic(pieces: int = 400, kind: type[Critic] = Critic) -> Critic:
+    """Two small towers with random weights, spread so that texts differ."""
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(5)
+    inner = wordpiece(pieces)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    body = BertModel(BertConfig(vocab_size=inner.get_vocab_size(), max_position_embeddings=40, **sizes))
+    body.pooler = None
+    with torch.no_grad():
+        for parameter in body.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(5.0)
+    encoder = tiny_model("gru").encoder
+    model = TwoTowers(
+        encoder, LinearBridge(encoder.dim, 16), TextTower(body.eval(), "mean"), Head(16, 32, 24),
+        tokens={"pad": 0, "unk": 1, "bos": 2, "eos": 3}, max_length=24, size=(SIZE, SIZE),
+    )  # fmt: skip
+    model.read_with(inner)
+    with torch.no_grad():  # what all texts share, which is most of a random tower's mean, is taken out
+        model.head.text[-1].bias -= model.head.text(model.text_features(captions_of()[:40])).mean(0)
+    loaded = SimpleNamespace(
+        model=model, tokenizer=SimpleNamespace(inner=inner), preprocess=Preprocess(size=(SIZE, SIZE))
+    )
+    return kind(TowersJudge(loaded), "towers", "0" * 64)
+
+
+def clip_folder(folder: Path) -> Path:
+    """A small CLIP on disk, with a byte-level BPE as CLIP has it."""
+    from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
+
+    inner = Tokenizer(models.BPE(unk_token="<|endoftext|>", end_of_word_suffix="</w>"))
+    inner.normalizer = normalizers.Lowercase()
+    inner.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    ends = ["<|startoftext|>", "<|endoftext|>"]
+    inner.train_from_iterator(
+        captions_of(), trainers.BpeTrainer(vocab_size=500, special_tokens=ends, end_of_word_suffix="</w>")
+    )
+    inner.post_processor = processors.RobertaProcessing((ends[1], 1), (ends[0], 0), add_prefix_space=False)
+    PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token=ends[0], eos_token=ends[1], pad_token=ends[1], unk_token=ends[1]
+    ).save_pretrained(folder)
+    torch.manual_seed(6)
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {**small, "vocab_size": inner.get_vocab_size(), "max_position_embeddings": 20, "bos_token_id": 0}
+    config = CLIPConfig(
+        text_config={**text, "eos_token_id": 1, "pad_token_id": 1},
+        vision_config={**small, "image_size": 32, "patch_size": 8},
+        projection_dim=16,
+    )
+    model = CLIPModel(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(3.0)
+    model.save_pretrained(folder)
+    return folder
+
+
+class Knowing(Critic):
+    """The towers' text side is as it is; each photo lies where its first caption does."""
+
+    def photos(self, examples: Sequence[Example], progress: Any = None) -> np.ndarray:
+        return self.texts([example.captions[0] for example in examples])
+
+
+def world(**weights: float) -> tuple[Guided, Any, Batch]:
+    """A guided objective of towers over a small GPT-2, and a fixed batch."""
+    recipe = tiny_recipe(decoder="gpt2")
+    examples = list(open_dataset(DATA).splits["train"])[:8]
+    tokenizer = train_tokenizer(captions_of(), recipe.tokenizer)
+    ids = encode_captions(examples, tokenizer, max_length=12, captions=3)
+    model = tiny_model("gpt2", vocab_size=tokenizer.get_vocab_size()).train()
+    pixels = torch.from_numpy(np.stack([np.asarray(e.load().resize((SIZE, SIZE))) for e in examples]))
+    batch = Batch(torch.from_numpy(ids), np.arange(8), features=model.encoder(pixels).detach())
+    stage = Stage(objective="guided", label_smoothing=0.0, **weights)
+    critic = towers_critic(kind=Knowing)
+    return Guided(recipe, stage, tokenizer, examples, Helpers(critic=critic)), model, batch
+
+
+def guided_part(objective: Guided, model: Any, batch: Batch, *, seed: int = 0) -> torch.Tensor:
+    """The critic's share of the loss alone, with the same captions drawn."""
+    torch.manual_seed(seed)
+    whole, _ = objective.loss(model, model, batch)
+    logits = model(batch.inputs, batch.keep, **batch.view)
+    return (whole - F.cross_entropy(logits, batch.targets, reduction="sum")) / len(logits)
+
+
+# --- the losses ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_each_loss_moves_the_decoder_and_never_the_critic(name: str) -> None:
+    objective, model, batch = world(**{name: 1.0})
+    model.eval()
+    guided_part(objective, model, batch).backward()
+    gradients = {key: p.grad for key, p in model.decoder.named_parameters() if p.grad is not None}
+    assert len(gradients) > 20 and all(bool(torch.isfinite(g).all()) for g in gradients.values())
+    touched = [key for key, g in gradients.items() if float(g.abs().max()) > 1e-6]
+    assert any("attn" in key for key in touched) and any("mlp" in key for key in touched)
+    assert model.bridge.project.weight.grad.abs().max() > 0
+    assert all(p.grad is None and not p.requires_grad for p in objective.critic.judge.model.parameters())
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_each_loss_alone_falls_when_it_is_optimised(name: str) -> None:
+    objective, model, batch = world(**{name: 1.0})
+    model.eval()
+    optimizer = torch.optim.Adam([*model.bridge.parameters(), *model.decoder.parameters()], lr=2e-3)
+    values = []
+    for step in range(20):
+        loss = guided_part(objective, model, batch, seed=step % 3)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        values.append(float(loss.detach()))
+    assert np.mean(values[-6:]) < np.mean(values[:6]) - 0.05
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_gradients_of_the_mixture_are_finite_differences(name: str) -> None:
+    objective, _, batch = world(**{name: 1.0})
+    objective.hard = False
+    judge = objective.critic.judge.model.double()
+    objective.critic.vocabulary = objective.critic.vocabulary.double()
+    seen = objective.photos[batch.photos].double()
+    torch.manual_seed(1)
+    logits = torch.randn(len(batch.targets), objective.special["vocab_size"], dtype=torch.double, requires_grad=True)
+    scale = objective.critic.scale
+    losses = {
+        "alignment": lambda said: alignment_loss(said, seen),
+        "contrast": lambda said: contrast_loss(said, seen, scale),
+        "diversity": diversity_loss,
+    }
+
+    # The towers give float32 at the end: steps as long as that needs.
+    def value(at: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(2)
+        return losses[name](objective.say(at, batch).double())
+
+    value(logits).backward()
+    direction = logits.grad / logits.grad.norm()
+    step = 0.02
+    with torch.no_grad():
+        slope = (value(logits + step * direction) - value(logits - step * direction)) / (2 * step)
+    assert judge.training is False
+    torch.testing.assert_close(slope, logits.grad.norm(), rtol=0.02, atol=1e-5)
+
+
+def test_straight_through_says_the_likeliest_words_and_learns_as_the_mixture_does() -> None:
+    objective, _, _ = world(alignment=1.0)
+    logits = torch.randn(5, objective.special["vocab_size"], requires_grad=True)
+    logits.data[:, objective.special["pad"]] = 50.0  # never said, however likely
+    words = objective.speak(logits)
+    said = logits.detach().clone()
+    said[:, [objective.special[name] for name in ("pad", "bos", "unk")]] = -1e9
+    torch.testing.assert_close(words, objective.critic.vocabulary[said.argmax(1)])
+    weight = torch.randn_like(words)
+    (hard,) = torch.autograd.grad((words * weight).sum(), logits)
+    objective.hard = False
+    (soft,) = torch.autograd.grad((objective.speak(logits) * weight).sum(), logits)
+    torch.testing.assert_close(hard, soft)
+
+
+def test_the_critic_hears_the_words_of_one_caption_without_its_end() -> None:
+    objective, _, batch = world(alignment=1.0)
+    certain = torch.full((len(batch.targets), objective.special["vocab_size"]), -30.0)
+    certain[torch.arange(len(certain)), batch.targets] = 30.0
+    torch.manual_seed(0)
+    said = objective.say(certain, batch)
+    texts = [[caption_text(c) for c in e.captions[:3]] for e in open_dataset(DATA).splits["train"][:8]]
+    for row, captions in zip(said, texts, strict=True):
+        short = [" ".join(caption.split()[:12]) for caption in captions]
+        assert (torch.from_numpy(objective.critic.texts(short)) @ row).max() > 0.99
+
+
+def test_losses_are_what_their_papers_say() -> None:
+    said, seen = F.normalize(torch.randn(5, 7), dim=1), F.normalize(torch.randn(5, 7), dim=1)
+    torch.testing.assert_close(alignment_loss(said, seen), 1 - F.cosine_similarity(said, seen).mean())
+    logits = 10 * said @ seen.T
+    rows, columns = logits.log_softmax(1).diag().mean(), logits.log_softmax(0).diag().mean()
+    torch.testing.assert_close(contrast_loss(said, seen, 10.0), -(rows + columns) / 2)
+    pairs = [(said[i] - said[j]).square().sum() for i in range(5) for j in range(i)]
+    torch.testing.assert_close(diversity_loss(said), torch.stack([(-2 * d).exp() for d in pairs]).mean().log())
+    assert float(diversity_loss(said[:1].expand(4, -1))) == pytest.approx(0.0, abs=1e-5)
+    # Two camps of the same caption are less diverse than as many different ones, though both sum to zero.
+    camps = torch.eye(4)[[0, 0]].repeat(2, 1) * torch.tensor([1.0, 1.0, -1.0, -1.0])[:, None]
+    corners = torch.cat((torch.eye(4)[:2], -torch.eye(4)[:2]))
+    assert diversity_loss(camps) > diversity_loss(corners) + 0.2
+
+
+def test_a_weight_of_zero_computes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    import edgecap.train.guided as guided
+
+    objective, model, batch = world(contrast=0.5)
+    for name in ("alignment_loss", "diversity_loss"):
+        monkeypatch.setattr(guided, name, None)  # a call would raise
+    _, figures = objective.loss(model, model, batch)
+    assert set(figures) == {"cosine", "contrast"}
+    with pytest.raises(UsageError, match="a weight above 0"):
+        world()
+
+
+# --- the critic ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["word", "bpe", "unigram"])
+def test_each_token_becomes_the_mean_of_its_text_in_the_critics_pieces(kind: str) -> None:
+    critic = towers_critic(pieces=90)  # few: most words are several
+    settings = dataclasses.replace(tiny_recipe().tokenizer, kind=kind, vocab_size=400)
+    tokenizer = train_tokenizer(captions_of(), settings)
+    tokens = token_ids(tokenizer)
+    critic.read_with(tokenizer, tokens)
+    weight, inner = critic.judge.embedding.weight, critic.judge.tokenizer
+    assert critic.vocabulary.shape == (tokens["vocab_size"], 32)
+    several = 0
+    for word in sorted({word for caption in captions_of() for word in caption.split()}):
+        line = tokenizer.encode(word, add_special_tokens=False).ids
+        if len(line) == 1:  # a whole word of ours
+            pieces = inner.encode(word, add_special_tokens=False).ids
+            several += len(pieces) > 1
+            torch.testing.assert_close(critic.vocabulary[line[0]], weight[pieces].mean(0))
+    assert several
+    torch.testing.assert_close(critic.vocabulary[tokens["bos"]], weight[2])
+    torch.testing.assert_close(critic.vocabulary[tokens["eos"]], weight[3])
+    assert not critic.vocabulary[[tokens["pad"], tokens["unk"]]].any()
+    if kind == "bpe":  # half a character is no text
+        assert not critic.vocabulary[tokenizer.token_to_id("Ã")].any()
+
+
+def clip_critic(tmp_path: Path) -> Critic:
+    return Critic.load(clip_folder(tmp_path / "clip"))
+
+
+@pytest.mark.parametrize("kind", ["towers", "clip"])
+def test_certain_words_are_read_as_their_text(kind: str, tmp_path: Path) -> None:
+    critic = towers_critic() if kind == "towers" else clip_critic(tmp_path)
+    tokenizer = train_tokenizer(captions_of(), tiny_recipe().tokenizer)
+    critic.read_with(tokenizer, token_ids(tokenizer))
+
+    def single(word: str) -> bool:
+        pieces = critic.judge.tokenizer.encode(word, add_special_tokens=False).ids
+        return len(pieces) == 1 and tokenizer.token_to_id(word) is not None
+
+    texts = [text for text in dict.fromkeys(captions_of("test")) if all(map(single, text.split()))][:6]
+    lines = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
+    assert len(texts) > 2 and len({len(line) for line in lines}) > 1
+    hot = torch.zeros(len(lines), max(map(len, lines)), tokenizer.get_vocab_size())
+    mask = torch.zeros(hot.shape[:2], dtype=torch.bool)
+    for i, line in enumerate(lines):
+        hot[i, torch.arange(len(line)), line], mask[i, : len(line)] = 1.0, True
+    hot[~mask] = torch.rand(hot.shape[2])  # what stands behind a caption does not count
+    soft, read = critic.soft(hot, mask), torch.from_numpy(critic.texts(texts))
+    assert float((soft * read).sum(1).min()) > 0.99
+    assert float((read @ read.T - torch.eye(len(texts))).max()) < 0.99  # different texts differ
+
+
+def test_a_clip_is_read_as_transformers_reads_it(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer, CLIPModel
+
+    critic, folder = clip_critic(tmp_path), tmp_path / "clip"
+    model, words = CLIPModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    texts = captions_of("test")[:5]
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
+    seen = (pixels / 255 - [0.48145466, 0.4578275, 0.40821073]) / [0.26862954, 0.26130258, 0.27577711]
+    with torch.inference_mode():
+        inputs = words(texts, return_tensors="pt", padding=True, truncation=True, max_length=20)
+        out = model(
+            **{key: inputs[key] for key in ("input_ids", "attention_mask")},
+            pixel_values=torch.from_numpy(seen).float().permute(0, 3, 1, 2),
+        )
+    np.testing.assert_allclose(critic.texts(texts), out.text_embeds.numpy(), atol=1e-5)
+    np.testing.assert_allclose(critic.look(pixels), out.image_embeds.numpy(), atol=1e-5)
+    assert critic.scale == pytest.approx(float(model.logit_scale.detach().exp()))
+    assert critic.sha256 == Critic.load(folder).sha256
+
+
+def test_photos_are_embedded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    critic, examples = towers_critic(), list(open_dataset(DATA).splits["val"])
+    photos = critic.photos(examples)
+    np.testing.assert_allclose(np.linalg.norm(photos, axis=1), 1, atol=1e-5)
+    pixels = np.stack([critic.judge.preprocess(e.load()) for e in examples])
+    np.testing.assert_allclose(photos, critic.look(pixels), atol=1e-5)
+    seen: list[int] = []
+    look = critic.look
+    monkeypatch.setattr(critic, "look", lambda pixels: (seen.append(len(pixels)), look(pixels))[1])
+    np.testing.assert_array_equal(critic.photos(examples), photos)
+    assert seen == [1]  # the first one, for the shape
+    assert len(critic.photos(examples[:4])) == 4  # other photos, another cache
+
+
+def test_a_critic_that_does_not_know_the_photos_is_refused(tmp_path: Path) -> None:
+    examples = list(open_dataset(DATA).splits["train"])
+    knowing = towers_critic(kind=Knowing)
+    photos = knowing.photos(examples)
+    knowing.check_knows(examples, photos)
+    with pytest.raises(UsageError, match="does not know these photos"):
+        knowing.check_knows(examples, np.roll(photos, 1, axis=0))
+    with pytest.raises(UsageError, match="23 photos for 24"):
+        knowing.check_knows(examples, photos[1:])
+    with pytest.raises(UsageError, match="no config.json there"):
+        Critic.load(tmp_path)
+
+
+# --- the score -----------------------------------------------------------------------------------------------------
+
+
+def test_the_score_sets_captions_against_references_and_generic_ones() -> None:
+    data = open_dataset(DATA)
+    examples = list(data.splits["test"])
+    critic = towers_critic(kind=Knowing)
+    own = [example.captions[0] for example in examples]
+    scores = alignment_scores(critic, own, examples, data, QUIET)
+    assert scores["captions"] == pytest.approx(1.0, abs=1e-5) and scores["beats_generic"] == 1.0
+    assert scores["references"] < 1.0
+    told = {generic["caption"]: generic for generic in scores["generic"]}
+    assert set(GENERIC) < set(told) and len(told) == 3
+    said = alignment_scores(critic, [GENERIC[0]] * len(examples), examples, data, QUIET)
+    assert said["captions"] == pytest.approx(told[GENERIC[0]]["mean"], abs=1e-6)
+    assert said["beats_generic"] == 0.0 and said["distinct"] == 1 / len(examples)
+    assert any(GENERIC[0] in line for line in alignment_lines(scores))
+
+
+# --- the run -------------------------------------------------------------------------------------------------------
+
+
+def retrieval_run(folder: Path) -> Path:
+    """Two small towers, trained a little by their own recipe."""
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    inner = wordpiece(300)
+    inner.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    names = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep")}
+    PreTrainedTokenizerFast(tokenizer_object=inner, **names).save_pretrained(folder / "text")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    BertModel(BertConfig(vocab_size=inner.get_vocab_size(), max_position_embeddings=40, **sizes)).save_pretrained(
+        folder / "text"
+    )
+    recipe = recipe_from_dict(
+        {
+            "name": "towers",
+            "task": "retrieval",
+            "data": {"spec": DATA, "image_size": SIZE, "captions_per_photo": 1},
+            "encoder": ENCODER,
+            "bridge": {"kind": "linear", "dim": 16},
+            "text": {"source": str(folder / "text"), "max_length": 16, "dim": 24},
+            "stages": [{"objective": "infonce", "epochs": 1, "batch_size": 12, "lr": 1e-3}],
+        }
+    )
+    return train(recipe, folder / "towers")[0]
+
+
+def test_a_guided_run_keeps_its_critic_and_goes_on_where_it_was_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge = retrieval_run(tmp_path)
+    texts, ours = captions_of("val"), load_checkpoint(judge)
+    with torch.inference_mode():
+        expected = ours.model.read_with(ours.tokenizer.inner).embed_texts(texts).numpy()
+    np.testing.assert_allclose(Critic.load(judge).texts(texts), expected, atol=1e-5)
+    monkeypatch.setattr(Critic, "check_knows", QUIET)  # it learnt for two steps
+    guided = {"objective": "guided", "alignment": 1.0, "contrast": 0.1, "diversity": 0.1}
+    stage = {"epochs": 2, "batch_size": 8, "lr": 3e-3, "keep_every": 1, **guided}
+    recipe = dataclasses.replace(tiny_recipe(stage, decoder="gpt2", spec=DATA), watch="alignment")
+    with pytest.raises(UsageError, match="needs --critic"):
+        train(recipe, tmp_path / "none")
+    whole, metrics = train(recipe, tmp_path / "whole", critic=str(judge))
+    assert metrics["metric"] == "alignment"
+    assert metrics["best"]["alignment"] == max(record["alignment"] for record in metrics["history"])
+    assert metrics["history"][-1]["loss"] < metrics["history"][0]["loss"]
+    assert len(list((whole / "kept").iterdir())) == 2
+
+    step, steps = loop.Trainer._step, []
+
+    def killed(self: Any, *args: Any) -> Any:
+        if len(steps) == 4:
+            raise KeyboardInterrupt
+        steps.append(step(self, *args))
+        return steps[-1]
+
+    monkeypatch.setattr(loop.Trainer, "_step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, tmp_path / "killed", critic=str(judge))
+    monkeypatch.setattr(loop.Trainer, "_step", step)
+    start = json.loads((tmp_path / "killed" / START).read_text())
+    assert start["critic"] == str(judge.resolve()) and start["critic_sha256"] == Critic.load(judge).sha256
+    (tmp_path / "killed" / START).write_text(json.dumps({**start, "critic_sha256": "0" * 64}))
+    with pytest.raises(UsageError, match="has changed"):
+        train(None, tmp_path / "killed", resume=True)
+    (tmp_path / "killed" / START).write_text(json.dumps(start))
+    train(None, tmp_path / "killed", resume=True)
+    assert (tmp_path / "killed" / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
+
+    record = evaluate(whole, spec=None, split="test", limit=None, decoding={}, critic=str(judge))
+    assert -1 <= record["scores"]["alignment"]["captions"] <= 1
+    assert any("alignment" in line for line in score_lines(record))
+    with pytest.raises(UsageError, match="is a captioner"):
+        Critic.load(whole)
