@@ -17,6 +17,7 @@ PHOTO = -1  # in a prompt: here goes an equal share of the photo's embeddings, a
 COMMON = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, "attn_implementation": "sdpa"}
 # Settings that say nothing about what the model computes, or that the recipe says in its own words.
 NOT_KEPT = {
+    "word_embed_proj_dim",
     "vocab_size",
     "use_cache",
     "tie_word_embeddings",
