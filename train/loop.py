@@ -378,7 +378,7 @@ def _mix(*parts: int) -> int:
 
 def _encoder_digest(encoder: Any, kind: str) -> str:
     weights = [_digest(tensor) for tensor in model_tensors(encoder).values()]
-    return cache_key(weights=weights, kind=kind, settings=encoder.settings())
+    return cache_key(weights=weights, kind=kind, settings=encoder.settings(), read=encoder.read.__name__)
 
 
 def _digest(tensor: torch.Tensor) -> str:

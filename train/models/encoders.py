@@ -195,7 +195,10 @@ def clip(source: str | None, config: dict[str, Any], features: str = "grid") -> 
 
     read = _choice(features, grid=patches, pooled=lambda out: out.image_embeds.unsqueeze(1))
     cls = CLIPVisionModel if features == "grid" else CLIPVisionModelWithProjection
-    encoder = _of_patches(cls, CLIPVisionConfig, source, config, CLIP, read, whole="clip")
+    there = read_config(source, "encoder") if source else {}
+    # A whole model has the size of its space in its own configuration, not in its vision half's.
+    fixed = {key: there[key] for key in ("projection_dim",) if key in there}
+    encoder = _of_patches(cls, CLIPVisionConfig, source, config, CLIP, read, whole="clip", fixed=fixed)
     if features == "grid":
         encoder.body.post_layernorm = nn.Identity()  # the class token's: no weight is idle
     else:
