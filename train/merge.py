@@ -117,8 +117,9 @@ def _metrics(loaded: Checkpoint) -> dict[str, Any]:
         name: sum(p.numel() for key, p in part.named_parameters() if ".lora_" not in key)
         for name, part in loaded.model.parts().items()
     }
+    place = metrics["base"]["checkpoint"] or loaded.recipe.decoder.get("source", "")
     origin = {
-        "base": {"name": Path(metrics["base"]["checkpoint"]).name, "sha256": metrics["base"]["sha256"]},
+        "base": {"name": Path(place).name, "sha256": metrics["base"]["sha256"]},
         "adapter": {"name": loaded.path.resolve().name, "sha256": loaded.sha256, **dataclasses.asdict(lora)},
     }
     best = None if lora.bits else metrics.get("best")

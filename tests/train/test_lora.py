@@ -27,10 +27,12 @@ from edgecap.train.models import CaptionModel
 from edgecap.train.optim import make_optimizer, set_modes
 from edgecap.train.run import train
 from edgecap.train.settings import EncoderSettings, Lora, Recipe, Stage
+from edgecap.train.smolvlm import with_vlm
 from edgecap.train.state import ADAPTER, load_progress, model_tensors, write_bytes, write_json, write_weights
 from edgecap.train.tokenizer import caption_text, token_ids, train_tokenizer
 
 from .tiny import SIGLIP, SIZE, tiny_model, tiny_recipe
+from .vlms import save_vlm
 
 KINDS = ("llama", "gpt2", "opt")
 LORA = Lora(rank=4, alpha=8.0)
@@ -335,6 +337,27 @@ def test_a_base_that_is_gone_or_another_is_one_line(runs: dict[str, tuple[Path, 
         captions(base, other)
     with pytest.raises(UsageError, match="has no adapter"):
         captions(base, Path("none"))
+
+
+def test_an_adapter_on_pretrained_parts(tmp_path: Path) -> None:
+    """Without a checkpoint under it, the base is what the recipe's sources give, by its own hash."""
+    source = save_vlm(tmp_path / "vlm")
+    stage = {"epochs": 1, "batch_size": 16, "lr": 0.01}
+    plain = tiny_recipe(stage, decoder="llama", spec="scenes:train=16,val=4,test=4,size=48", image_size=48)
+    recipe = dataclasses.replace(with_vlm(plain, str(source)), lora=LORA)
+    run, metrics = train(recipe, tmp_path / "run")
+    assert metrics["base"]["checkpoint"] == "" and len(metrics["base"]["sha256"]) == 64
+    assert [record["loss"] is None for record in metrics["history"]] == [True, False]
+    said = captions(run)
+    out, told = merge_adapter(run)
+    assert captions(out) == said and told["base"]["name"] == "vlm"
+    source.rename(tmp_path / "gone")
+    with pytest.raises(UsageError, match="no config.json"):
+        load_checkpoint(run)
+    assert captions(out) == said  # needs nothing but itself
+    save_vlm(source, seed=1)
+    with pytest.raises(UsageError, match=f"what the recipe's sources give is not the base of the adapter of {run}"):
+        load_checkpoint(run)
 
 
 def test_what_cannot_be_trained_is_one_line(runs: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
