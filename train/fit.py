@@ -68,6 +68,7 @@ def check_fit(
     """
     from accelerate import Accelerator
 
+    from .lora import count_parameters
     from .run import TOKENIZER, _helpers, _model, _open_run, _precision, _trainer
     from .start import read_start
     from .tokenizer import token_ids
@@ -85,7 +86,7 @@ def check_fit(
         tokenizer, start = Tokenizer.load(out / TOKENIZER).inner, read_start(out)
         free = free_memory(device)
         model = _model(recipe, token_ids(tokenizer, recipe.tokenizer.ids), out, False, start)
-        counts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.parts().items()}
+        counts = {name: count_parameters(part) for name, part in model.parts().items()}
         fit = Fit(recipe.name, device.type, counts, free)
         probe = _probe(_trainer(recipe.task))
         trainer = probe(

@@ -211,12 +211,16 @@ def refuse_adapter(run: Path) -> None:
         raise UsageError(f"{run} is an adapter: bake it into its base first: edgecap merge {run}")
 
 
-def check_base(recipe: Recipe, init: Path | None) -> None:
-    """UsageError where a recipe asks for adapters that cannot be trained as it says."""
+def check_base(recipe: Recipe, init: Path | None, *, trained: bool = True) -> None:
+    """UsageError where a recipe asks for adapters that cannot be trained as it says.
+
+    trained: what they go on must have learnt something (its size is enough to tell memory and speed).
+    """
     if recipe.task != "caption":
         raise UsageError("recipe [lora]: adapters go on captioners: leave lora.rank at 0")
     for number, stage in enumerate(recipe.stages):
         if stage.encoder_lr:
             raise UsageError(f"recipe [lora]: the adapters alone learn: --set stages.{number}.encoder_lr=0")
-    if init is None and not (recipe.encoder.source and recipe.bridge.get("source") and recipe.decoder.get("source")):
+    sources = (recipe.encoder.source, recipe.bridge.get("source"), recipe.decoder.get("source"))
+    if trained and init is None and not all(sources):
         raise UsageError("recipe [lora]: adapters need a trained captioner under them: --init CHECKPOINT, or --vlm")

@@ -286,7 +286,7 @@ def _open_run(
     if init is not None:
         refuse_adapter(init)
     if recipe.lora.rank:
-        check_base(recipe, init)
+        check_base(recipe, init, trained=distills)
     first = None if init is None else load_checkpoint(init)
     master = None if teacher is None else require_captioner(load_checkpoint(teacher))
     write_start(out, first, master, _identify(critic))

@@ -22,6 +22,7 @@ from edgecap.train import commands, loop, lora, merge
 from edgecap.train.cache import load_pixels
 from edgecap.train.checkpoint import METRICS, PROGRESS, RECIPE, TOKENIZER, load_checkpoint, model_for
 from edgecap.train.evaluate import evaluate
+from edgecap.train.fit import check_fit
 from edgecap.train.merge import merge_adapter
 from edgecap.train.models import CaptionModel
 from edgecap.train.optim import make_optimizer, set_modes
@@ -371,6 +372,8 @@ def test_what_cannot_be_trained_is_one_line(runs: dict[str, tuple[Path, Path]], 
     with pytest.raises(UsageError, match="--set stages.0.encoder_lr=0"):
         train(learning, tmp_path / "a", init=base)
     assert not list(tmp_path.iterdir())
+    told = check_fit(recipe)  # what it would take is known without
+    assert told.fits and told.stages[0]["trained"] == json.loads((run / METRICS).read_text())["adapter_parameters"]
 
 
 def test_what_cannot_be_merged_or_exported_is_one_line(runs: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
