@@ -45,7 +45,7 @@ def write_mmproj(
 
     Bridge and projection are two linear maps in a row and become one. Returns what was done and the projection's bias
     [dim], which the format has no place for: whoever runs the file adds it.
-    Raises UsageError for an activation that llama.cpp has not, for prompts and for photos in tiles.
+    Raises UsageError for an activation that llama.cpp has not, and for photos in tiles.
     """
     from gguf import GGUFType, GGUFWriter, LlamaFileType, VisionProjectorType
 
@@ -54,9 +54,8 @@ def write_mmproj(
         raise UsageError(
             f"llama.cpp has no SigLIP with {config.hidden_act}, only gelu_pytorch_tanh: leave --mmproj out"
         )
-    if getattr(model.decoder, "prompt", None) or model.encoder.tile:
-        what = "a prompt around the photo" if model.decoder.prompt else "photos in tiles"
-        raise UsageError(f"an mmproj gives the whole photo's embeddings alone, without {what}: leave --mmproj out")
+    if model.encoder.tile:
+        raise UsageError("an mmproj gives the embeddings of the whole photo, not of its tiles: leave --mmproj out")
     writer = GGUFWriter(path, "clip")
     writer.add_type(GGUFType.MMPROJ)
     writer.add_file_type(LlamaFileType[f"MOSTLY_{precision.upper()}"])
