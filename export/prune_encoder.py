@@ -52,7 +52,9 @@ def prune_encoder(model: CaptionModel, shares: dict[str, float], pixels: np.ndar
     """Take channels out of `model` in place. shares: "encoder" of all channels, where they cost least for what they
     weigh; "features" of the encoder's output channels. pixels uint8 [N, H, W, 3]."""
     net = Traced(model).eval()
-    graph, groups = _groups(net, model.size)
+    convolutions = sum(isinstance(module, nn.Conv2d) for module in net.body.modules())
+    # A vision transformer's one convolution makes the patches, that is the residual stream.
+    graph, groups = _groups(net, model.size) if convolutions > 1 else (None, [])
     if not groups:
         raise UsageError("--prune: this encoder has no channels that can go (no convolution inside a block)")
     chosen = [g for g in groups if g.last] if "encoder" not in shares else groups
