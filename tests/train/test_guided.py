@@ -27,12 +27,13 @@ from edgecap.train.guided import Guided, alignment_loss, contrast_loss, diversit
 from edgecap.train.models.bridges import LinearBridge
 from edgecap.train.models.towers import Head, TextTower, TwoTowers
 from edgecap.train.recipe import recipe_from_dict
-from edgecap.train.run import train
+from edgecap.train.run import prepare_recipe, train
 from edgecap.train.settings import Stage
 from edgecap.train.start import START, Helpers
 from edgecap.train.state import WEIGHTS
 from edgecap.train.tokenizer import caption_text, token_ids, train_tokenizer
 
+from .parts import save_gpt2
 from .tiny import ENCODER, SIZE, tiny_model, tiny_recipe
 
 DATA = "scenes:train=24,val=6,test=8,size=64"
@@ -457,3 +458,27 @@ def test_a_guided_run_keeps_its_critic_and_goes_on_where_it_was_killed(
     assert any("alignment" in line for line in score_lines(record))
     with pytest.raises(UsageError, match="is a captioner"):
         Critic.load(whole)
+
+
+def test_the_distilgpt2_recipe_learns_words_and_is_then_guided(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a small GPT-2 of transformers, whose BOS is its EOS, and a small CLIP as critic."""
+    monkeypatch.setattr(Critic, "check_knows", QUIET)  # its weights are random
+    small = ("data.image_size=64", "bridge.dim=32", "bridge.layers=1", "bridge.heads=2", "bridge.length=4")
+    brief = [f"stages.{i}.{key}" for i in range(2) for key in ("epochs=2", "batch_size=12", "lr=1e-3", "keep_every=0")]
+    recipe = prepare_recipe(
+        "mobilenetv2-distilgpt2", data=DATA, encoder=None, decoder=str(save_gpt2(tmp_path / "gpt2")), seed=None,
+        overrides=(*small, *brief, "stages.0.warmup=0", "stages.1.warmup=0"), skip_bad=False,
+    )  # fmt: skip
+    recipe = dataclasses.replace(
+        recipe, encoder=dataclasses.replace(recipe.encoder, source="", config=ENCODER["config"])
+    )
+    out, metrics = train(recipe, tmp_path / "run", critic=str(clip_folder(tmp_path / "clip")))
+    history = {(r["stage"], r["epoch"]): r for r in metrics["history"]}
+    assert history["words", 2]["loss"] < history["words", 1]["loss"]
+    assert history["guided", 2]["loss"] < history["guided", 1]["loss"]
+    assert all(-1 <= r["alignment"] <= 1 for r in metrics["history"])
+    loaded = load_checkpoint(out)  # without its sources
+    assert loaded.tokens["bos"] == loaded.tokens["eos"]
+    critic = Critic.load(tmp_path / "clip").read_with(loaded.tokenizer.inner, loaded.tokens)
+    weight = critic.judge.embedding.weight
+    torch.testing.assert_close(critic.vocabulary[loaded.tokens["eos"]], weight[critic.judge.eos])
