@@ -166,7 +166,7 @@ def train(
         click.echo(json.dumps({"checkpoint": str(folder), **metrics}, indent=2))
         return
     best, metric = metrics["best"], metrics["metric"]
-    after = {"retrieval": "eval", "adapter": "merge"}.get(metrics["kind"], "export --target onnx-int8")
+    after = {"retrieval": "eval", "adapter": f"merge {folder}"}.get(metrics["kind"], "export --target onnx-int8")
     click.echo(
         f"{folder}: validation {tell(metric, best[metric])} ({best['stage']}, epoch {best['epoch']}) after "
         f"{metrics['seconds']:.0f} s; next: edgecap {after}"
