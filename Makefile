@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 EDGECAP := $(abspath $(BIN))/edgecap
 DEMO ?= demo
+JOBS ?= auto
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .PHONY: setup engines demo test lint clean
@@ -25,7 +26,7 @@ demo: setup
 engines: $(VENV)/.engines
 
 $(VENV)/.engines: $(VENV)/.done
-	$(BIN)/pip install -q -c constraints.txt -e ".[test,openvino-export,coreml]"
+	$(BIN)/pip install -q -c constraints.txt -e ".[test,qlora,openvino-export,coreml]"
 	if command -v c++ >/dev/null; then \
 	  CMAKE_ARGS="$${CMAKE_ARGS:--DGGML_NATIVE=OFF}" $(BIN)/pip install -q -c constraints.txt -e ".[gguf]"; \
 	else echo "no C++ compiler: GGUF is left out, its tests will be skipped"; fi
@@ -33,7 +34,7 @@ $(VENV)/.engines: $(VENV)/.done
 
 test: engines
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check .
