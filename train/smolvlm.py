@@ -12,12 +12,22 @@ from tokenizers import Tokenizer
 
 from ..runtime.errors import UsageError
 from .models.hub import check_kind, read_config
-from .models.language_model import PHOTO
+from .models.language_model import PHOTO, LlamaDecoder
 from .models.siglip import VLMS
 from .settings import Recipe
 
 IMAGE = "{image}"  # in a prompt: where the photo goes
 FAKE, GLOBAL = "<fake_token_around_image>", "<global-img>"
+VISION = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "image_size",
+    "patch_size",
+    "hidden_act",
+    "layer_norm_eps",
+)
 CHAT = "Can you describe this image?"  # as in the published examples
 
 
@@ -28,7 +38,8 @@ def with_vlm(recipe: Recipe, source: str) -> Recipe:
     Reads the source's config.json alone. UsageError where it is another model.
     """
     check_kind(source, set(VLMS), "vlm")
-    vision, scale, dim = _sizes(read_config(source, "vlm"), source)
+    vision, scale, dim, words = _sizes(read_config(source, "vlm"), source)
+    text = LlamaDecoder.described(source)
     native, grid = vision["image_size"], vision["patch_size"] * scale
     side, tile = recipe.data.image_size, recipe.encoder.tile
     if tile:
@@ -41,28 +52,37 @@ def with_vlm(recipe: Recipe, source: str) -> Recipe:
     if not prompt.text and not prompt.chat:
         prompt = dataclasses.replace(prompt, chat=CHAT)
     kept = {k: recipe.decoder[k] for k in ("max_positions", "dropout") if k in recipe.decoder}
+    if "max_positions" in kept:
+        kept["max_positions"] = min(kept["max_positions"], text["max_positions"])
     same = recipe.bridge.get("kind") == "pixel_shuffle"
     bridge = {k: recipe.bridge[k] for k in ("dropout",) if same and k in recipe.bridge}
     return dataclasses.replace(
         recipe,
         data=dataclasses.replace(recipe.data, image_size=side),
         encoder=dataclasses.replace(
-            recipe.encoder, kind="siglip", source=source, config={}, features="grid", tile=tile
+            recipe.encoder,
+            kind="siglip",
+            source=source,
+            config={name: vision[name] for name in VISION},  # for --from-scratch
+            features="grid",
+            tile=tile,
         ),
         bridge={"kind": "pixel_shuffle", "dim": dim, "scale": scale, **bridge, "source": source},
-        decoder={"kind": "llama", "source": source, "project": False, **kept},
-        tokenizer=dataclasses.replace(recipe.tokenizer, kind="pretrained", source=source, ids={}),
+        decoder={"kind": "llama", "source": source, "project": False, **text, **kept},
+        tokenizer=dataclasses.replace(recipe.tokenizer, kind="pretrained", source=source, ids={}, vocab_size=words),
         prompt=prompt,
     )
 
 
-def _sizes(config: dict[str, Any], source: str) -> tuple[dict[str, Any], int, int]:
-    """The vision model's sizes, how many features a side the bridge puts together, and the language model's size."""
+def _sizes(config: dict[str, Any], source: str) -> tuple[dict[str, Any], int, int, int]:
+    """The vision model's settings, how many features a side the bridge puts together, the language model's size and
+    its words."""
     from transformers import CONFIG_MAPPING
 
     try:
         whole = CONFIG_MAPPING[config["model_type"]](**config)
-        return whole.vision_config.to_dict(), whole.scale_factor, whole.text_config.hidden_size
+        text = whole.text_config
+        return whole.vision_config.to_dict(), whole.scale_factor, text.hidden_size, text.vocab_size
     except Exception as error:  # of a file that others wrote
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UsageError(f"vlm {source}: its config.json is not one of a SmolVLM: {first}") from error

@@ -17,6 +17,7 @@ from edgecap.train.models import CaptionModel
 from edgecap.train.models.language_model import PHOTO
 from edgecap.train.models.tiles import split
 from edgecap.train.pretrained import open_tokenizer, resolve
+from edgecap.train.run import without_sources
 from edgecap.train.settings import Recipe
 from edgecap.train.smolvlm import with_vlm
 from edgecap.train.tokenizer import token_ids
@@ -145,6 +146,13 @@ def test_sizes_that_the_model_cannot_see_become_its_own(vlm: Path) -> None:
     assert recipe_of(vlm, 32).data.image_size == 32
     split = recipe_of(vlm, 512, 256)
     assert (split.data.image_size, split.encoder.tile) == (96, 48)
+
+
+def test_from_scratch_it_has_the_sizes_of_its_source(vlm: Path) -> None:
+    theirs, _, _ = open_model(recipe_of(vlm))
+    ours, recipe, _ = open_model(without_sources(recipe_of(vlm)))
+    assert not recipe.encoder.source and "source" not in recipe.decoder and recipe.tokenizer.kind == "bpe"
+    assert {name: p.shape for name, p in ours.named_parameters()} == {n: p.shape for n, p in theirs.named_parameters()}
 
 
 def test_what_does_not_fit_is_one_line(vlm: Path, tmp_path: Path) -> None:

@@ -30,8 +30,10 @@ SPECIAL = [
 ]
 
 
-def save_vlm(folder: Path, kind: str = "smolvlm", *, tied: bool = False, seed: int = 0, shard: str = "1GB") -> Path:
-    """kind: smolvlm or idefics3; shard: most bytes of a file of weights."""
+def save_vlm(
+    folder: Path, kind: str = "smolvlm", *, tied: bool = False, seed: int = 0, shard: str = "1GB", layers: int = 2
+) -> Path:
+    """kind: smolvlm or idefics3; shard: most bytes of a file of weights; layers: of each transformer."""
     import transformers
     from transformers import PreTrainedTokenizerFast
 
@@ -49,7 +51,7 @@ def save_vlm(folder: Path, kind: str = "smolvlm", *, tied: bool = False, seed: i
         "vocab_size": count,
         "hidden_size": 32,
         "intermediate_size": 48,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": layers,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 256,
@@ -60,7 +62,7 @@ def save_vlm(folder: Path, kind: str = "smolvlm", *, tied: bool = False, seed: i
     vision = {
         "hidden_size": 32,
         "intermediate_size": 48,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": layers,
         "num_attention_heads": 2,
         "image_size": NATIVE,
         "patch_size": PATCH,
