@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
 from edgecap.benchmarks.datasets import open_dataset
-from edgecap.benchmarks.retrieval import score_retrieval
 from edgecap.runtime.errors import UsageError
 from edgecap.train import loop
 from edgecap.train.checkpoint import load_checkpoint
@@ -32,7 +31,7 @@ from edgecap.train.tokenizer import caption_text
 from .tiny import ENCODER, SCENES, SIZE
 
 SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-STAGE = {"name": "align", "objective": "infonce", "epochs": 3, "batch_size": 16, "lr": 5e-3, "label_smoothing": 0.0}
+STAGE = {"name": "align", "objective": "infonce", "epochs": 3, "batch_size": 8, "lr": 3e-3, "label_smoothing": 0.0}
 CONFIG = {"model_type": "bert", "vocab_size": 600, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 CONFIG |= {"intermediate_size": 48, "max_position_embeddings": 40}
 
@@ -44,8 +43,16 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Small text encoders on disk, each with a WordPiece tokenizer as BERT has it."""
-    from transformers import BertConfig, BertModel, DistilBertConfig, DistilBertModel, PreTrainedTokenizerFast
+    """Small encoders on disk: a MobileNetV2, and two of texts, each with a WordPiece tokenizer as BERT has it."""
+    from transformers import (
+        BertConfig,
+        BertModel,
+        DistilBertConfig,
+        DistilBertModel,
+        MobileNetV2Config,
+        MobileNetV2Model,
+        PreTrainedTokenizerFast,
+    )
 
     captions = [caption for example in open_dataset(SCENES).splits["train"] for caption in example.captions]
     inner = Tokenizer(models.WordPiece(unk_token="[UNK]"))
@@ -69,8 +76,18 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             for parameter in body.parameters():
                 if parameter.ndim > 1:
                     parameter.mul_(5.0)  # random states of the usual size differ too little from text to text
+        body.config.gradient_checkpointing = False  # older files hold settings that are gone
         body.save_pretrained(folders[name])
         tokenizer.save_pretrained(folders[name])
+    body = MobileNetV2Model(MobileNetV2Config(**ENCODER["config"]), add_pooling_layer=False).train()
+    pixels = np.stack([np.asarray(example.load()) for example in open_dataset(SCENES).splits["train"]])
+    with torch.no_grad():
+        for parameter in body.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(20.0)  # or variances drown in BatchNorm's ε, and all photos look alike
+        body(torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1)  # sets BatchNorm's statistics
+    folders["encoder"] = tmp_path_factory.mktemp("encoder")
+    body.save_pretrained(folders["encoder"])
     return folders
 
 
@@ -81,7 +98,7 @@ def recipe_of(source: Path | str, *stages: dict[str, Any], **text: Any) -> Recip
             "task": "retrieval",
             "data": {"spec": SCENES, "image_size": SIZE, "captions_per_photo": 1, "flip": True},
             "encoder": ENCODER,
-            "bridge": {"kind": "query", "dim": 32, "queries": 4, "layers": 1, "heads": 2, "ffn": 48, "dropout": 0.1},
+            "bridge": {"kind": "query", "dim": 32, "queries": 4, "layers": 1, "heads": 2, "ffn": 48, "dropout": 0.05},
             "text": {"source": str(source), "max_length": 16, "dim": 24, "dropout": 0.1, **text},
             "stages": list(stages) or [STAGE],
         }
@@ -157,11 +174,17 @@ def test_learns_with_both_encoders_untouched_and_resumes_bit_by_bit(
     pieces = {**STAGE, "name": "pieces", "accumulate": 2, "epochs": 1, "lr": 1e-3, "ema": 0.9}
     source = tmp_path / "source"
     shutil.copytree(sources["distilbert"], source)
-    recipe = recipe_of(source, {**STAGE, "epochs": 6}, pieces)
+    first_stage = {**STAGE, "epochs": 30, "batch_size": 12, "lr": 5e-3, "validate_every": 10}
+    recipe = recipe_of(source, first_stage, pieces, pool="mean", dropout=0.0)
+    recipe = dataclasses.replace(
+        recipe,
+        data=dataclasses.replace(recipe.data, spec=f"scenes:train=12,val=16,test=16,size={SIZE}", flip=False),
+        encoder=dataclasses.replace(recipe.encoder, source=str(sources["encoder"]), config={}),
+    )
     first, metrics = train(recipe, tmp_path / "first")
     history = metrics["history"]
     assert metrics["finished"] and metrics["metric"] == "recall" and metrics["kind"] == "retrieval"
-    assert history[5]["loss"] < 0.8 * history[0]["loss"]
+    assert history[2]["loss"] < 0.7 * history[0]["loss"]
     assert set(metrics["parameters"]) == {"encoder", "bridge", "text", "head"}
     assert (first / "chart.png").is_file()
 
@@ -183,13 +206,13 @@ def test_learns_with_both_encoders_untouched_and_resumes_bit_by_bit(
     monkeypatch.setattr(loop.Trainer, "_step", mortal)
     lives = 0
     while True:
-        lives, left[0] = lives + 1, 5
+        lives, left[0] = lives + 1, 13
         try:
             train(None if lives > 1 else recipe, out, resume=lives > 1)
             break
         except Killed:
             continue
-    assert lives == 5  # 21 steps
+    assert lives == 3  # of 32 steps
     assert (out / WEIGHTS).read_bytes() == (first / WEIGHTS).read_bytes()
 
     # The checkpoint needs neither source, and scores as the validation said.
@@ -234,7 +257,9 @@ def test_texts_are_read_as_transformers_reads_them(
 
     model = towers_of(recipe_of(sources[name], pool=pool), tmp_path)
     texts = ["a red circle", "a small blue square left of two green triangles", "zebra"]
-    tokens = AutoTokenizer.from_pretrained(sources[name])(texts, return_tensors="pt", padding=True, truncation=False)
+    tokens = AutoTokenizer.from_pretrained(sources[name])(
+        texts, return_tensors="pt", padding=True, truncation=True, max_length=16
+    )
     states = AutoModel.from_pretrained(sources[name]).eval()(
         input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
     ).last_hidden_state  # fmt: skip
@@ -277,15 +302,6 @@ def test_without_a_source_words_are_learnt_from_the_captions(tmp_path: Path) -> 
     model = load_checkpoint(out).model
     ids, _ = model.encode([caption_text("A red circle.")])
     assert ids[0, 0] == model.tokens["bos"] and ids[0, -1] == model.tokens["eos"] and len(set(ids[0].tolist())) > 3
-
-
-def test_recall_of_untrained_towers_is_near_chance(tmp_path: Path) -> None:
-    random = np.random.default_rng(0)
-    owners = np.repeat(np.arange(400), 5)
-    scores = score_retrieval(random.normal(size=(400, 16)), random.normal(size=(2000, 16)), owners)
-    for way in ("image_to_text", "text_to_image"):
-        low, high = scores.interval(way, 10)
-        assert low <= scores.chance(way, 10) <= high
 
 
 # --- what is refused -----------------------------------------------------------------------------------------------

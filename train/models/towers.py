@@ -36,8 +36,10 @@ class TextTower(nn.Module):
     def settings(self) -> dict[str, Any]:
         """The body's configuration: what rebuilds it without its source."""
         unneeded = ("id2label", "label2id", "architectures", "transformers_version", "dtype", "_name_or_path")
-        config = self.body.config.to_diff_dict()
-        return {key: value for key, value in config.items() if key not in unneeded and value is not None}
+        config, plain = self.body.config.to_diff_dict(), type(self.body.config)()
+        # Old files hold settings that nothing reads any more.
+        left = {key: value for key, value in config.items() if key == "model_type" or hasattr(plain, key)}
+        return {key: value for key, value in left.items() if key not in unneeded and value is not None}
 
     @property
     def embedding(self) -> nn.Embedding:
