@@ -12,7 +12,8 @@ from tokenizers import Tokenizer
 
 from ..runtime.errors import UsageError
 from .models.hub import check_kind, read_config
-from .models.language_model import PHOTO, LlamaDecoder
+from .models.language_model import PHOTO
+from .models.language_models import LlamaDecoder
 from .models.siglip import VLMS
 from .settings import Recipe
 

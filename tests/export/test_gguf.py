@@ -34,7 +34,7 @@ from edgecap.runtime.decode import DecodeOptions, decode  # noqa: E402
 from edgecap.runtime.preprocess import Preprocess  # noqa: E402
 from edgecap.runtime.tokenizer import Tokenizer  # noqa: E402
 from edgecap.train.checkpoint import load_checkpoint  # noqa: E402
-from edgecap.train.models.language_model import LlamaDecoder  # noqa: E402
+from edgecap.train.models.language_models import LlamaDecoder  # noqa: E402
 from edgecap.train.settings import TokenizerSettings  # noqa: E402
 from edgecap.train.tokenizer import token_ids, train_tokenizer  # noqa: E402
 

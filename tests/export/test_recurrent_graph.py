@@ -69,9 +69,7 @@ def test_the_graph_is_one_step_of_the_decoder(decoder: RecurrentDecoder, traced:
 
 
 @pytest.mark.parametrize("by_rows", [False, True])
-def test_all_matrices_run_in_int8(
-    decoder: RecurrentDecoder, traced: onnx.ModelProto, tmp_path, by_rows: bool
-) -> None:
+def test_all_matrices_run_in_int8(decoder: RecurrentDecoder, traced: onnx.ModelProto, tmp_path, by_rows: bool) -> None:
     """What is behind a rank-2 product decides whether ONNX Runtime finds an int8 kernel for it at all."""
     model = onnx.ModelProto.FromString(save(traced))
     quantize_static(model, [feeds(decoder, seed, rows=16) for seed in range(8)])

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .gru import GRUDecoder
-from .language_model import GPT2Decoder, LlamaDecoder, OPTDecoder
+from .language_models import GPT2Decoder, LlamaDecoder, OPTDecoder
 from .lstm import LSTMDecoder
 from .transformer import TransformerDecoder
 
