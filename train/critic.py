@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,6 +24,7 @@ from ..runtime.preprocess import Preprocess
 from .batches import Progress
 from .cache import cache_key, cached_rows, load_pixels
 from .tokenizer import caption_text
+from .validate import most_frequent_caption
 
 TEXTS = 32  # read together
 ROUNDING = 1e-6  # of a cosine
@@ -290,8 +290,7 @@ def alignment_scores(
     own = critic.alignment(captions, photos)
     flat = [(i, text) for i, example in enumerate(examples) for text in example.captions]
     references = critic.alignment([text for _, text in flat], photos[[i for i, _ in flat]])
-    counts = Counter(caption_text(text) for example in data.splits["train"] for text in example.captions)
-    frequent = min(counts, key=lambda text: (-counts[text], text))
+    frequent = most_frequent_caption(data.splits["train"])
     generics = list(dict.fromkeys((*GENERIC, frequent)))
     theirs = photos @ critic.texts(generics).T  # [N, G]
     return {

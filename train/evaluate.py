@@ -14,7 +14,7 @@ from .cache import load_pixels
 from .checkpoint import Checkpoint, load_checkpoint
 from .lora import refuse_adapter, require_adapter, switch_off
 from .run import RUNS, latest_run
-from .validate import caption_rows, score_captions
+from .validate import caption_rows, most_frequent_caption, score_captions
 
 NO_ADAPTER = "none"
 
@@ -67,6 +67,8 @@ def evaluate(
     record |= said
     captions = [line["caption"] for line in said["captions"]]
     scores = score_captions(captions, examples).to_dict()
+    blind = most_frequent_caption(data.splits["train"])
+    scores["most_frequent"] = {"caption": blind, "cider": score_captions([blind] * len(examples), examples).cider}
     if critic is not None:
         from .critic import Critic, alignment_scores
 
@@ -113,6 +115,8 @@ def score_lines(record: dict[str, Any]) -> list[str]:
         f"  CIDEr    {scores['cider']:.4f}  (95% {low:.4f} to {high:.4f})",
         f"  BLEU-4   {scores['bleu_4']:.4f}    ROUGE-L {scores['rouge_l']:.4f}",
         f"  distinct {scores['distinct']:.1%}   repeated n-grams {scores['repeated_ngrams']:.1%}",
+        f"  without looking, “{scores['most_frequent']['caption']}” for every photo: CIDEr "
+        f"{scores['most_frequent']['cider']:.4f}",
     ]
     if "alignment" in scores:
         from .critic import alignment_lines

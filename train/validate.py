@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
@@ -13,7 +14,7 @@ from ..benchmarks.datasets import Example
 from ..benchmarks.metrics import CaptionScores, caption_metrics
 from ..runtime.decode import DecodeOptions, decode, never_said
 from .models import CaptionModel, TorchSession
-from .tokenizer import token_ids
+from .tokenizer import caption_text, token_ids
 
 BATCH = 16  # larger batches of pixels fall out of the caches
 
@@ -52,6 +53,12 @@ def caption_rows(
             captions.append(tokenizer.decode(list(best[0].token_ids), skip_special_tokens=True).strip())
         report(part.stop)
     return captions
+
+
+def most_frequent_caption(examples: Sequence[Example]) -> str:
+    """The caption that is said most often of the examples (ties: alphabetically), in `caption_text` form."""
+    counts = Counter(caption_text(caption) for example in examples for caption in example.captions)
+    return min(counts, key=lambda text: (-counts[text], text))
 
 
 def score_captions(captions: Sequence[str], examples: Sequence[Example]) -> CaptionScores:
