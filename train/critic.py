@@ -61,7 +61,7 @@ class TowersJudge:
         self.model = loaded.model.read_with(loaded.tokenizer.inner)
         self.preprocess, self.tokenizer = loaded.preprocess, loaded.tokenizer.inner
         self.bos, self.eos, self.max_length = self.model.tokens["bos"], self.model.tokens["eos"], self.model.max_length
-        self.scale, self.embedding = float(self.model.head.scale.detach()), self.model.text.embedding
+        self.scale, self.embedding = min(100.0, float(self.model.head.scale.detach())), self.model.text.embedding
 
     def look(self, pixels: Tensor) -> Tensor:
         return self.model.embed_photos(pixels=pixels)

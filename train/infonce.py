@@ -39,6 +39,7 @@ class InfoNCE:
     def loss(self, model: TwoTowers, forward: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         """The summed loss of a piece, and figures for the log. `batch.ids` holds the text tower's vectors
         [N, 1, text dim] of one caption for each photo."""
+        model.head.limit()
         vectors = batch.ids[:, 0]
         photos, texts = forward(vectors, **batch.view)
         _, which = vectors.unique(dim=0, return_inverse=True)

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,18 +18,20 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from edgecap.benchmarks.datasets import open_dataset
 from edgecap.runtime.errors import UsageError
 from edgecap.train import loop
+from edgecap.train.batches import Batch
 from edgecap.train.checkpoint import load_checkpoint
 from edgecap.train.evaluate import evaluate, score_lines
-from edgecap.train.infonce import contrast
+from edgecap.train.infonce import InfoNCE, contrast
 from edgecap.train.models.query import QueryBridge
+from edgecap.train.models.towers import Head, build_towers
 from edgecap.train.optim import make_optimizer
 from edgecap.train.recipe import load_recipe, recipe_from_dict
 from edgecap.train.run import train
-from edgecap.train.settings import Recipe
+from edgecap.train.settings import Recipe, Stage
 from edgecap.train.state import WEIGHTS, model_tensors, read_tensors
 from edgecap.train.tokenizer import caption_text
 
-from .tiny import ENCODER, SCENES, SIZE
+from .tiny import ENCODER, SCENES, SIGLIP, SIZE, tiny_recipe
 
 SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 STAGE = {"name": "align", "objective": "infonce", "epochs": 3, "batch_size": 8, "lr": 3e-3, "label_smoothing": 0.0}
@@ -193,6 +196,10 @@ def test_learns_with_both_encoders_untouched_and_resumes_bit_by_bit(
     theirs, _ = read_tensors(source / "model.safetensors")
     for name, tensor in theirs.items():
         assert torch.equal(stored[f"text.body.{name}"], tensor), name
+    seen, _ = read_tensors(sources["encoder"] / "model.safetensors")
+    assert seen.keys() == {name.removeprefix("encoder.body.") for name in stored if name.startswith("encoder.")}
+    for name, tensor in seen.items():
+        assert torch.equal(stored[f"encoder.body.{name}"], tensor), name
 
     monkeypatch.setattr(loop, "SAVE_EVERY_S", 0.0)
     out, left, step = tmp_path / "killed", [0], loop.Trainer._step
@@ -287,12 +294,20 @@ def test_soft_words_read_as_words_and_pass_gradients(sources: dict[str, Path], t
     assert all(p.grad is None for p in model.text.parameters())
 
 
-def test_the_temperature_stays_below_a_hundred(sources: dict[str, Path], tmp_path: Path) -> None:
-    head = towers_of(recipe_of(sources["bert"]), tmp_path).head
-    assert float(head.scale) == pytest.approx(1 / 0.07)
+def test_the_temperature_stays_below_a_hundred_and_comes_back() -> None:
+    head = Head(4, 4, 4)
+    assert float(head.scale.detach()) == pytest.approx(1 / 0.07)
     with torch.no_grad():
         head.log_scale.fill_(9.0)
-    assert float(head.scale) == 100
+
+    def forward(vectors: torch.Tensor, **view: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.eye(3)[[1, 0, 2]], torch.eye(3)  # two photos are taken for each other's
+
+    objective = InfoNCE(tiny_recipe(), Stage(label_smoothing=0.0), None, [])
+    batch = Batch(torch.eye(3)[:, None], np.arange(3), features=torch.zeros(3, 1, 4))
+    loss, _ = objective.loss(SimpleNamespace(head=head), forward, batch)
+    loss.backward()
+    assert float(head.scale.detach()) == pytest.approx(100) and float(head.log_scale.grad) > 0
 
 
 def test_without_a_source_words_are_learnt_from_the_captions(tmp_path: Path) -> None:
@@ -302,6 +317,17 @@ def test_without_a_source_words_are_learnt_from_the_captions(tmp_path: Path) -> 
     model = load_checkpoint(out).model
     ids, _ = model.encode([caption_text("A red circle.")])
     assert ids[0, 0] == model.tokens["bos"] and ids[0, -1] == model.tokens["eos"] and len(set(ids[0].tolist())) > 3
+
+
+@pytest.mark.parametrize("side, tile, cells", [(2 * SIZE, SIZE, 5 * 16), (SIZE // 2, 0, 4)])
+def test_photos_are_tiled_or_smaller_as_for_captioners(side: int, tile: int, cells: int) -> None:
+    tree = recipe_of("", config=CONFIG).to_dict() | {"encoder": {**SIGLIP, "tile": tile}}
+    tree["data"]["image_size"] = side
+    model = build_towers(
+        recipe_from_dict(tree), {"bos": 2, "eos": 3, "pad": 0, "unk": 1, "vocab_size": 600}, load_weights=True
+    )
+    with torch.no_grad():
+        assert model.encoder(torch.zeros(1, side, side, 3, dtype=torch.uint8)).shape == (1, cells, 64)
 
 
 # --- what is refused -----------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from ..settings import Recipe
 from .bridges import BRIDGES
 from .captioner import BAD_SETTINGS, build_encoder, build_part
 from .hub import read_config, reading
+from .siglip import fit
 
 TEXTS = 16  # read together
 
@@ -59,8 +60,8 @@ class TextTower(nn.Module):
 class Head(nn.Module):
     """From the pooled photo [N, bridge dim] and the text vector [N, text dim] into the shared space, both [N, dim].
 
-    hidden: units of the text's inner layer, 0 = one projection. `log_scale` is the learnt inverse temperature, clamped
-    at 100 (CLIP: Radford et al. 2021, arXiv:2103.00020).
+    hidden: units of the text's inner layer, 0 = one projection. `log_scale` is the logarithm of the learnt inverse
+    temperature, which `limit` keeps at 100 at most (CLIP: Radford et al. 2021, arXiv:2103.00020).
     """
 
     def __init__(self, photo_dim: int, text_dim: int, dim: int = 512, hidden: int = 0, dropout: float = 0.0) -> None:
@@ -74,8 +75,14 @@ class Head(nn.Module):
 
     @property
     def scale(self) -> Tensor:
-        """What cosines are multiplied by: at most 100."""
-        return self.log_scale.exp().clamp(max=100.0)
+        """What cosines are multiplied by."""
+        return self.log_scale.exp()
+
+    @torch.no_grad()
+    def limit(self) -> None:
+        """Bring the temperature back to 1 / 100 where a step went below: the parameter itself, because a clamp in the
+        forward pass has no gradient that would lead back."""
+        self.log_scale.clamp_(max=math.log(100))
 
 
 class TwoTowers(nn.Module):
@@ -237,7 +244,8 @@ def build_towers(recipe: Recipe, tokens: dict[str, int], *, load_weights: bool) 
         known = f"knows {text.embedding.num_embeddings:,} tokens, its tokenizer has {tokens['vocab_size']:,}"
         raise UsageError(f"recipe [text]: the text encoder {known}")
     options = {"source": sight.source if load_weights else None, "config": sight.config, "features": sight.features}
-    encoder = build_encoder({"kind": sight.kind, "tile": sight.tile, **options})
+    encoder = build_encoder({"kind": sight.kind, **options})
+    fit(encoder, recipe.data.image_size, sight.tile)
     bridge = build_part(BRIDGES, "bridge", recipe.bridge, encoder.dim)
     head = Head(bridge.dim, text.dim, settings.dim, settings.hidden, settings.dropout)
     size = (recipe.data.image_size, recipe.data.image_size)
