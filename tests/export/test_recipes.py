@@ -27,10 +27,11 @@ from edgecap.train.run import train
 from edgecap.train.settings import Recipe
 from edgecap.train.state import read_weights
 
+from ..train.encoder_parts import STAGES
 from ..train.parts import save_gpt2, save_opt
 from ..train.vlms import save_vlm
 
-SCENES = "scenes:train=96,val=16,test=8,size=64"
+SCENES = "scenes:train=64,val=12,test=6,size=64"
 SIZE = 64
 MOBILENET = {"depth_multiplier": 0.35, "finegrained_output": False}
 VIT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 16}
@@ -55,9 +56,7 @@ SMALL: dict[str, dict[str, dict[str, Any]]] = {
     },
     "efficientnet-lstm": {
         **GRID,
-        "encoder": {
-            "config": {"width_coefficient": 0.25, "depth_coefficient": 0.25, "hidden_dim": 64, "image_size": SIZE}
-        },
+        "encoder": {"config": STAGES},
         "decoder": RECURRENT,
     },
     "vit-mini-gru": {**GRID, "encoder": {"config": {**VIT, "image_size": SIZE}}, "decoder": RECURRENT},
@@ -101,7 +100,7 @@ DROPPED = (
     "head_dim",
     "kv_heads",
 )  # a source's own
-STAGE = {"batch_size": 16, "warmup": 2, "lr": 4e-3, "keep_every": 2}
+STAGE = {"batch_size": 8, "warmup": 2, "lr": 4e-3, "keep_every": 2}
 
 
 class Killed(BaseException):
@@ -156,8 +155,9 @@ def small(name: str, parts: dict[str, Path]) -> Recipe:
         from edgecap.train.smolvlm import with_vlm
 
         whole = with_vlm(whole, str(parts["vlm"]))
-    data = dataclasses.replace(whole.data, spec=SCENES, image_size=SIZE, val_photos=0)
-    first = [dataclasses.replace(whole.stages[0], **STAGE, epochs=4, accumulate=min(whole.stages[0].accumulate, 2))]
+    side = whole.data.image_size if from_vlm else SIZE
+    data = dataclasses.replace(whole.data, spec=SCENES, image_size=side, val_photos=0)
+    first = [dataclasses.replace(whole.stages[0], **STAGE, epochs=3, accumulate=min(whole.stages[0].accumulate, 2))]
     later = [dataclasses.replace(stage, **STAGE, epochs=1, accumulate=1) for stage in whole.stages[1:]]
     fitted = dataclasses.replace(whole.tokenizer, min_count=1, max_length=12)
     decoding = dataclasses.replace(whole.decoding, max_length=12)
@@ -166,9 +166,12 @@ def small(name: str, parts: dict[str, Path]) -> Recipe:
 
 @pytest.fixture(scope="module")
 def critic(parts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two towers, hardly trained: what judges here need not judge well."""
-    out = tmp_path_factory.mktemp("critic") / "towers"
-    train(small("query-bridge", parts), out)
+    """Two towers that have learnt the training scenes by heart: a critic must know the photos it judges."""
+    out, recipe = tmp_path_factory.mktemp("critic") / "towers", small("query-bridge", parts)
+    settings = {"epochs": 60, "validate_every": 60, "keep_every": 0, "batch_size": 16, "lr": 3e-3}
+    stage = dataclasses.replace(recipe.stages[0], **settings, accumulate=1, schedule="constant")
+    text = dataclasses.replace(recipe.text, pool="mean")  # says more than [CLS] where nothing is pretrained
+    train(dataclasses.replace(recipe, text=text, stages=(stage,)), out)
     return out
 
 
@@ -216,15 +219,17 @@ def test_the_recipe_from_training_to_captions(
     whole, _ = train(recipe, tmp_path / "whole", critic=judge)
     metrics = killed_and_resumed(recipe, tmp_path / "run", monkeypatch, judge)
     assert metrics["finished"] and [record["stage"] for record in metrics["history"]][-1] == recipe.stages[-1].name
-    losses = [record["loss"] for record in metrics["history"] if record["stage"] == recipe.stages[0].name]
+    history = [record for record in metrics["history"] if record["loss"] is not None]  # None: before the first step
+    losses = [record["loss"] for record in history if record["stage"] == recipe.stages[0].name]
     assert losses[-1] < losses[0] * 0.97, losses
     ours, theirs = read_weights(tmp_path / "run"), read_weights(whole)
     assert all(torch.equal(ours[key], theirs[key]) for key in ours) and set(ours) == set(theirs)
-    kept = tmp_path / "run" / "kept" / f"{recipe.stages[0].name}-002"
     run = tmp_path / "run"
+    kept = load_checkpoint(next((run / "kept").glob(f"*{recipe.stages[0].name}-002")))
+    assert kept.metrics["kept"] == 2
     if recipe.task == "retrieval":
         scores = evaluate(run, spec=None, split="val", limit=None, decoding={})["scores"]
-        assert 0 <= scores["image_to_text"]["recall"]["10"] <= 1
+        assert scores["image_to_text"]["recall_10"]["value"] > 0
         with pytest.raises(UsageError, match="no captions"):
             export(run, target="onnx-fp32", out=tmp_path / "x.edgecap")
         return
@@ -232,8 +237,6 @@ def test_the_recipe_from_training_to_captions(
         with pytest.raises(UsageError, match="edgecap merge"):
             export(run, target="onnx-fp32", out=tmp_path / "x.edgecap")
         run, _ = merge_adapter(run, tmp_path / "merged", photos=4)
-    else:
-        assert load_checkpoint(kept).metrics["kept"] == 2
     photos = [example.load() for example in open_dataset(SCENES).splits["test"]]
     said = evaluate(run, spec=None, split="test", limit=None, decoding={})["captions"]
     for target in ("onnx-fp32", "onnx-int8"):
