@@ -182,10 +182,11 @@ def _probe(base: type) -> Any:
             super()._open_data(stage)
             self.seen = time.perf_counter() - begun if self.frozen and first else None
 
-        def _validate(self, stage: Stage) -> None:
-            pass
+        def _validate(self, stage: Stage) -> dict[str, Any]:
+            return {}
 
-        _keep = _validate
+        def _keep(self, stage: Stage, record: dict[str, Any] | None) -> None:
+            pass
 
         def _save(self) -> None:
             pass

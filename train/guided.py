@@ -35,9 +35,10 @@ def alignment_loss(said: Tensor, seen: Tensor) -> Tensor:
 def contrast_loss(said: Tensor, seen: Tensor, scale: float) -> Tensor:
     """InfoNCE both ways between captions [N, D] and photos [N, D] of length 1, in nats: log N knows nothing
     (van den Oord et al. 2018, arXiv:1807.03748; both ways as in CLIP, arXiv:2103.00020). scale: 1 / temperature."""
-    logits = scale * said @ seen.T  # [N, N]
-    own = torch.arange(len(said), device=said.device)
-    return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+    with torch.autocast(said.device.type, enabled=False):  # cosines times 100 need float32
+        logits = scale * said.float() @ seen.float().T  # [N, N]
+        own = torch.arange(len(said), device=said.device)
+        return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
 
 
 def diversity_loss(said: Tensor) -> Tensor:
@@ -67,8 +68,6 @@ class Guided:
             raise UsageError("objective = guided needs --critic CHECKPOINT_OR_CLIP")
         self.critic, self.smoothing = helpers.critic, stage.label_smoothing
         self.weights = {"alignment": stage.alignment, "contrast": stage.contrast, "diversity": stage.diversity}
-        if not any(self.weights.values()):
-            raise UsageError("objective = guided: give alignment, contrast or diversity a weight above 0")
         self.special = token_ids(tokenizer, recipe.tokenizer.ids)
         photos = self.critic.photos(examples)
         self.critic.check_knows(examples, photos)

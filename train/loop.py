@@ -50,7 +50,8 @@ MOST_CAPTIONS = 16  # of one photo
 class Trainer:
     """Trains `model` by `recipe` on `data` into the checkpoint directory `out`.
 
-    For another task than captions, `metric`, `texts` and `score` are what to override.
+    For another task than captions, `metric`, `texts` and `score` say what is learnt and how it is judged; what else of
+    the photos and captions is needed for that, `_open_data` and `_batch` bring.
     """
 
     metric = "cider"  # the figure of a validation, higher is better, by which weights are kept
@@ -128,6 +129,7 @@ class Trainer:
         self._open_data(stage)
         objective = OBJECTIVES[stage.objective]
         self.objective = objective(self.recipe, stage, self.tokenizer, self.train.examples, self.helpers)
+        self.accelerator.free_memory()  # or the last stage's optimizer, too, would unscale the gradients that both share
         forward, self.optimizer = self.accelerator.prepare(self.model, optimizer)
         self.plan = EpochPlan(len(self.train), stage.batch_size, (self.recipe.seed, number), flip=self.recipe.data.flip)
         if tensors is None:
@@ -140,11 +142,11 @@ class Trainer:
         while self.state["epoch"] < stage.epochs and not self._stops_early(stage):
             self._epoch(stage, forward)
             self.state["epoch"] += 1
-            last = self.state["epoch"] == stage.epochs
+            last, record = self.state["epoch"] == stage.epochs, None
             if last or self.state["epoch"] % stage.validate_every == 0:
-                self._validate(stage)
+                record = self._validate(stage)
             if stage.keep_every and self.state["epoch"] % stage.keep_every == 0:
-                self._keep(stage)
+                self._keep(stage, record)
             self.state.update(batch=0, loss=0.0, count=0)
             self._save()
         if self.state["epoch"] < stage.epochs:
@@ -191,7 +193,9 @@ class Trainer:
         ids = torch.from_numpy(self._draw_captions(self.ids[mirrored][places], step))
         count = self.objective.count(ids)
         mine = np.array_split(np.arange(len(places)), world)[rank]
-        pieces = [piece for piece in np.array_split(mine, stage.accumulate) if len(piece)]
+        # As few pieces as hold no more than the batch's share: a contrastive loss needs company in each.
+        share = -(-stage.batch_size // (world * stage.accumulate))
+        pieces = np.array_split(mine, -(-len(mine) // share)) if len(mine) else []
         # A process without photos (the last, small batch) still takes part in the gradient's exchange, with weight 0.
         weight = 1.0 if pieces else 0.0
         pieces = pieces or [np.arange(1)]
@@ -256,7 +260,8 @@ class Trainer:
                     shown = self.train.features(seer, name, flip=flip, progress=self.progress)
                     self.teacher_rows.append(shown)
 
-    def _validate(self, stage: Stage) -> None:
+    def _validate(self, stage: Stage) -> dict[str, Any]:
+        """Score what has been learnt so far, and keep the weights where they are the best; returns the record."""
         state = self.state
         record: dict[str, Any] = {
             "stage": stage.name,
@@ -282,6 +287,7 @@ class Trainer:
             with self._kept_weights():
                 self._write_weights()
         self.log.validation(record, better, (state["stage"], state["epoch"] * self.plan.batches))
+        return record
 
     def score(self) -> dict[str, float]:
         """One validation: the figures of the captions, `metric` among them."""
@@ -318,15 +324,16 @@ class Trainer:
             write_weights(self.out, self.model)
         self.accelerator.wait_for_everyone()
 
-    def _keep(self, stage: Stage) -> None:
-        """A checkpoint of its own of this epoch, under kept/."""
-        folder = self.out / "kept" / f"{stage.name}-{self.state['epoch']:03d}"
+    def _keep(self, stage: Stage, record: dict[str, Any] | None) -> None:
+        """A checkpoint of its own of this epoch, under kept/. record: its validation, where it was validated."""
+        folder = self.out / "kept" / f"{self.state['stage'] + 1}-{stage.name}-{self.state['epoch']:03d}"
         if self.accelerator.is_main_process:
             with self._kept_weights():
                 write_weights(folder, self.model)
             for name in (RECIPE, TOKENIZER):
                 write_bytes(folder / name, (self.out / name).read_bytes())
-            write_json(folder / METRICS, {**self._metrics(finished=True), "kept": self.state["epoch"]})
+            metrics = {**self._metrics(finished=True), "best": record, "kept": self.state["epoch"]}
+            write_json(folder / METRICS, metrics)
         self.accelerator.wait_for_everyone()
 
     def _save(self) -> None:

@@ -83,6 +83,10 @@ def recipe_from_dict(tree: dict[str, Any], *, where: str = "recipe", overrides: 
     for i, stage in enumerate(recipe.stages):
         if (stage.objective == "infonce") != (recipe.task == "retrieval"):
             raise UsageError(f"{where}: stages.{i}.objective = {stage.objective} is not for task = {recipe.task}")
+        if stage.objective == "guided" and not (stage.alignment or stage.contrast or stage.diversity):
+            raise UsageError(f"{where}: stages.{i}: guided needs alignment, contrast or diversity of a weight above 0")
+    if recipe.watch and recipe.task == "retrieval":
+        raise UsageError(f"{where}: watch = {recipe.watch} is of captions: task = retrieval watches its recall")
     for part in ("bridge", "decoder"):
         if not isinstance(getattr(recipe, part).get("kind"), str):
             raise UsageError(f'{where}: [{part}] needs kind = "…"')

@@ -132,7 +132,7 @@ class Stage:
     label_smoothing: float = 0.1
     dropout: bool = True
     ema: float = 0.0  # decay of the weight average that is validated and kept; 0 = off
-    patience: int = 0  # early stopping: validations without a better CIDEr; 0 = off
+    patience: int = 0  # early stopping: validations without a better watched figure; 0 = off
     validate_every: int = 1
     keep_every: int = 0  # epochs between checkpoints that are kept under kept/; 0 = only the best and the last
     samples: int = 5  # scst: captions sampled per photo

@@ -251,6 +251,14 @@ def test_losses_are_what_their_papers_say() -> None:
     assert diversity_loss(camps) > diversity_loss(corners) + 0.2
 
 
+def test_half_precision_leaves_the_contrast_alone() -> None:
+    """Cosines times 100 in bfloat16 would be off by a tenth."""
+    said, seen = (F.normalize(torch.randn(12, 16), dim=1) for _ in range(2))
+    with torch.autocast("cpu", torch.bfloat16):
+        halved = contrast_loss(said, seen, 100.0)
+    torch.testing.assert_close(halved, contrast_loss(said, seen, 100.0))
+
+
 def test_a_weight_of_zero_computes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     import edgecap.train.guided as guided
 
@@ -259,8 +267,8 @@ def test_a_weight_of_zero_computes_nothing(monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(guided, name, None)  # a call would raise
     _, figures = objective.loss(model, model, batch)
     assert set(figures) == {"cosine", "contrast"}
-    with pytest.raises(UsageError, match="a weight above 0"):
-        world()
+    with pytest.raises(UsageError, match="stages.0: .* a weight above 0"):
+        tiny_recipe({"objective": "guided"})
 
 
 # --- the critic ----------------------------------------------------------------------------------------------------

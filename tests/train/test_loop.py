@@ -184,6 +184,40 @@ def test_accumulation_changes_nothing(tmp_path: Path) -> None:
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
+def test_a_small_last_batch_is_split_into_no_more_pieces_than_it_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """48 photos in batches of 40, four pieces of 10: the last 8 are one."""
+    sizes: list[int] = []
+    batch = loop.Trainer._batch
+    monkeypatch.setattr(
+        loop.Trainer, "_batch", lambda self, ids, places, mirrored: (
+            sizes.append(len(places)), batch(self, ids, places, mirrored)
+        )[1]
+    )  # fmt: skip
+    train(tiny_recipe({"epochs": 1, "batch_size": 40, "accumulate": 4}), tmp_path / "run")
+    assert sizes == [10, 10, 10, 10, 8]
+
+
+def test_stages_share_no_optimizer_and_keep_their_own_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two stages of one name, validated every second epoch, kept after each."""
+    prepared: list[int] = []
+    epoch = loop.Trainer._epoch
+
+    def counted(self: loop.Trainer, *args: object) -> None:
+        prepared.append(len(self.accelerator._optimizers))
+        epoch(self, *args)
+
+    monkeypatch.setattr(loop.Trainer, "_epoch", counted)
+    stage = {"epochs": 2, "batch_size": 24, "lr": 1e-3, "validate_every": 2, "keep_every": 1}
+    out, metrics = train(tiny_recipe(stage, {**stage, "lr": 0.0}), tmp_path / "run")
+    assert prepared == [1] * 4
+    kept = {path.name: json.loads((path / "metrics.json").read_text())["best"] for path in (out / "kept").iterdir()}
+    first, second = metrics["history"]
+    assert kept == {"1-words-001": None, "1-words-002": first, "2-words-001": None, "2-words-002": second}
+    assert load_checkpoint(out / "kept" / "2-words-001").finished
+
+
 def test_schedules() -> None:
     from edgecap.train.optim import lr_factor
 

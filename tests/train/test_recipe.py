@@ -57,6 +57,11 @@ def test_a_wrong_override_is_one_line(override: str, message: str) -> None:
     assert "\n" not in caught.value.message
 
 
+def test_retrieval_watches_its_recall() -> None:
+    with pytest.raises(UsageError, match="watch = cider is of captions"):
+        load_recipe("query-bridge", ("watch=cider",))
+
+
 def test_files_and_names(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="mobilenetv2-gru-small"):
         load_recipe("no-such-recipe")
