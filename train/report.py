@@ -109,6 +109,7 @@ class TrainingLog:
             textcoords="offset points", ha="center", color="#0b6bcb",
         )  # fmt: skip
         left.set_xlabel("validations")
+        left.xaxis.get_major_locator().set_params(integer=True)
         left.set_ylabel("training loss")
         right.set_ylabel(f"validation {TOLD[metric][0]}", color="#0b6bcb")
         right.set_ylim(0, max(r[metric] for r in history) * 1.15 + 1e-6)
