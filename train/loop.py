@@ -129,7 +129,7 @@ class Trainer:
         self._open_data(stage)
         objective = OBJECTIVES[stage.objective]
         self.objective = objective(self.recipe, stage, self.tokenizer, self.train.examples, self.helpers)
-        self.accelerator.free_memory()  # or the last stage's optimizer, too, would unscale the gradients that both share
+        self.accelerator.free_memory()  # else the last stage's optimizer, too, would unscale the gradients
         forward, self.optimizer = self.accelerator.prepare(self.model, optimizer)
         self.plan = EpochPlan(len(self.train), stage.batch_size, (self.recipe.seed, number), flip=self.recipe.data.flip)
         if tensors is None:

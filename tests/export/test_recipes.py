@@ -225,7 +225,7 @@ def test_the_recipe_from_training_to_captions(
     ours, theirs = read_weights(tmp_path / "run"), read_weights(whole)
     assert all(torch.equal(ours[key], theirs[key]) for key in ours) and set(ours) == set(theirs)
     run = tmp_path / "run"
-    kept = load_checkpoint(next((run / "kept").glob(f"*{recipe.stages[0].name}-002")))
+    kept = load_checkpoint(run / "kept" / f"1-{recipe.stages[0].name}-002")
     assert kept.metrics["kept"] == 2
     if recipe.task == "retrieval":
         scores = evaluate(run, spec=None, split="val", limit=None, decoding={})["scores"]
