@@ -116,8 +116,8 @@ def train(
     from accelerate import PartialState
     from rich.console import Console
 
+    from .prepare import prepare_recipe
     from .report import tell
-    from .run import prepare_recipe
     from .run import train as run_train
 
     if threads:

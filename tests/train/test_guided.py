@@ -26,8 +26,9 @@ from edgecap.train.evaluate import evaluate, score_lines
 from edgecap.train.guided import Guided, alignment_loss, contrast_loss, diversity_loss
 from edgecap.train.models.bridges import LinearBridge
 from edgecap.train.models.towers import Head, TextTower, TwoTowers
+from edgecap.train.prepare import prepare_recipe
 from edgecap.train.recipe import recipe_from_dict
-from edgecap.train.run import prepare_recipe, train
+from edgecap.train.run import train
 from edgecap.train.settings import Stage
 from edgecap.train.start import START, Helpers
 from edgecap.train.state import WEIGHTS

@@ -21,7 +21,8 @@ from edgecap.train import loop, run
 from edgecap.train.cache import cached_rows
 from edgecap.train.checkpoint import PROGRESS, RECIPE, TOKENIZER, WEIGHTS
 from edgecap.train.models import build_model
-from edgecap.train.run import prepare_recipe, train
+from edgecap.train.prepare import prepare_recipe
+from edgecap.train.run import train
 from edgecap.train.state import load_progress, write_bytes, write_tensors
 
 from .tiny import ENCODER, tiny_recipe
