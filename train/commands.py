@@ -9,7 +9,7 @@ import click
 
 from ..runtime.errors import EdgecapError, UsageError, need
 
-MODEL_PARTS = ("encoder", "bridge", "decoder", "tokenizer")
+MODEL_PARTS = ("encoder", "bridge", "decoder", "tokenizer", "text", "prompt")  # tables that --init brings
 
 
 def _need_train(command: str) -> None:
@@ -37,6 +37,9 @@ def _need_train(command: str) -> None:
 @click.option(
     "--image-longest-edge", type=click.IntRange(32), metavar="PX", help="Side of the photos the encoder sees."
 )
+@click.option(
+    "--split-image/--no-split-image", default=None, help="SmolVLM: see photos in tiles and an overview, or whole."
+)
 @click.option("--max-seq-len", type=click.IntRange(8), metavar="N", help="Positions of prompt, photo and caption.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Checkpoint folder.  [default: runs/RECIPE]")
 @click.option("--init", metavar="CHECKPOINT", type=click.Path(path_type=Path), help="Start from its model and weights.")
@@ -63,6 +66,7 @@ def train(
     vlm: str | None,
     from_scratch: bool,
     image_longest_edge: int | None,
+    split_image: bool | None,
     max_seq_len: int | None,
     out: Path | None,
     init: Path | None,
@@ -102,15 +106,17 @@ def train(
             click.echo(name + (" (default)" if name == DEFAULT_RECIPE else ""))
         return
     parts = encoder or decoder or text or vlm or from_scratch
-    sizes = image_longest_edge or max_seq_len
+    sizes = image_longest_edge or max_seq_len or split_image is not None
     helpers = teacher or critic
     plan_given = recipe or data or parts or sizes or init or helpers or overrides or seed is not None or skip_bad
     if resume and (plan_given or check):
         raise click.UsageError(
             "--resume continues a run by its own recipe; only --out, --threads and --json go with it"
         )
-    if init and (parts or sizes or any(item.startswith(MODEL_PARTS) for item in overrides)):
+    if init and (parts or sizes or any(item.partition(".")[0].partition("=")[0] in MODEL_PARTS for item in overrides)):
         raise click.UsageError("--init brings its own model and tokenizer: leave out options and --set of theirs")
+    if check and (teacher or out):
+        raise click.UsageError("--check keeps nothing, and takes no step that distills: leave out --out and --teacher")
     _need_train("edgecap train")
     import torch
     from accelerate import PartialState
@@ -142,6 +148,7 @@ def train(
                     vlm=vlm,
                     from_scratch=from_scratch,
                     image_size=image_longest_edge,
+                    split=split_image,
                     max_positions=max_seq_len,
                     say=(lambda line: None) if init else say,  # of the recipe's encoder, which does not count then
                 )

@@ -155,15 +155,20 @@ def check_length(recipe: Recipe) -> None:
 
 def _embeddings(recipe: Recipe) -> int:
     """How many embeddings the bridge gives for each frame."""
-    encoder = recipe.encoder
-    vision = encoder.config
-    if encoder.source:
-        vision = read_config(encoder.source, "encoder")
-        vision = (
-            _sizes(vision, encoder.source)[0]
-            if vision.get("model_type") in VLMS
-            else vision.get("vision_config", vision)
-        )
-    patch = vision.get("patch_size", 16)
-    side = (encoder.tile or recipe.data.image_size) // patch // recipe.bridge.get("scale", 2)
+    patch = _vision(recipe).get("patch_size", 16)
+    side = (recipe.encoder.tile or recipe.data.image_size) // patch // recipe.bridge.get("scale", 2)
     return side * side
+
+
+def native_side(recipe: Recipe) -> int:
+    """Pixels a side of the photos, or tiles, that the recipe's SigLIP is made for."""
+    return _vision(recipe).get("image_size", 224)
+
+
+def _vision(recipe: Recipe) -> dict[str, Any]:
+    """The SigLIP's settings: its source's, or the recipe's own."""
+    source = recipe.encoder.source
+    if not source:
+        return recipe.encoder.config
+    found = read_config(source, "encoder")
+    return _sizes(found, source)[0] if found.get("model_type") in VLMS else found.get("vision_config", found)
