@@ -13,6 +13,7 @@ from ..runtime.errors import EdgecapError, UsageError
 from ..runtime.preprocess import Preprocess
 from ..runtime.tokenizer import Tokenizer
 from .models import CaptionModel, build_model
+from .models.towers import build_towers
 from .recipe import recipe_from_dict
 from .settings import Recipe
 from .shapes import shrink_to
@@ -142,10 +143,11 @@ def read_metrics(path: Path) -> dict[str, Any]:
 
 def model_for(recipe: Recipe, tokens: dict[str, int], *, load_weights: bool) -> Any:
     """The recipe's CaptionModel or TwoTowers; with `load_weights` its parts start from their sources' weights."""
-    if recipe.task == "retrieval":
-        from .models.towers import build_towers
+    build = {"caption": _build_captioner, "retrieval": build_towers}[recipe.task]
+    return build(recipe, tokens, load_weights=load_weights)
 
-        return build_towers(recipe, tokens, load_weights=load_weights)
+
+def _build_captioner(recipe: Recipe, tokens: dict[str, int], *, load_weights: bool) -> CaptionModel:
     return build_model(
         encoder={
             "kind": recipe.encoder.kind,

@@ -259,13 +259,12 @@ class Critic:
         """The cosine of each caption with its photo [N, D]: [N] in [-1, 1]."""
         return (self.texts(captions) * photos).sum(1)
 
-    def check_knows(self, examples: Sequence[Example], photos: np.ndarray) -> None:
-        """UsageError where the photos [N, D] are not the examples', or captions lie no nearer to their own photo than
-        to another's, by two standard errors: such a critic judges something else than these photos."""
-        if len(photos) != len(examples):
-            raise UsageError(f"critic {self.name}: {len(photos)} photos for {len(examples)} with captions")
+    def check_knows(self, examples: Sequence[Example], progress: Progress = lambda phase, done, total: None) -> None:
+        """UsageError where captions, of up to 128 examples, lie no nearer to their own photo than to another's by two
+        standard errors: such a critic judges something else than these photos."""
         picks = np.unique(np.linspace(0, len(examples) - 1, 128).round().astype(int))
-        said, seen = self.texts([examples[i].captions[0] for i in picks]), photos[picks]
+        chosen = [examples[i] for i in picks]
+        said, seen = self.texts([example.captions[0] for example in chosen]), self.photos(chosen, progress)
         cosines = said @ seen.T  # [P, P]
         others = (cosines.sum(1) - np.diag(cosines)) / max(1, len(picks) - 1)
         gain = np.diag(cosines) - others

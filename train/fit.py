@@ -14,16 +14,20 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import nn
+from accelerate import Accelerator
 
 from ..benchmarks.datasets import Dataset, open_dataset
-from ..benchmarks.rss import peak_rss
-from ..runtime.errors import EdgecapError
+from ..runtime.tokenizer import Tokenizer
 from .batches import Progress
+from .checkpoint import TOKENIZER
+from .lora import count_parameters
+from .memory import forget_peak, free_memory, peak_memory, too_large
+from .opening import TASKS, open_helpers, open_model, open_run, precision
+from .report import TrainingLog
 from .settings import Recipe, Stage
+from .start import read_start
 
 STEPS = 3  # the first of them warms up
-SPARE = 0.95  # of the memory that is free: allocators round up
 
 
 @dataclass
@@ -66,32 +70,22 @@ def check_fit(
     Peak memory is the whole process's (on a GPU: what torch has reserved there). images_per_s: of the optimizer steps,
     from cached features where the encoder is frozen; encoder_images_per_s: of filling that cache.
     """
-    from accelerate import Accelerator
-
-    from .lora import count_parameters
-    from .run import TOKENIZER, _helpers, _model, _open_run, _precision, _trainer
-    from .start import read_start
-    from .tokenizer import token_ids
-
     data = _batch_of(open_dataset(recipe.data.spec, skip_bad=recipe.data.skip_bad), recipe)
     with tempfile.TemporaryDirectory(prefix="edgecap-check-") as folder, _own_cache(Path(folder) / "cache"):
-        from ..runtime.tokenizer import Tokenizer
-        from .report import TrainingLog
-
         out = Path(folder) / "run"
         out.mkdir()
-        accelerator = Accelerator(mixed_precision=_precision(recipe))
+        accelerator = Accelerator(mixed_precision=precision(recipe))
         device = accelerator.device
-        _, recipe = _open_run(recipe, data, out, False, init, None, critic, distills=False)
+        _, recipe = open_run(recipe, data, out, init=init, critic=critic, trains=False)
         tokenizer, start = Tokenizer.load(out / TOKENIZER).inner, read_start(out)
         free = free_memory(device)
-        model = _model(recipe, token_ids(tokenizer, recipe.tokenizer.ids), out, False, start)
+        model = open_model(recipe, tokenizer, out, begun=False)
         counts = {name: count_parameters(part) for name, part in model.parts().items()}
         fit = Fit(recipe.name, device.type, counts, free)
-        probe = _probe(_trainer(recipe.task))
+        probe = _probe(TASKS[recipe.task].trainer)
         trainer = probe(
             recipe, model, tokenizer, data, out, accelerator, progress, TrainingLog(None, print),
-            start=start, helpers=_helpers(recipe, start, tokenizer),
+            start=start, helpers=open_helpers(recipe, start, tokenizer),
         )  # fmt: skip
         for stage in recipe.stages:
             if stage.objective == "distill":
@@ -104,39 +98,6 @@ def check_fit(
         return fit
 
 
-def too_large(model: nn.Module, stage: Stage, free: int | None) -> str:
-    """Why a stage cannot fit, whatever its batch, or "": weights, gradients, AdamW's two moments, the average."""
-    least = least_memory(model, stage)
-    if free is None or least <= free * SPARE:
-        return ""
-    return (
-        f"it does not fit: weights, gradients and optimizer of stage {stage.name} alone take {least / 1e9:,.1f} GB, "
-        f"{free / 1e9:,.1f} GB are free; train fewer parts, or with [lora]"
-    )
-
-
-def least_memory(model: nn.Module, stage: Stage) -> int:
-    """Bytes that a stage takes before the first photo: see `too_large`."""
-    from .optim import make_optimizer
-
-    make_optimizer(model, stage)  # says which parameters the stage trains
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    return weights + trained * (4 if stage.ema else 3)
-
-
-def free_memory(device: torch.device) -> int | None:
-    """Bytes that are free on a GPU, or for this process on the CPU; None where the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            entries = dict(line.split(":", 1) for line in file)
-        return int(entries["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return None
-
-
 def _probe(base: type) -> Any:
     """A trainer that takes a few steps of a stage, times them, and leaves nothing behind."""
 
@@ -144,10 +105,10 @@ def _probe(base: type) -> Any:
         def try_stage(self, fit: Fit, stage: Stage, free: int | None) -> str:
             """Adds the stage's row to `fit`; returns why it does not fit, or ""."""
             device, self.times = self.accelerator.device, []
-            _forget_peak(device)
+            forget_peak(device)
             self.began = time.monotonic()
-            self.model.to(device)
             try:
+                self.model.to(device)
                 self._stage(dataclasses.replace(stage, epochs=STEPS, validate_every=STEPS + 1), None)
             except (torch.OutOfMemoryError, MemoryError):
                 return (
@@ -162,7 +123,7 @@ def _probe(base: type) -> Any:
                     "batch": photos,
                     "accumulate": stage.accumulate,
                     "trained": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
-                    "peak": _peak(device),
+                    "peak": peak_memory(device),
                     "images_per_s": photos / median(self.times[1:]),
                     "encoder_images_per_s": None if seen is None else len(self.train) * len(self.views) / seen,
                 }
@@ -211,23 +172,3 @@ def _own_cache(folder: Path) -> Iterator[None]:
         os.environ.pop("EDGECAP_CACHE")
         if before is not None:
             os.environ["EDGECAP_CACHE"] = before
-
-
-def _forget_peak(device: torch.device) -> None:
-    """Start measuring anew, where the system lets us; else the peak is that of all stages so far."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return
-    try:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    except OSError:
-        pass
-
-
-def _peak(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_reserved(device)
-    peak = peak_rss()
-    if peak is None:
-        raise EdgecapError("this system does not tell a process's peak memory: --check works on Linux and macOS")
-    return peak

@@ -69,10 +69,8 @@ class Guided:
         self.critic, self.smoothing = helpers.critic, stage.label_smoothing
         self.weights = {"alignment": stage.alignment, "contrast": stage.contrast, "diversity": stage.diversity}
         self.special = token_ids(tokenizer, recipe.tokenizer.ids)
-        photos = self.critic.photos(examples)
-        self.critic.check_knows(examples, photos)
+        self.photos = torch.tensor(self.critic.photos(examples, helpers.progress))  # [N, D]
         self.critic.read_with(tokenizer, self.special)
-        self.photos = torch.tensor(photos)  # [N, D]
         self.hard = True
 
     def count(self, ids: Tensor) -> int:

@@ -35,9 +35,7 @@ def add_adapters(model: CaptionModel, settings: Lora, *, seed: int = 0) -> None:
     lm = getattr(model.decoder, "lm", None)
     if lm is None:
         raise UsageError("recipe [lora]: adapters go on a language model; decoder.kind must be llama, gpt2 or opt")
-    need("peft", extra="lora", command="a recipe with [lora]")
-    if settings.bits == 4:
-        need("bitsandbytes", extra="qlora", command="lora.bits = 4")
+    _need_extras(settings)
     from peft import LoraConfig, inject_adapter_in_model
 
     layers = linear_layers(lm)
@@ -60,6 +58,12 @@ def add_adapters(model: CaptionModel, settings: Lora, *, seed: int = 0) -> None:
         inject_adapter_in_model(config, lm, adapter_name=NAME)
     model.frozen_parts = tuple(part for part in model.parts() if part != "decoder")
     model.stores = is_adapter
+
+
+def _need_extras(settings: Lora) -> None:
+    need("peft", extra="lora", command="a recipe with [lora]")
+    if settings.bits == 4:
+        need("bitsandbytes", extra="qlora", command="lora.bits = 4")
 
 
 def is_adapter(name: str) -> bool:
@@ -212,7 +216,8 @@ def refuse_adapter(run: Path) -> None:
 
 
 def check_base(recipe: Recipe, init: Path | None, *, trained: bool = True) -> None:
-    """UsageError where a recipe asks for adapters that cannot be trained as it says.
+    """UsageError where a recipe asks for adapters that cannot be trained as it says, MissingExtra without peft (and,
+    for 4 bits, bitsandbytes).
 
     trained: what they go on must have learnt something (its size is enough to tell memory and speed).
     """
@@ -221,6 +226,7 @@ def check_base(recipe: Recipe, init: Path | None, *, trained: bool = True) -> No
     for number, stage in enumerate(recipe.stages):
         if stage.encoder_lr:
             raise UsageError(f"recipe [lora]: the adapters alone learn: --set stages.{number}.encoder_lr=0")
+    _need_extras(recipe.lora)
     sources = (recipe.encoder.source, recipe.bridge.get("source"), recipe.decoder.get("source"))
     if trained and init is None and not all(sources):
         raise UsageError("recipe [lora]: adapters need a trained captioner under them: --init CHECKPOINT, or --vlm")

@@ -8,19 +8,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeAlias
 
 from tokenizers import Tokenizer
 
 from ..runtime.errors import EdgecapError, UsageError
 from .models.decoders import DECODERS
 from .models.hub import reading
-from .models.language_model import PHOTO, LanguageModelDecoder
+from .models.language_model import IMAGE, PHOTO, LanguageModelDecoder
 from .settings import Recipe
-from .smolvlm import IMAGE, around_photo, check_length, with_frames
 from .tokenizer import SPECIALS, named_tokens, token_ids, train_tokenizer
 
+# A prompt, and the tokenizer if it is a pretrained one → the prompt.
+Frame: TypeAlias = Callable[[str, Tokenizer | None], str]
 # What a tokenizer that edgecap trains says around the user's words, having no template: SmolVLM's dialogue.
 DIALOGUE = "<|im_start|>User:{chat}<end_of_utterance>\nAssistant:"
 
@@ -30,7 +31,6 @@ def resolve(recipe: Recipe) -> Recipe:
 
     Reads the source's config.json, not its weights. Raises UsageError for sources that are no model of the kind.
     """
-    recipe = with_frames(recipe)
     source = recipe.decoder.get("source")
     make = DECODERS.get(recipe.decoder["kind"])
     if not source or not _is_language_model(make):
@@ -46,11 +46,14 @@ def resolve(recipe: Recipe) -> Recipe:
     return dataclasses.replace(recipe, decoder={**recipe.decoder, **found})
 
 
-def open_tokenizer(recipe: Recipe, captions: Iterable[str]) -> tuple[Tokenizer, Recipe]:
+def open_tokenizer(
+    recipe: Recipe, captions: Iterable[str], frame: Frame = lambda text, tokenizer: text
+) -> tuple[Tokenizer, Recipe]:
     """The recipe's tokenizer, learnt from the captions (in `caption_text` form) or pretrained, and the recipe with the
     ids of bos, eos, pad and unk where they are not those of a trained one, and with the prompt's tokens.
 
-    A pretrained one is saved without its post-processor: BOS and EOS belong to the session. Raises UsageError.
+    A pretrained one is saved without its post-processor: BOS and EOS belong to the session. frame: puts into a prompt
+    what a model expects around its photos. Raises UsageError.
     """
     settings, prompt = recipe.tokenizer, recipe.prompt
     if (prompt.text or prompt.chat) and not _is_language_model(DECODERS.get(recipe.decoder["kind"])):
@@ -62,10 +65,10 @@ def open_tokenizer(recipe: Recipe, captions: Iterable[str]) -> tuple[Tokenizer, 
         theirs = load_tokenizer(source)
         tokenizer, ids = _plain(theirs, source), _special_ids(theirs, source)
         text = chat_text(theirs, prompt.chat, source) if prompt.chat else prompt.text
-        text = around_photo(recipe, _with_image(text), tokenizer)
+        text = frame(_with_image(text), tokenizer)
     else:
         text = DIALOGUE.replace("{chat}", _with_image(prompt.chat)) if prompt.chat else prompt.text
-        text = around_photo(recipe, _with_image(text))
+        text = frame(_with_image(text), None)
         tokenizer, ids = train_tokenizer(captions, settings, named_tokens(text)), {}
     if text:
         tokens, ids = prompt_tokens(tokenizer, text), dict(token_ids(tokenizer, ids))
@@ -77,7 +80,6 @@ def open_tokenizer(recipe: Recipe, captions: Iterable[str]) -> tuple[Tokenizer, 
                 ids["bos_is_word"] = 1
                 tokenizer = _continuing(tokenizer, ids["bos"])
         recipe = dataclasses.replace(recipe, decoder={**recipe.decoder, "prompt": tokens})
-        check_length(recipe)
     if ids != settings.ids:
         recipe = dataclasses.replace(recipe, tokenizer=dataclasses.replace(settings, ids=ids))
     return tokenizer, recipe

@@ -1,9 +1,7 @@
-"""`edgecap train` and `edgecap eval`: from a recipe, a data spec and a folder to a checkpoint, and its score."""
+"""`edgecap train`: from a recipe, a data spec and a folder to a checkpoint, alone in its folder."""
 
 from __future__ import annotations
 
-import dataclasses
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -17,27 +15,11 @@ from ..benchmarks.datasets import Dataset, open_dataset
 from ..runtime.errors import EdgecapError, UsageError
 from ..runtime.tokenizer import Tokenizer
 from .batches import Progress
-from .checkpoint import (
-    PROGRESS,
-    RECIPE,
-    TOKENIZER,
-    base_model,
-    load_checkpoint,
-    model_for,
-    preprocess_for,
-    read_metrics,
-    read_recipe,
-    require_captioner,
-)
-from .loop import Trainer
-from .lora import check_base, refuse_adapter
-from .pretrained import open_tokenizer, resolve
+from .checkpoint import PROGRESS, RECIPE, TOKENIZER, read_metrics, read_recipe
+from .opening import TASKS, open_helpers, open_model, open_run, precision
 from .report import TrainingLog
 from .settings import Recipe
-from .shapes import shrink_to
-from .start import START, Helpers, Start, Teacher, check_helpers, load_again, read_start, with_parts, write_start
-from .state import load_progress, write_bytes
-from .tokenizer import caption_text, token_ids
+from .start import START, read_start
 
 RUNS = Path("runs")
 LOCK = ".lock"
@@ -82,63 +64,22 @@ def train(
     main = PartialState().is_main_process
     recipe, out = _from_main(lambda: _place(recipe, out, resume))
     with _only_run(out) if main else nullcontext():
-        accelerator = Accelerator(mixed_precision=_precision(recipe))
-        data = open_dataset(recipe.data.spec, skip_bad=recipe.data.skip_bad)
+        accelerator = Accelerator(mixed_precision=precision(recipe))
+        with accelerator.main_process_first():  # which may download, and lets no other write meanwhile
+            data = open_dataset(recipe.data.spec, skip_bad=recipe.data.skip_bad)
         if main:
             _tell_data(data, say)
-        begun, recipe = _from_main(lambda: _open_run(recipe, data, out, resume, init, teacher, critic))
-        start = read_start(out)
-        tokenizer = Tokenizer.load(out / TOKENIZER).inner
+        given = {"resume": resume, "init": init, "teacher": teacher, "critic": critic, "progress": progress}
+        begun, recipe = _from_main(lambda: open_run(recipe, data, out, **given))
+        tokenizer, start = Tokenizer.load(out / TOKENIZER).inner, read_start(out)
         torch.manual_seed(recipe.seed)
-        model = _model(recipe, token_ids(tokenizer, recipe.tokenizer.ids), out, begun, start)
-        helpers = _helpers(recipe, start, tokenizer)
+        model = open_model(recipe, tokenizer, out, begun)
+        helpers = open_helpers(recipe, start, tokenizer, progress)
         log = TrainingLog(out if main else None, say)
-        trainer = _trainer(recipe.task)(
+        trainer = TASKS[recipe.task].trainer(
             recipe, model, tokenizer, data, out, accelerator, progress, log, start=start, helpers=helpers
         )
         return out, trainer.run(begun)
-
-
-def _trainer(task: str) -> type[Trainer]:
-    if task == "retrieval":
-        from .towers import TowersTrainer
-
-        return TowersTrainer
-    return Trainer
-
-
-def _helpers(recipe: Recipe, start: Start, tokenizer: Any) -> Helpers:
-    """The teacher and the critic that the run began with."""
-    teacher = critic = None
-    if start.teacher:
-        teacher = Teacher(load_again(start.teacher, start.teacher_sha256, "teacher"), tokenizer)
-        if teacher.preprocess != preprocess_for(recipe):
-            raise UsageError(f"{start.teacher} sees photos in another size or form: it cannot teach this captioner")
-    if start.critic:
-        from .critic import Critic
-
-        critic = Critic.load(start.critic)
-        if critic.sha256 != start.critic_sha256:
-            raise UsageError(f"{start.critic} has changed since this run began with it as critic: put it back")
-    return Helpers(teacher, critic)
-
-
-def _model(recipe: Recipe, tokens: dict[str, int], out: Path, begun: bool, start: Start) -> Any:
-    """The model as the run begins or goes on: a pruned one has the shapes of its weights, an adapter its base."""
-    if recipe.lora.rank:
-        from .lora import add_adapters
-
-        model, _ = base_model(recipe, tokens, start.init, start.sha256, f"the adapter of {out}")
-        add_adapters(model, recipe.lora, seed=recipe.seed)
-        return model
-    if start.init and not begun:
-        model = load_again(start.init, start.sha256, "its start").model
-    else:
-        model = model_for(recipe, tokens, load_weights=not begun)
-    if start.pruned and begun:
-        tensors, _ = load_progress(out / PROGRESS)
-        shrink_to(model, {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")})
-    return model
 
 
 def _place(recipe: Recipe | None, out: Path | None, resume: bool) -> tuple[Recipe, Path]:
@@ -194,73 +135,6 @@ def _only_run(out: Path) -> Iterator[None]:
             out.rmdir()  # of a run that could not begin, where nothing is left but the folder
 
 
-def _open_run(
-    recipe: Recipe,
-    data: Dataset,
-    out: Path,
-    resume: bool,
-    init: Path | None,
-    teacher: Path | None,
-    critic: str | None,
-    *,
-    distills: bool = True,
-) -> tuple[bool, Recipe]:
-    """Has the run in `out` begun to learn? If not, its tokenizer and resolved recipe are written (anew).
-
-    distills: whether stages that need a teacher are meant to run.
-    """
-    if (out / PROGRESS).is_file():
-        return True, recipe
-    if resume and (out / START).is_file():
-        return False, recipe
-    if distills:
-        check_helpers(recipe, teacher, critic)
-    if init is not None:
-        refuse_adapter(init)
-    if recipe.lora.rank:
-        check_base(recipe, init, trained=distills)
-    first = None if init is None else load_checkpoint(init)
-    master = None if teacher is None else require_captioner(load_checkpoint(teacher))
-    write_start(out, first, master, _identify(critic))
-    if first is not None:
-        recipe = with_parts(recipe, first)
-        write_bytes(out / TOKENIZER, (first.path / TOKENIZER).read_bytes())
-        write_bytes(out / RECIPE, recipe.to_toml().encode())
-        return False, read_recipe(out)
-    captions = (caption_text(c) for example in data.splits["train"] for c in example.captions)
-    if recipe.task == "retrieval":
-        from .towers import open_texts
-
-        tokenizer, recipe = open_texts(recipe, captions)
-    else:
-        tokenizer, recipe = open_tokenizer(resolve(recipe), captions)
-    # Built here already, so that a recipe that cannot be built leaves no run.
-    tokens = token_ids(tokenizer, recipe.tokenizer.ids)
-    if recipe.lora.rank:
-        probe, base = base_model(recipe, tokens, "", "", f"the adapter of {out}")
-        write_start(out, None, master, _identify(critic), base)
-    else:
-        probe = model_for(recipe, tokens, load_weights=True)
-    if recipe.encoder.source:
-        settings = dataclasses.replace(recipe.encoder, config=probe.encoder.settings())
-        recipe = dataclasses.replace(recipe, encoder=settings)
-    if recipe.task == "retrieval" and recipe.text.source:
-        recipe = dataclasses.replace(recipe, text=dataclasses.replace(recipe.text, config=probe.text.settings()))
-    write_bytes(out / TOKENIZER, tokenizer.to_str(pretty=True).encode())
-    write_bytes(out / RECIPE, recipe.to_toml().encode())  # last: a folder with a recipe can be resumed
-    return False, read_recipe(out)
-
-
-def _identify(critic: str | None) -> tuple[str, str] | None:
-    """Where a critic lies and its hash."""
-    if critic is None:
-        return None
-    from .critic import Critic
-
-    place = str(Path(critic).resolve()) if Path(critic).exists() else critic  # or a hub id
-    return place, Critic.load(critic).sha256
-
-
 def _from_main(decide: Callable[[], T]) -> T:
     """What `decide` gives, or raises, on the first process: given, or raised, on every process."""
     state = PartialState()
@@ -278,19 +152,6 @@ def _from_main(decide: Callable[[], T]) -> T:
     if told[1]:
         raise UsageError(told[1])
     return told[0]
-
-
-def _precision(recipe: Recipe | None) -> str:
-    setting = recipe.mixed_precision if recipe else "auto"
-    if setting != "auto":
-        return setting
-    if not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in (
-        "1",
-        "true",
-        "yes",
-    ):
-        return "no"
-    return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
 
 
 def _tell_data(data: Dataset, say: Callable[[str], None]) -> None:

@@ -12,12 +12,11 @@ from tokenizers import Tokenizer
 
 from ..runtime.errors import UsageError
 from .models.hub import check_kind, read_config
-from .models.language_model import PHOTO
+from .models.language_model import IMAGE, PHOTO
 from .models.language_models import LlamaDecoder
 from .models.siglip import VLMS
 from .settings import Recipe
 
-IMAGE = "{image}"  # in a prompt: where the photo goes
 FAKE, GLOBAL = "<fake_token_around_image>", "<global-img>"
 VISION = (
     "hidden_size",
@@ -138,8 +137,8 @@ def check_length(recipe: Recipe) -> None:
 
     The photo's embeddings are counted where the encoder's patches are known.
     """
-    prompt, limit = recipe.decoder["prompt"], recipe.decoder.get("max_positions")
-    if not is_vlm(recipe) or not limit:
+    prompt, limit = recipe.decoder.get("prompt"), recipe.decoder.get("max_positions")
+    if not is_vlm(recipe) or not limit or not prompt:
         return
     each = _embeddings(recipe)
     photo = prompt.count(PHOTO) * each

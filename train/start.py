@@ -13,8 +13,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from ..runtime.errors import EdgecapError, UsageError
-from .batches import Batch
-from .checkpoint import PROGRESS, Checkpoint, load_checkpoint
+from .batches import Batch, Progress
+from .checkpoint import PROGRESS, Checkpoint, load_checkpoint, preprocess_for
 from .models import CaptionModel
 from .settings import Recipe
 from .state import write_json
@@ -44,6 +44,7 @@ class Helpers:
 
     teacher: Teacher | None = None
     critic: Critic | None = None
+    progress: Progress = lambda phase, done, total: None  # of what is computed before they can help
 
 
 ALONE = Helpers()
@@ -113,6 +114,13 @@ def load_again(path: str, sha256: str, role: str) -> Checkpoint:
     if loaded.sha256 != sha256:
         raise UsageError(f"{path} has changed since this run began with it as {role}: put it back, or begin anew")
     return loaded
+
+
+def teacher_for(recipe: Recipe, loaded: Checkpoint, tokenizer: Tokenizer) -> Teacher:
+    """The checkpoint as teacher of a recipe's captioner; UsageError where it sees or says something else."""
+    if loaded.preprocess != preprocess_for(recipe):
+        raise UsageError(f"{loaded.path} sees photos in another size or form: it cannot teach this captioner")
+    return Teacher(loaded, tokenizer)
 
 
 class Teacher:

@@ -363,12 +363,11 @@ def test_photos_are_embedded_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_critic_that_does_not_know_the_photos_is_refused(tmp_path: Path) -> None:
     examples = list(open_dataset(DATA).splits["train"])
     knowing = towers_critic(kind=Knowing)
-    photos = knowing.photos(examples)
-    knowing.check_knows(examples, photos)
+    knowing.check_knows(examples)
+    photos = np.roll(knowing.photos(examples), 1, axis=0)
+    knowing.photos = lambda examples, progress: photos
     with pytest.raises(UsageError, match="does not know these photos"):
-        knowing.check_knows(examples, np.roll(photos, 1, axis=0))
-    with pytest.raises(UsageError, match="23 photos for 24"):
-        knowing.check_knows(examples, photos[1:])
+        knowing.check_knows(examples)
     with pytest.raises(UsageError, match="no config.json there"):
         Critic.load(tmp_path)
 

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from edgecap.runtime.errors import EdgecapError, UsageError
-from edgecap.train import loop, run
+from edgecap.train import loop, opening, run
 from edgecap.train.cache import cached_rows
 from edgecap.train.checkpoint import PROGRESS, RECIPE, TOKENIZER, WEIGHTS
 from edgecap.train.models import build_model
@@ -101,7 +101,7 @@ def test_what_no_room_foresaw_is_one_line(monkeypatch: pytest.MonkeyPatch, capsy
 def test_a_run_that_never_learnt_frees_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever was written before the first step, the same command begins again."""
     recipe, out = tiny_recipe(ONE_EPOCH), tmp_path / "run"
-    write = run.write_bytes
+    write = opening.write_bytes
 
     def dies_before(name: str):
         def mortal(path: Path, data: bytes) -> None:
@@ -113,10 +113,10 @@ def test_a_run_that_never_learnt_frees_its_folder(tmp_path: Path, monkeypatch: p
         return mortal
 
     for name in (TOKENIZER, RECIPE):
-        monkeypatch.setattr(run, "write_bytes", dies_before(name))
+        monkeypatch.setattr(opening, "write_bytes", dies_before(name))
         with pytest.raises(Killed):
             train(recipe, out)
-    monkeypatch.setattr(run, "write_bytes", write)
+    monkeypatch.setattr(opening, "write_bytes", write)
     (out / ".lock").touch()  # as a kill leaves it
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(loop.Trainer, "_open_data", lambda self, stage: (_ for _ in ()).throw(Killed()))

@@ -17,7 +17,7 @@ from edgecap.train.models import CaptionModel
 from edgecap.train.models.language_model import PHOTO
 from edgecap.train.models.tiles import split
 from edgecap.train.prepare import without_sources
-from edgecap.train.pretrained import open_tokenizer, resolve
+from edgecap.train.opening import open_captions
 from edgecap.train.settings import Recipe
 from edgecap.train.smolvlm import with_vlm
 from edgecap.train.tokenizer import token_ids
@@ -45,7 +45,7 @@ def recipe_of(source: Path, side: int = NATIVE, tile: int = 0) -> Recipe:
 
 
 def open_model(recipe: Recipe) -> tuple[CaptionModel, Recipe, dict[str, int]]:
-    tokenizer, recipe = open_tokenizer(resolve(recipe), [])
+    tokenizer, recipe = open_captions(recipe, [])
     tokens = token_ids(tokenizer, recipe.tokenizer.ids)
     return model_for(recipe, tokens, load_weights=True), recipe, tokens
 

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from edgecap.benchmarks.datasets import open_dataset
 from edgecap.runtime.errors import UsageError
 from edgecap.runtime.tokenizer import Tokenizer
-from edgecap.train import run
+from edgecap.train import loop
 from edgecap.train.batches import Batch, encode_captions
 from edgecap.train.checkpoint import PROGRESS, RECIPE, TOKENIZER, Checkpoint, load_checkpoint, preprocess_for
 from edgecap.train.commands import train as train_command
@@ -106,7 +106,7 @@ def test_a_run_starts_from_a_checkpoint(tmp_path: Path, monkeypatch: pytest.Monk
 
     out = tmp_path / "killed"
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(run, "Trainer", dies)
+        patch.setattr(loop.Trainer, "run", dies)
         train(recipe, out, init=first)
     assert (out / RECIPE).is_file() and not (out / PROGRESS).exists()
     note = json.loads((out / START).read_text())
@@ -130,7 +130,7 @@ def test_refusals_are_one_line(tmp_path: Path) -> None:
     ):
         with pytest.raises(UsageError, match=match) as caught:
             train(recipe, tmp_path / "out", **options)
-        assert "\n" not in caught.value.message
+        assert "\n" not in caught.value.message and not (tmp_path / "out").exists()
     with pytest.raises(UsageError, match="teacher_share = 1.5 is out of range"):
         tiny_recipe({**ONE, "teacher_share": 1.5})
     with pytest.raises(UsageError, match="temperature = 0"):
@@ -138,6 +138,12 @@ def test_refusals_are_one_line(tmp_path: Path) -> None:
     for arguments, text in (
         (["--init", str(first), "--encoder", "x"], "--init brings its own model"),
         (["--init", str(first), "--set", "decoder.hidden=8"], "--init brings its own model"),
+        (["--init", str(first), "--set", "prompt.text=a"], "--init brings its own model"),
+        (["--init", str(first), "--set", "text={}"], "--init brings its own model"),
+        (["--init", str(first), "--no-split-image"], "--init brings its own model"),
+        (["--resume", "--split-image"], "--resume continues a run by its own recipe"),
+        (["--check", "--teacher", str(first)], "--check keeps nothing"),
+        (["--check", "--out", str(tmp_path)], "--check keeps nothing"),
         (["--resume", "--init", str(first)], "--resume continues a run by its own recipe"),
     ):
         result = CliRunner().invoke(train_command, arguments)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ...runtime.errors import UsageError
 from .hub import check_kind, known, pretrained, read_config
 
+IMAGE = "{image}"  # in a prompt's text: where the photo goes
 PHOTO = -1  # in a prompt: here goes an equal share of the photo's embeddings, all of them where it is there once
 COMMON = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, "attn_implementation": "sdpa"}
 # Settings that say nothing about what the model computes, or that the recipe says in its own words.
