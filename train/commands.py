@@ -1,4 +1,4 @@
-"""`edgecap train` and `edgecap eval`."""
+"""`edgecap train`, `edgecap eval` and `edgecap merge`."""
 
 from __future__ import annotations
 
@@ -48,7 +48,9 @@ def _need_train(command: str) -> None:
     "--critic", metavar="CHECKPOINT_OR_CLIP", help="Judges how captions fit their photos: a retrieval run, CLIP."
 )
 @click.option(
-    "--check", is_flag=True, help="Do not train: take one step and tell memory and speed; 1 if it does not fit."
+    "--check",
+    is_flag=True,
+    help="Do not train: take three steps of each stage, tell memory and speed; exit 1 if it does not fit.",
 )
 @click.option("--set", "overrides", metavar="KEY=VALUE", multiple=True, help="Override a recipe key; repeatable.")
 @click.option("--seed", type=click.IntRange(0), help="Seed of weights and order; default: the recipe's.")
@@ -191,7 +193,7 @@ def train(
     "--adapter",
     metavar="RUN",
     type=click.Path(path_type=Path),
-    help="Put this run's adapter on CHECKPOINT; none: take its own off.",
+    help="Put this run's adapter on CHECKPOINT, or the base it learnt on; none: take its own off.",
 )
 @click.option("--critic", metavar="CHECKPOINT_OR_CLIP", help="Also tell how captions fit their photos, by this judge.")
 @click.option("--unfinished-ok", is_flag=True, help="Take a run whose training has not finished.")
@@ -248,7 +250,12 @@ def evaluate(
 @click.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Checkpoint folder.  [default: CHECKPOINT-merged]")
-@click.option("--base", metavar="CHECKPOINT", type=click.Path(path_type=Path), help="Its base, where that has moved.")
+@click.option(
+    "--base",
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    help="Its base, checkpoint or weights, where that has moved.",
+)
 @click.option("--data", metavar="SPEC", help="Photos of the proof; default: what the adapter was trained on.")
 @click.option("--photos", type=click.IntRange(1), default=64, show_default=True, help="Validation photos of the proof.")
 @click.option("--json", "as_json", is_flag=True, help="Print the proof as JSON.")

@@ -355,7 +355,7 @@ class Trainer:
         metrics = {
             "finished": finished,
             "metric": self.metric,
-            "kind": "adapter" if self.recipe.lora.rank else self.recipe.task,
+            "kind": self.recipe.task,
             "best": self.state["best"],
             "history": self.state["history"],
             "seconds": round(self.state["seconds"], 1),
@@ -364,8 +364,11 @@ class Trainer:
             "parameters": {name: count_parameters(part) for name, part in self.model.parts().items()},
         }
         if self.recipe.lora.rank:
-            metrics["base"] = {"checkpoint": self.start.init, "sha256": self.start.sha256}
-            metrics["adapter_parameters"] = sum(tensor.numel() for tensor in model_tensors(self.model).values())
+            metrics |= {
+                "kind": "adapter",
+                "base": {"checkpoint": self.start.init, "sha256": self.start.sha256},
+                "adapter_parameters": sum(tensor.numel() for tensor in model_tensors(self.model).values()),
+            }
         if self.start.pruned:
             metrics["pruned"] = self.start.pruned  # tells how to load what follows
         return metrics
