@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,12 +20,14 @@ from PIL import Image
 from edgecap.runtime.errors import EdgecapError, UsageError
 from edgecap.train import loop, opening, run
 from edgecap.train.cache import cached_rows
-from edgecap.train.checkpoint import PROGRESS, RECIPE, TOKENIZER, WEIGHTS
+from edgecap.train.checkpoint import PROGRESS, RECIPE, TOKENIZER, WEIGHTS, load_checkpoint
 from edgecap.train.models import build_model
 from edgecap.train.prepare import prepare_recipe
+from edgecap.train.recipe import recipe_from_dict
 from edgecap.train.run import train
 from edgecap.train.state import load_progress, write_bytes, write_tensors
 
+from .encoder_parts import PARTS
 from .tiny import ENCODER, tiny_recipe
 
 ONE_EPOCH = {"epochs": 1, "batch_size": 48, "validate_every": 1}
@@ -285,6 +288,57 @@ def test_a_source_brings_its_own_configuration(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="leave out --set encoder.config"):
         overrides = ("encoder.config.depth_multiplier=0.5",)
         prepare_recipe(str(recipe_file(tmp_path)), encoder="some/source", overrides=overrides, **options)
+
+
+def test_a_source_takes_another_photo_size(tmp_path: Path) -> None:
+    PARTS["clip"].source().save_pretrained(tmp_path / "clip")
+    file, stage = tmp_path / "clip.toml", {**ONE_EPOCH, "epochs": 1}
+    whole = tiny_recipe(stage, image_size=48, spec="scenes:train=8,val=4,test=4,size=48").to_dict()
+    encoder = {"kind": "clip", "source": str(tmp_path / "clip"), "config": PARTS["clip"].config}
+    file.write_text(recipe_from_dict({**whole, "encoder": encoder}).to_toml())
+    options: dict[str, Any] = {"data": None, "encoder": None, "skip_bad": False, "seed": None}
+    side = "encoder.config.image_size=48"
+    for more in ({"overrides": (side,)}, {"overrides": (), "image_size": 48}):
+        recipe = prepare_recipe(str(file), **options, **more)
+        assert recipe.encoder.config == {"image_size": 48}
+    assert prepare_recipe(str(file), **options, overrides=()).encoder.config == {}  # 32 would not fit the photos
+    encoder = {**encoder, "config": {**PARTS["clip"].config, "image_size": 48}}
+    file.write_text(recipe_from_dict({**whole, "encoder": encoder}).to_toml())
+    recipe = prepare_recipe(str(file), **options, overrides=())
+    assert recipe.encoder.config == {"image_size": 48}
+    out, _ = train(recipe, tmp_path / "run")
+    assert load_checkpoint(out).recipe.encoder.config["image_size"] == 48
+    with pytest.raises(UsageError, match="leave out --set encoder.config"):
+        prepare_recipe(str(file), **options, overrides=(side, "encoder.config.hidden_size=8"))
+
+
+def test_directories_are_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("models/a", "b"):
+        (tmp_path / name).mkdir(parents=True)
+    overrides = ("text.source=b", "bridge.source=./b", "tokenizer.source=hub/name")
+    options: dict[str, Any] = {"data": None, "skip_bad": False, "seed": None, "overrides": overrides}
+    recipe = prepare_recipe(str(recipe_file(tmp_path)), **options, encoder="models/a", decoder="../" + tmp_path.name)
+    assert recipe.encoder.source == str(tmp_path / "models" / "a") and recipe.decoder["source"] == str(tmp_path)
+    assert recipe.text.source == recipe.bridge["source"] == str(tmp_path / "b")
+    assert recipe.tokenizer.source == "hub/name"
+
+
+@pytest.mark.parametrize(
+    ("more", "match"),
+    [
+        ({"encoder": "x", "from_scratch": True}, "--from-scratch starts without .*: leave out --encoder"),
+        ({"decoder": "x", "vlm": "y"}, "--vlm brings every part: leave out --decoder"),
+        ({"text": "x"}, "--text: a recipe with task = caption has no text tower"),
+        ({"name": "query-bridge", "max_positions": 64}, "--max-seq-len: a recipe with task = retrieval has no decoder"),
+        ({"name": "mobilenetv2-distilgpt2", "max_positions": 64}, "a pretrained gpt2 are learnt"),
+    ],
+)
+def test_options_that_would_not_count_are_refused(more: dict[str, Any], match: str) -> None:
+    options: dict[str, Any] = {"data": None, "encoder": None, "skip_bad": False, "seed": None, "overrides": ()}
+    with pytest.raises(UsageError, match=match) as caught:
+        prepare_recipe(**{"name": "mobilenetv2-gru-small", **options, **more})
+    assert "\n" not in caught.value.message
 
 
 def test_a_source_that_is_not_the_encoder_is_refused(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,8 +17,8 @@ from edgecap.train.checkpoint import model_for
 from edgecap.train.models import CaptionModel
 from edgecap.train.models.language_model import PHOTO
 from edgecap.train.models.tiles import split
-from edgecap.train.prepare import without_sources
 from edgecap.train.opening import open_captions
+from edgecap.train.prepare import prepare_recipe, without_sources
 from edgecap.train.settings import Recipe
 from edgecap.train.smolvlm import with_vlm
 from edgecap.train.tokenizer import token_ids
@@ -146,6 +147,40 @@ def test_sizes_that_the_model_cannot_see_become_its_own(vlm: Path) -> None:
     assert recipe_of(vlm, 32).data.image_size == 32
     split = recipe_of(vlm, 512, 256)
     assert (split.data.image_size, split.encoder.tile) == (96, 48)
+
+
+def test_splitting_is_a_choice_of_the_command_line(vlm: Path, tmp_path: Path) -> None:
+    file, said = tmp_path / "tiny.toml", []
+    file.write_text(tiny_recipe(image_size=32).to_toml())
+    options: dict[str, Any] = {"data": None, "encoder": None, "overrides": (), "skip_bad": False, "seed": None}
+
+    def sizes(name: Path = file, **more: Any) -> tuple[int, int]:
+        recipe = prepare_recipe(str(name), **{**options, "vlm": str(vlm), "say": said.append, **more})
+        return recipe.data.image_size, recipe.encoder.tile
+
+    assert sizes(split=True) == (4 * NATIVE, NATIVE)
+    assert sizes(split=True, image_size=2 * NATIVE) == (2 * NATIVE, NATIVE)
+    assert sizes(split=False) == (32, 0) and sizes() == (32, 0) and not said
+    assert sizes(split=True, from_scratch=True) == (4 * NATIVE, NATIVE)
+    tiled = tmp_path / "tiled.toml"
+    recipe = prepare_recipe(str(file), **{**options, "vlm": str(vlm), "split": True})
+    tiled.write_text(recipe.to_toml())
+    assert sizes(tiled, vlm=None) == (4 * NATIVE, NATIVE) and sizes(tiled, vlm=None, split=False) == (NATIVE, 0)
+    _, recipe, _ = open_model(prepare_recipe(str(tiled), **options, split=True, image_size=2 * NATIVE))
+    assert recipe.bridge["frames"] == 5
+    for more, match in (
+        ({"split": True, "vlm": None}, "--split-image: a mobilenet_v2 encoder splits no photos"),
+        ({"split": False, "vlm": None}, "--no-split-image: a mobilenet_v2"),
+        ({"split": True, "image_size": NATIVE}, f"photos of {NATIVE} px are not whole tiles of {NATIVE}, two a side"),
+        ({"split": True, "image_size": 100}, "photos of 100 px are not whole tiles"),
+        ({"split": False, "image_size": 96}, f"at most {NATIVE} px, not 96"),
+        ({"image_size": 96}, f"--image-longest-edge 96: .* sees photos of {NATIVE} px; give that, or --split-image"),
+    ):
+        with pytest.raises(UsageError, match=match):
+            sizes(**more)
+    assert (
+        sizes(overrides=("data.image_size=96",)) == (NATIVE, 0) and f"data.image_size is {NATIVE}, not 96" in said[-1]
+    )
 
 
 def test_from_scratch_it_has_the_sizes_of_its_source(vlm: Path) -> None:
