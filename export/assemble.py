@@ -30,9 +30,10 @@ def assemble(
     recipe = loaded.recipe.to_dict()
     # What a user's folders are called is nobody's business on another machine.
     recipe["data"]["spec"] = public_spec(recipe["data"]["spec"])
-    source = recipe["encoder"].get("source") or ""
-    if source.startswith(("/", ".", "~")) or Path(source).exists():
-        recipe["encoder"]["source"] = Path(source).name
+    for table in ("tokenizer", "encoder", "bridge", "decoder", "text"):
+        source = recipe[table].get("source") or ""
+        if source.startswith(("/", ".", "~")) or (source and Path(source).exists()):
+            recipe[table]["source"] = Path(source).name
     tokenizer = loaded.tokenizer.inner.to_str(pretty=False).encode()
     files = {**artifact.files, "tokenizer.json": tokenizer, **golden.files()}
     label, chosen = target

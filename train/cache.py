@@ -18,17 +18,12 @@ from typing import Any
 import numpy as np
 
 from ..benchmarks.datasets import Example
+from ..benchmarks.datasets.streamed import cache_folder
 from ..runtime.errors import EdgecapError
 from ..runtime.preprocess import Preprocess
 
 CHUNK = 16  # rows computed together: larger batches fall out of the processor's caches
 FLUSH = 512  # rows between two flushes to the disk
-
-
-def cache_folder() -> Path:
-    """Where caches live: $EDGECAP_CACHE, else the user's cache folder."""
-    base = os.environ.get("EDGECAP_CACHE")
-    return Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "edgecap"
 
 
 def cache_key(**parts: Any) -> str:

@@ -14,10 +14,11 @@ from ..runtime.preprocess import Preprocess
 from ..runtime.tokenizer import Tokenizer
 from .models import CaptionModel, build_model
 from .models.towers import build_towers
+from .prepare import with_places
 from .recipe import recipe_from_dict
 from .settings import Recipe
 from .shapes import shrink_to
-from .state import ADAPTER, WEIGHTS, load_model_tensors, read_weights
+from .state import ADAPTER, WEIGHTS, fingerprint, load_model_tensors, model_tensors, read_weights
 from .tokenizer import token_ids
 
 RECIPE, TOKENIZER, METRICS = "recipe.toml", "tokenizer.json", "metrics.json"
@@ -43,12 +44,19 @@ class Checkpoint:
 
 
 def load_checkpoint(
-    path: str | Path, *, unfinished_ok: bool = False, base: Path | None = None, full_precision: bool = False
+    path: str | Path,
+    *,
+    unfinished_ok: bool = False,
+    base: Path | None = None,
+    full_precision: bool = False,
+    moved: str = "",
+    on: Any = None,
 ) -> Checkpoint:
     """Load a checkpoint directory; UsageError where it is none, is damaged, or its training has not finished.
 
-    An adapter run is loaded onto its base, which lies where it lay then or at `base`; full_precision: not in 4 bits,
-    also where the adapter learnt so.
+    An adapter run is loaded onto its base, which lies where it lay then or at `base`, a checkpoint or, where it began
+    on pretrained parts, their directory; full_precision: not in 4 bits, also where the adapter learnt so; moved: how
+    the user can say where a base is that is gone; on: the base, where it has been loaded already.
     """
     path = Path(path)
     for name in (RECIPE, TOKENIZER):
@@ -66,7 +74,11 @@ def load_checkpoint(
     tokens = token_ids(tokenizer.inner, recipe.tokenizer.ids)
     tensors = read_weights(path)
     if recipe.lora.rank:
-        model = _adapted(path, recipe, tokens, metrics, base, full_precision)
+        from .lora import add_adapters
+
+        model = on if on is not None else _base(path, recipe, tokens, metrics, base, moved)
+        add_adapters(model, replace(recipe.lora, bits=0) if full_precision else recipe.lora)
+        model.eval()
     else:
         model = model_for(recipe, tokens, load_weights=False)
         if metrics.get("pruned"):
@@ -78,38 +90,46 @@ def load_checkpoint(
     return Checkpoint(path, recipe, model, tokenizer, tokens, preprocess_for(recipe), metrics, digest)
 
 
-def _adapted(
-    path: Path, recipe: Recipe, tokens: dict[str, int], metrics: dict[str, Any], base: Path | None, full: bool
+def _base(
+    path: Path, recipe: Recipe, tokens: dict[str, int], metrics: dict[str, Any], base: Path | None, moved: str
 ) -> Any:
-    """The base of an adapter run with adapters that have learnt nothing yet."""
-    from .lora import add_adapters
-
+    """The base of an adapter run, see `load_checkpoint`."""
     known = metrics.get("base")
     if not isinstance(known, dict) or not {"checkpoint", "sha256"} <= set(known):
         raise UsageError(f"{path / METRICS} does not say which base the adapter belongs to: restore it, or train again")
-    model, _ = base_model(recipe, tokens, str(base or known["checkpoint"]), known["sha256"], f"the adapter of {path}")
-    add_adapters(model, replace(recipe.lora, bits=0) if full else recipe.lora)
-    return model.eval()
+    place, whose = known["checkpoint"], f"the adapter of {path}"
+    if base is not None and place:
+        if not (base / RECIPE).is_file():
+            raise UsageError(f"{base} is not a checkpoint: {RECIPE} is missing; give the base of {whose}")
+        place = str(base)
+    elif base is not None:
+        parts = {recipe.encoder.source, recipe.bridge.get("source"), recipe.decoder.get("source")}
+        if len(parts) > 1:
+            raise UsageError(
+                f"{whose} began on weights of several places: put them back at {', '.join(map(str, parts))}"
+            )
+        recipe = with_places(recipe, lambda source: str(base) if source in parts else source)
+    return base_model(recipe, tokens, place, known["sha256"], whose, moved)[0]
 
 
-def base_model(recipe: Recipe, tokens: dict[str, int], path: str, sha256: str, whose: str) -> tuple[Any, str]:
+def base_model(
+    recipe: Recipe, tokens: dict[str, int], path: str, sha256: str, whose: str, moved: str = ""
+) -> tuple[Any, str]:
     """What adapters are put on, and its hash: the checkpoint at `path`, or, if that is empty, the recipe's sources.
 
     sha256: what the hash must be ("": anything); UsageError where the base is gone or another one now.
     """
     if path and not (Path(path) / RECIPE).is_file():
-        raise UsageError(f"the base of {whose} is gone: put it back at {path}, or say where it is")
+        raise UsageError(f"the base of {whose} is gone: put it back at {path}{', or ' if moved else ''}{moved}")
     if path:
         loaded = load_checkpoint(path)
         model, digest = loaded.model, loaded.sha256
     else:
         import torch
 
-        from .lora import fingerprint
-
         torch.manual_seed(recipe.seed)
         model = model_for(recipe, tokens, load_weights=True)
-        digest = fingerprint(model)
+        digest = fingerprint(model_tensors(model))
     if sha256 not in ("", digest):
         where = path or "what the recipe's sources give"
         raise UsageError(f"{where} is not the base of {whose}, or has changed since: put that back")

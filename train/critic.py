@@ -23,6 +23,7 @@ from ..runtime.errors import UsageError
 from ..runtime.preprocess import Preprocess
 from .batches import Progress
 from .cache import cache_key, cached_rows, load_pixels
+from .state import fingerprint
 from .tokenizer import caption_text
 from .validate import most_frequent_caption
 
@@ -137,7 +138,7 @@ class Critic:
                 raise UsageError(f"critic {source} is a captioner: give a retrieval checkpoint or a CLIP")
             return cls(TowersJudge(loaded), str(source), loaded.sha256)
         judge = ClipJudge(str(source))
-        return cls(judge, str(source), _digest(judge.model))
+        return cls(judge, str(source), fingerprint(judge.model.state_dict(), shapes=False))
 
     @property
     def scale(self) -> float:
@@ -331,12 +332,4 @@ def _identity(examples: Sequence[Example]) -> str:
     digest = hashlib.sha256(json.dumps(told).encode())
     if examples[0].path is None:
         digest.update(examples[0].jpeg())
-    return digest.hexdigest()
-
-
-def _digest(model: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

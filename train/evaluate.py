@@ -33,27 +33,14 @@ def evaluate(
 ) -> dict[str, Any]:
     """Score a checkpoint on a split in torch, with the metrics that `edgecap bench` gives for a bundle.
 
-    adapter: a run whose adapter the checkpoint, its base, gets first; "none": an adapter run without its own. critic:
-    see `run.train`.
+    adapter: a run whose adapter the checkpoint, its base, gets first (none: the base it was trained on); "none": an
+    adapter run without its own. critic: see `run.train`. checkpoint: None is the newest finished run.
     """
-    checkpoint = checkpoint or latest_run(finished=None if unfinished_ok else True)
-    if checkpoint is None:
-        raise UsageError(f"no finished run under {RUNS}: train one with edgecap train, or name a checkpoint")
-    record: dict[str, Any] = {"checkpoint": str(checkpoint)}
-    if adapter is None:
-        loaded = load_checkpoint(checkpoint, unfinished_ok=unfinished_ok)
-        record["sha256"] = loaded.sha256
-    elif str(adapter) == NO_ADAPTER:
-        require_adapter(checkpoint)
-        loaded = load_checkpoint(checkpoint, unfinished_ok=unfinished_ok)
-        switch_off(loaded.model)
-        record |= {"sha256": loaded.metrics["base"]["sha256"], "adapter": NO_ADAPTER}
-    else:
-        require_adapter(adapter)
-        refuse_adapter(checkpoint)
-        loaded = load_checkpoint(adapter, unfinished_ok=unfinished_ok, base=checkpoint)
-        record |= {"sha256": loaded.metrics["base"]["sha256"]}
-        record |= {"adapter": str(adapter), "adapter_sha256": loaded.sha256}
+    loaded, record = _load(checkpoint, adapter, unfinished_ok)
+    if loaded.recipe.task == "retrieval" and (critic or any(value is not None for value in decoding.values())):
+        raise UsageError(
+            f"{loaded.path} is a retrieval model and says no captions: leave out --beam, --length-penalty and --critic"
+        )
     data = open_dataset(spec or loaded.recipe.data.spec, skip_bad=loaded.recipe.data.skip_bad)
     if split not in data.splits or not len(data.splits[split]):
         raise UsageError(f"{data.spec} has no photos in split {split!r}; splits: {', '.join(data.splits)}")
@@ -74,6 +61,32 @@ def evaluate(
 
         scores["alignment"] = alignment_scores(Critic.load(critic), captions, examples, data, progress)
     return {**record, "scores": scores}
+
+
+def _load(checkpoint: Path | None, adapter: Path | None, unfinished_ok: bool) -> tuple[Checkpoint, dict[str, Any]]:
+    """What is scored, and how the record names it."""
+    if adapter is not None and str(adapter) != NO_ADAPTER:
+        require_adapter(adapter)
+        if checkpoint is not None:
+            refuse_adapter(checkpoint)
+        moved = f"name where it is: edgecap eval BASE --adapter {adapter}"
+        loaded = load_checkpoint(adapter, unfinished_ok=unfinished_ok, base=checkpoint, moved=moved)
+        base = loaded.metrics["base"]
+        place = checkpoint or base["checkpoint"] or loaded.recipe.decoder["source"]
+        record = {"checkpoint": str(place), "sha256": base["sha256"]}
+        return loaded, {**record, "adapter": str(adapter), "adapter_sha256": loaded.sha256}
+    checkpoint = checkpoint or latest_run(finished=None if unfinished_ok else True)
+    if checkpoint is None:
+        raise UsageError(f"no finished run under {RUNS}: train one with edgecap train, or name a checkpoint")
+    if adapter is not None:
+        require_adapter(checkpoint)
+    moved = f"name where it is: edgecap eval BASE --adapter {checkpoint}"
+    loaded = load_checkpoint(checkpoint, unfinished_ok=unfinished_ok, moved=moved)
+    record = {"checkpoint": str(checkpoint), "sha256": loaded.sha256}
+    if adapter is not None:
+        switch_off(loaded.model)
+        record |= {"sha256": loaded.metrics["base"]["sha256"], "adapter": NO_ADAPTER}
+    return loaded, record
 
 
 def _captions(

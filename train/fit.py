@@ -22,7 +22,7 @@ from .batches import Progress
 from .checkpoint import TOKENIZER
 from .lora import count_parameters
 from .memory import forget_peak, free_memory, peak_memory, too_large
-from .opening import TASKS, open_helpers, open_model, open_run, precision
+from .opening import TASKS, Made, open_helpers, open_model, open_run, precision
 from .report import TrainingLog
 from .settings import Recipe, Stage
 from .start import read_start
@@ -76,16 +76,16 @@ def check_fit(
         out.mkdir()
         accelerator = Accelerator(mixed_precision=precision(recipe))
         device = accelerator.device
-        _, recipe = open_run(recipe, data, out, init=init, critic=critic, trains=False)
+        free, made = free_memory(device), Made()
+        _, recipe = open_run(recipe, data, out, init=init, critic=critic, trains=False, made=made)
         tokenizer, start = Tokenizer.load(out / TOKENIZER).inner, read_start(out)
-        free = free_memory(device)
-        model = open_model(recipe, tokenizer, out, begun=False)
+        model = open_model(recipe, tokenizer, out, False, made)
         counts = {name: count_parameters(part) for name, part in model.parts().items()}
         fit = Fit(recipe.name, device.type, counts, free)
         probe = _probe(TASKS[recipe.task].trainer)
         trainer = probe(
             recipe, model, tokenizer, data, out, accelerator, progress, TrainingLog(None, print),
-            start=start, helpers=open_helpers(recipe, start, tokenizer),
+            start=start, helpers=open_helpers(recipe, start, tokenizer, progress, made),
         )  # fmt: skip
         for stage in recipe.stages:
             if stage.objective == "distill":

@@ -20,6 +20,7 @@ from ..runtime.decode import never_said
 from ..runtime.errors import UsageError
 from .batches import Batch
 from .models import CaptionModel
+from .objective import Objective
 from .settings import Recipe, Stage
 from .start import Helpers
 from .tokenizer import token_ids
@@ -53,7 +54,7 @@ def diversity_loss(said: Tensor) -> Tensor:
     return torch.logsumexp(-SPREAD * apart, 0) - torch.log(torch.tensor(float(len(apart))))
 
 
-class Guided:
+class Guided(Objective):
     """Cross-entropy on all captions of a batch; the critic's losses on one caption of each photo, drawn anew each step.
 
     The stage's `alignment`, `contrast` and `diversity` are their weights; for a weight of 0 nothing is computed. Each
@@ -66,16 +67,13 @@ class Guided:
     ) -> None:
         if helpers.critic is None:
             raise UsageError("objective = guided needs --critic CHECKPOINT_OR_CLIP")
-        self.critic, self.smoothing = helpers.critic, stage.label_smoothing
+        super().__init__(recipe, stage, tokenizer, examples, helpers)
+        self.critic = helpers.critic
         self.weights = {"alignment": stage.alignment, "contrast": stage.contrast, "diversity": stage.diversity}
         self.special = token_ids(tokenizer, recipe.tokenizer.ids)
         self.photos = torch.tensor(self.critic.photos(examples, helpers.progress))  # [N, D]
         self.critic.read_with(tokenizer, self.special)
         self.hard = True
-
-    def count(self, ids: Tensor) -> int:
-        """What the batch's loss is divided by: its target words."""
-        return int((ids[:, :, 1:] >= 0).sum())
 
     def loss(self, model: CaptionModel, forward: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         """As CrossEntropy.loss; the log gets the mean cosine and each loss that has a weight."""

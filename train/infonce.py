@@ -2,35 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from ..benchmarks.datasets import Example
 from .batches import Batch
 from .models.towers import TwoTowers
-from .settings import Recipe, Stage
-from .start import ALONE, Helpers
+from .objective import Objective
 
 
-class InfoNCE:
+class InfoNCE(Objective):
     """Symmetric InfoNCE (van den Oord et al. 2018, arXiv:1807.03748) in CLIP's form (arXiv:2103.00020).
 
     The negatives are the piece's: with `accumulate` = 8 and a batch of 64, each photo is told from 7 others. A caption
     that is word for word another photo's, too, is no negative of it.
     """
-
-    def __init__(
-        self,
-        recipe: Recipe,
-        stage: Stage,
-        tokenizer: Tokenizer,
-        examples: Sequence[Example],
-        helpers: Helpers = ALONE,
-    ) -> None:
-        self.smoothing = stage.label_smoothing
 
     def count(self, ids: Tensor) -> int:
         """What the batch's loss is divided by: its photos."""

@@ -31,6 +31,7 @@ from .report import TrainingLog
 from .settings import Recipe, Stage
 from .start import ALONE, Helpers, Start
 from .state import (
+    digest,
     load_model_tensors,
     load_progress,
     model_tensors,
@@ -387,14 +388,8 @@ def _mix(*parts: int) -> int:
 
 
 def _encoder_digest(encoder: Any, kind: str) -> str:
-    weights = [_digest(tensor) for tensor in model_tensors(encoder).values()]
+    weights = [digest(tensor) for tensor in model_tensors(encoder).values()]
     return cache_key(weights=weights, kind=kind, settings=encoder.settings(), read=encoder.read.__name__)
-
-
-def _digest(tensor: torch.Tensor) -> str:
-    import hashlib
-
-    return hashlib.sha256(tensor.detach().cpu().contiguous().numpy().tobytes()).hexdigest()
 
 
 def _exchange(accelerator: Accelerator, forward: torch.nn.Module, sync: bool) -> Any:

@@ -5,7 +5,6 @@ LoRA: Hu et al. 2021, arXiv:2106.09685. QLoRA, the frozen weights in 4 bits: Det
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from pathlib import Path
 from typing import Any
@@ -146,15 +145,6 @@ def _ours(name: str) -> str:
 # --- the model under the adapters ----------------------------------------------------------------------------------
 
 
-def fingerprint(model: nn.Module) -> str:
-    """SHA-256 over names and values of everything a model stores."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model_tensors(model).items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
 @torch.no_grad()
 def merged_tensors(model: CaptionModel) -> dict[str, Tensor]:
     """What `state.model_tensors` would give without adapters, each added to the float32 weights under it.
@@ -186,6 +176,18 @@ def switch_off(model: CaptionModel) -> None:
     for module in model.modules():
         if isinstance(module, LoraLayer):
             module.enable_adapters(False)
+
+
+def take_off(model: CaptionModel) -> CaptionModel:
+    """The base alone again, in place; it must not be in 4 bits."""
+    from peft.tuners.lora import LoraLayer
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LoraLayer):
+            model.set_submodule(name, module.base_layer)
+    del model.decoder.lm.peft_config
+    model.stores, model.frozen_parts = None, ()
+    return model
 
 
 def count_parameters(module: nn.Module) -> int:

@@ -16,7 +16,7 @@ from ..runtime.errors import EdgecapError, UsageError
 from .batches import Batch, Progress, encode_captions
 from .cache import load_pixels
 from .checkpoint import METRICS, RECIPE, TOKENIZER, Checkpoint, load_checkpoint, read_metrics, read_recipe
-from .lora import merged_tensors
+from .lora import merged_tensors, take_off
 from .models import CaptionModel
 from .settings import Lora
 from .state import WEIGHTS, write_bytes, write_json, write_tensors
@@ -42,9 +42,10 @@ def merge_adapter(
     `SAME` it is removed. base: where the run's base lies now. data: spec, default what the run was trained on.
     Raises UsageError for what cannot be merged as asked, EdgecapError where the proof fails.
     """
-    out = out or run.with_name(f"{run.resolve().name}-merged")
+    named = run if run.name not in ("", "..") else run.resolve()
+    out = out or named.with_name(f"{named.resolve().name}-merged")
     _check(run, out)
-    loaded = load_checkpoint(run, base=base, full_precision=True)
+    loaded = load_checkpoint(run, base=base, full_precision=True, moved="say where it is with --base")
     examples = _photos(loaded, data, photos)
     with folder_beside(out) as folder:
         write_tensors(folder / WEIGHTS, merged_tensors(loaded.model), {"format": "pt"})
@@ -62,9 +63,8 @@ def merge_adapter(
             )
         metrics["merged"]["proof"] = proof
         if loaded.recipe.lora.bits:
-            metrics["merged"]["from_4_bits"] = compare(
-                load_checkpoint(run, base=base), merged.model, examples, progress
-            )
+            learnt = load_checkpoint(run, on=take_off(loaded.model))
+            metrics["merged"]["from_4_bits"] = compare(learnt, merged.model, examples, progress)
         write_json(folder / METRICS, metrics)
         try:
             os.replace(folder, out)

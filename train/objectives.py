@@ -18,6 +18,7 @@ from .batches import Batch
 from .guided import Guided
 from .infonce import InfoNCE
 from .models import CaptionModel
+from .objective import Objective
 from .settings import Recipe, Stage
 from .start import ALONE, Helpers
 from .tokenizer import caption_text, token_ids
@@ -25,30 +26,16 @@ from .tokenizer import caption_text, token_ids
 END = "</s>"  # the end of a sentence is a word of the reward's n-grams, or captions learn to stop anywhere
 
 
-class CrossEntropy:
+class CrossEntropy(Objective):
     """Next-word cross-entropy with label smoothing (Szegedy et al. 2016)."""
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        stage: Stage,
-        tokenizer: Tokenizer,
-        examples: Sequence[Example],
-        helpers: Helpers = ALONE,
-    ) -> None:
-        self.smoothing = stage.label_smoothing
-
-    def count(self, ids: Tensor) -> int:
-        """What the batch's loss is divided by: its target words."""
-        return int((ids[:, :, 1:] >= 0).sum())
-
     def loss(self, model: CaptionModel, forward: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
-        """The summed loss of a piece of a batch, and figures for the log. `forward` is the model, wrapped or not."""
+        """See Objective.loss."""
         logits = forward(batch.inputs, batch.keep, **batch.view)  # [K, V]
         return F.cross_entropy(logits.float(), batch.targets, reduction="sum", label_smoothing=self.smoothing), {}
 
 
-class Distillation:
+class Distillation(Objective):
     """Cross-entropy mixed with the teacher's word distribution at a temperature T (Hinton et al. 2015,
     arXiv:1503.02531, with their factor T²), and with `match` the distance to what the teacher's encoder sees
     (Romero et al. 2015, arXiv:1412.6550)."""
@@ -56,12 +43,9 @@ class Distillation:
     def __init__(
         self, recipe: Recipe, stage: Stage, tokenizer: Tokenizer, examples: Sequence[Example], helpers: Helpers
     ) -> None:
-        self.smoothing, self.share, self.temperature = stage.label_smoothing, stage.teacher_share, stage.temperature
+        super().__init__(recipe, stage, tokenizer, examples, helpers)
+        self.share, self.temperature = stage.teacher_share, stage.temperature
         self.match, self.teacher = stage.match, helpers.teacher
-
-    def count(self, ids: Tensor) -> int:
-        """What the batch's loss is divided by: its target words."""
-        return int((ids[:, :, 1:] >= 0).sum())
 
     def loss(self, model: CaptionModel, forward: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         """As CrossEntropy.loss; the log gets the divergence from the teacher in nats a word."""
@@ -86,7 +70,7 @@ class Distillation:
         return loss, figures
 
 
-class SelfCritical:
+class SelfCritical(Objective):
     """REINFORCE on CIDEr-D (Rennie et al. 2017, arXiv:1612.00563); each sample's baseline is the mean reward of the
     photo's other samples (Luo 2020, arXiv:2003.09971)."""
 
@@ -98,6 +82,7 @@ class SelfCritical:
         examples: Sequence[Example],
         helpers: Helpers = ALONE,
     ) -> None:
+        super().__init__(recipe, stage, tokenizer, examples, helpers)
         self.samples, self.max_length = max(2, stage.samples), recipe.tokenizer.max_length
         self.tokenizer, self.special = tokenizer, token_ids(tokenizer, recipe.tokenizer.ids)
         self.forbidden = list(never_said(self.special))

@@ -35,7 +35,18 @@ from .pretrained import open_tokenizer, resolve
 from .settings import Recipe
 from .shapes import shrink_to
 from .smolvlm import around_photo, check_length, with_frames
-from .start import START, Helpers, Start, check_helpers, load_again, read_start, teacher_for, with_parts, write_start
+from .start import (
+    START,
+    Helpers,
+    Start,
+    Teacher,
+    check_helpers,
+    load_again,
+    read_start,
+    teacher_for,
+    with_parts,
+    write_start,
+)
 from .state import load_progress, write_bytes
 from .tokenizer import caption_text, token_ids
 from .towers import TowersTrainer, open_texts
@@ -62,6 +73,15 @@ class Task:
 TASKS = {"caption": Task(open_captions, Trainer), "retrieval": Task(open_texts, TowersTrainer)}
 
 
+@dataclass
+class Made:
+    """What a process made to see that a run can begin, so that it is not made twice."""
+
+    model: Any = None
+    teacher: Teacher | None = None
+    critic: Critic | None = None
+
+
 def open_run(
     recipe: Recipe,
     data: Dataset,
@@ -73,12 +93,13 @@ def open_run(
     critic: str | None = None,
     trains: bool = True,
     progress: Progress = QUIET,
+    made: Made | None = None,
 ) -> tuple[bool, Recipe]:
     """Has the run in `out` begun to learn? If not, its tokenizer and resolved recipe are written (anew), once it is
     clear that all of its stages can run.
 
     trains: false to measure memory and speed, where no teacher is needed and neither base nor critic need know
-    anything.
+    anything; made: gets the model and the helpers, for `open_model` and `open_helpers`.
     """
     if (out / PROGRESS).is_file():
         return True, recipe
@@ -104,6 +125,7 @@ def open_run(
         if recipe.lora.rank:
             model, base = base_model(recipe, tokens, "", "", f"the adapter of {out}")
         else:
+            torch.manual_seed(recipe.seed)
             model = model_for(recipe, tokens, load_weights=True)
         for name in ("encoder", "text"):
             settings, part = getattr(recipe, name), model.parts().get(name)
@@ -111,8 +133,9 @@ def open_run(
                 recipe = dataclasses.replace(recipe, **{name: dataclasses.replace(settings, config=part.settings())})
     if recipe.lora.rank:
         add_adapters(model, recipe.lora, seed=recipe.seed)
-    if master is not None:
-        teacher_for(recipe, master, tokenizer)
+    made = made or Made()
+    made.model, made.critic = model, judge
+    made.teacher = None if master is None else teacher_for(recipe, master, tokenizer)
     if trains:
         _refuse_too_large(recipe, model)
         if judge is not None and any(stage.objective == "guided" for stage in recipe.stages):
@@ -124,8 +147,13 @@ def open_run(
     return False, read_recipe(out)
 
 
-def open_model(recipe: Recipe, tokenizer: tokenizers.Tokenizer, out: Path, begun: bool) -> Any:
+def open_model(
+    recipe: Recipe, tokenizer: tokenizers.Tokenizer, out: Path, begun: bool, made: Made | None = None
+) -> Any:
     """The model as the run begins or goes on: a pruned one has the shapes of its weights, an adapter its base."""
+    if made and made.model is not None:
+        return made.model
+    torch.manual_seed(recipe.seed)
     start, tokens = read_start(out), token_ids(tokenizer, recipe.tokenizer.ids)
     if recipe.lora.rank:
         model, _ = base_model(recipe, tokens, start.init, start.sha256, f"the adapter of {out}")
@@ -141,12 +169,18 @@ def open_model(recipe: Recipe, tokenizer: tokenizers.Tokenizer, out: Path, begun
     return model
 
 
-def open_helpers(recipe: Recipe, start: Start, tokenizer: tokenizers.Tokenizer, progress: Progress = QUIET) -> Helpers:
+def open_helpers(
+    recipe: Recipe,
+    start: Start,
+    tokenizer: tokenizers.Tokenizer,
+    progress: Progress = QUIET,
+    made: Made | None = None,
+) -> Helpers:
     """The teacher and the critic that the run began with."""
-    teacher = critic = None
-    if start.teacher:
+    teacher, critic = (made.teacher, made.critic) if made else (None, None)
+    if start.teacher and teacher is None:
         teacher = teacher_for(recipe, load_again(start.teacher, start.teacher_sha256, "teacher"), tokenizer)
-    if start.critic:
+    if start.critic and critic is None:
         critic = Critic.load(start.critic)
         if critic.sha256 != start.critic_sha256:
             raise UsageError(f"{start.critic} has changed since this run began with it as critic: put it back")

@@ -7,7 +7,6 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
 
@@ -16,7 +15,7 @@ from ..runtime.errors import EdgecapError, UsageError
 from ..runtime.tokenizer import Tokenizer
 from .batches import Progress
 from .checkpoint import PROGRESS, RECIPE, TOKENIZER, read_metrics, read_recipe
-from .opening import TASKS, open_helpers, open_model, open_run, precision
+from .opening import TASKS, Made, open_helpers, open_model, open_run, precision
 from .report import TrainingLog
 from .settings import Recipe
 from .start import START, read_start
@@ -70,11 +69,11 @@ def train(
         if main:
             _tell_data(data, say)
         given = {"resume": resume, "init": init, "teacher": teacher, "critic": critic, "progress": progress}
-        begun, recipe = _from_main(lambda: open_run(recipe, data, out, **given))
+        made = Made()
+        begun, recipe = _from_main(lambda: open_run(recipe, data, out, made=made, **given))
         tokenizer, start = Tokenizer.load(out / TOKENIZER).inner, read_start(out)
-        torch.manual_seed(recipe.seed)
-        model = open_model(recipe, tokenizer, out, begun)
-        helpers = open_helpers(recipe, start, tokenizer, progress)
+        model = open_model(recipe, tokenizer, out, begun, made)
+        helpers = open_helpers(recipe, start, tokenizer, progress, made)
         log = TrainingLog(out if main else None, say)
         trainer = TASKS[recipe.task].trainer(
             recipe, model, tokenizer, data, out, accelerator, progress, log, start=start, helpers=helpers

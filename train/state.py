@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,24 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
         seen.add(place)
         kept[name] = tensor
     return kept
+
+
+def digest(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's values."""
+    return hashlib.sha256(_raw(tensor)).hexdigest()
+
+
+def fingerprint(tensors: Mapping[str, Tensor], *, shapes: bool = True) -> str:
+    """SHA-256 over names and values, by default also shapes and types, of what a model stores."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode() if shapes else name.encode())
+        found.update(_raw(tensor))
+    return found.hexdigest()
+
+
+def _raw(tensor: Tensor) -> Any:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
 
 
 def load_model_tensors(model: nn.Module, tensors: dict[str, Tensor], where: str) -> None:

@@ -22,7 +22,7 @@ from .loop import Trainer
 from .models.hub import reading
 from .models.towers import TwoTowers
 from .settings import Recipe, Stage
-from .state import model_tensors
+from .state import digest, model_tensors
 from .tokenizer import caption_text, train_tokenizer
 
 PHOTOS = 64  # embedded together
@@ -88,7 +88,7 @@ def text_vectors(model: TwoTowers, texts: Sequence[str], phase: str, progress: P
     key = cache_key(
         kind="texts",
         texts=_hash("\n".join(texts).encode()),
-        tower=[_hash(tensor.detach().cpu().contiguous().numpy().tobytes()) for tensor in model_tensors(tower).values()],
+        tower=[digest(tensor) for tensor in model_tensors(tower).values()],
         settings=tower.settings(),
         pool=tower.pool,
         tokenizer=_hash(tokenizer.to_str().encode() if tokenizer else b""),

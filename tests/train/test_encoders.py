@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from edgecap.runtime.errors import UsageError
 from edgecap.train.models import ENCODERS, build_model
 from edgecap.train.models.encoders import Encoder
+from edgecap.train.state import digest, fingerprint
 
 from .encoder_parts import PARTS, SIDE, Part, drawn
 
@@ -190,6 +192,17 @@ def test_a_captioner_is_built_of_each(part: Part) -> None:
         )
         with torch.no_grad():
             assert model.memory(pixels=torch.from_numpy(drawn(2))).shape == (2, rows, 16)
+
+
+def test_hashes_are_of_names_and_values_and_stay_what_they_are() -> None:
+    """Caches of hours and runs that go on are found by them."""
+    tensors = {"b": torch.arange(6.0).view(2, 3).T, "a": torch.tensor(2, dtype=torch.int64)}
+    raw = {name: tensor.contiguous().numpy().tobytes() for name, tensor in tensors.items()}
+    assert digest(tensors["b"]) == hashlib.sha256(raw["b"]).hexdigest()
+    named = b"a" + raw["a"] + b"b" + raw["b"]
+    assert fingerprint(tensors, shapes=False) == hashlib.sha256(named).hexdigest()
+    told = b"a () torch.int64\n" + raw["a"] + b"b (3, 2) torch.float32\n" + raw["b"]
+    assert fingerprint(tensors) == hashlib.sha256(told).hexdigest()
 
 
 def test_features_are_cached_apart() -> None:

@@ -1,130 +1,42 @@
-"""The guided losses act on what the model says, and the critic hears what was said."""
+"""The guided losses act on what the model says, and a run keeps its critic."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import processors
 
-from edgecap.benchmarks.datasets import Example, open_dataset
+from edgecap.benchmarks.datasets import open_dataset
 from edgecap.runtime.errors import UsageError
-from edgecap.runtime.preprocess import Preprocess
 from edgecap.train import loop
 from edgecap.train.batches import Batch, encode_captions
 from edgecap.train.checkpoint import load_checkpoint
-from edgecap.train.critic import GENERIC, Critic, TowersJudge, alignment_lines, alignment_scores
+from edgecap.train.critic import Critic
 from edgecap.train.evaluate import evaluate, score_lines
 from edgecap.train.guided import Guided, alignment_loss, contrast_loss, diversity_loss
-from edgecap.train.models.bridges import LinearBridge
-from edgecap.train.models.towers import Head, TextTower, TwoTowers
 from edgecap.train.prepare import prepare_recipe
 from edgecap.train.recipe import recipe_from_dict
 from edgecap.train.run import train
 from edgecap.train.settings import Stage
 from edgecap.train.start import START, Helpers
 from edgecap.train.state import WEIGHTS
-from edgecap.train.tokenizer import caption_text, token_ids, train_tokenizer
+from edgecap.train.tokenizer import caption_text, train_tokenizer
 
+from .critic_parts import DATA, LOSSES, QUIET, Knowing, captions_of, clip_folder, towers_critic, wordpiece
 from .parts import save_gpt2
 from .tiny import ENCODER, SIZE, tiny_model, tiny_recipe
-
-DATA = "scenes:train=24,val=6,test=8,size=64"
-QUIET: Callable[..., None] = lambda *_: None  # noqa: E731
-LOSSES = ("alignment", "contrast", "diversity")
 
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EDGECAP_CACHE", str(tmp_path / "cache"))
-
-
-def captions_of(split: str = "train") -> list[str]:
-    return [caption_text(c) for e in open_dataset(DATA).splits[split] for c in e.captions]
-
-
-def wordpiece(size: int) -> Tokenizer:
-    inner = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    inner.normalizer, inner.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-    inner.train_from_iterator(captions_of(), trainers.WordPieceTrainer(vocab_size=size, special_tokens=special))
-    return inner
-
-
-def towers_critic(pieces: int = 400, kind: type[Critic] = Critic) -> Critic:
-    """Two small towers with random weights, spread so that texts differ."""
-    from transformers import BertConfig, BertModel
-
-    torch.manual_seed(5)
-    inner = wordpiece(pieces)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
-    body = BertModel(BertConfig(vocab_size=inner.get_vocab_size(), max_position_embeddings=40, **sizes))
-    body.pooler = None
-    with torch.no_grad():
-        for parameter in body.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(5.0)
-    encoder = tiny_model("gru").encoder
-    model = TwoTowers(
-        encoder, LinearBridge(encoder.dim, 16), TextTower(body.eval(), "mean"), Head(16, 32, 24),
-        tokens={"pad": 0, "unk": 1, "bos": 2, "eos": 3}, max_length=24, size=(SIZE, SIZE),
-    )  # fmt: skip
-    model.read_with(inner)
-    with torch.no_grad():  # what all texts share, which is most of a random tower's mean, is taken out
-        model.head.text[-1].bias -= model.head.text(model.text_features(captions_of()[:40])).mean(0)
-    loaded = SimpleNamespace(
-        model=model, tokenizer=SimpleNamespace(inner=inner), preprocess=Preprocess(size=(SIZE, SIZE))
-    )
-    return kind(TowersJudge(loaded), "towers", "0" * 64)
-
-
-def clip_folder(folder: Path) -> Path:
-    """A small CLIP on disk, with a byte-level BPE as CLIP has it."""
-    from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
-
-    inner = Tokenizer(models.BPE(unk_token="<|endoftext|>", end_of_word_suffix="</w>"))
-    inner.normalizer = normalizers.Lowercase()
-    inner.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    ends = ["<|startoftext|>", "<|endoftext|>"]
-    inner.train_from_iterator(
-        captions_of(), trainers.BpeTrainer(vocab_size=500, special_tokens=ends, end_of_word_suffix="</w>")
-    )
-    inner.post_processor = processors.RobertaProcessing((ends[1], 1), (ends[0], 0), add_prefix_space=False)
-    PreTrainedTokenizerFast(
-        tokenizer_object=inner, bos_token=ends[0], eos_token=ends[1], pad_token=ends[1], unk_token=ends[1]
-    ).save_pretrained(folder)
-    torch.manual_seed(6)
-    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-    text = {**small, "vocab_size": inner.get_vocab_size(), "max_position_embeddings": 20, "bos_token_id": 0}
-    config = CLIPConfig(
-        text_config={**text, "eos_token_id": 1, "pad_token_id": 1},
-        vision_config={**small, "image_size": 32, "patch_size": 8},
-        projection_dim=16,
-    )
-    model = CLIPModel(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(3.0)
-    model.save_pretrained(folder)
-    return folder
-
-
-class Knowing(Critic):
-    """The towers' text side is as it is; each photo lies where its first caption does."""
-
-    def photos(self, examples: Sequence[Example], progress: Any = None) -> np.ndarray:
-        return self.texts([example.captions[0] for example in examples])
 
 
 def world(**weights: float) -> tuple[Guided, Any, Batch]:
@@ -272,125 +184,6 @@ def test_a_weight_of_zero_computes_nothing(monkeypatch: pytest.MonkeyPatch) -> N
         tiny_recipe({"objective": "guided"})
 
 
-# --- the critic ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", ["word", "bpe", "unigram"])
-def test_each_token_becomes_the_mean_of_its_text_in_the_critics_pieces(kind: str) -> None:
-    critic = towers_critic(pieces=90)  # few: most words are several
-    settings = dataclasses.replace(tiny_recipe().tokenizer, kind=kind, vocab_size=400)
-    tokenizer = train_tokenizer(captions_of(), settings)
-    tokens = token_ids(tokenizer)
-    critic.read_with(tokenizer, tokens)
-    weight, inner = critic.judge.embedding.weight, critic.judge.tokenizer
-    assert critic.vocabulary.shape == (tokens["vocab_size"], 32)
-    several = 0
-    for word in sorted({word for caption in captions_of() for word in caption.split()}):
-        line = tokenizer.encode(word, add_special_tokens=False).ids
-        if len(line) == 1:  # a whole word of ours
-            pieces = inner.encode(word, add_special_tokens=False).ids
-            several += len(pieces) > 1
-            torch.testing.assert_close(critic.vocabulary[line[0]], weight[pieces].mean(0))
-    assert several
-    torch.testing.assert_close(critic.vocabulary[tokens["bos"]], weight[2])
-    torch.testing.assert_close(critic.vocabulary[tokens["eos"]], weight[3])
-    assert not critic.vocabulary[[tokens["pad"], tokens["unk"]]].any()
-    if kind == "bpe":  # half a character is no text
-        assert not critic.vocabulary[tokenizer.token_to_id("Ã")].any()
-
-
-def clip_critic(tmp_path: Path) -> Critic:
-    return Critic.load(clip_folder(tmp_path / "clip"))
-
-
-@pytest.mark.parametrize("kind", ["towers", "clip"])
-def test_certain_words_are_read_as_their_text(kind: str, tmp_path: Path) -> None:
-    critic = towers_critic() if kind == "towers" else clip_critic(tmp_path)
-    tokenizer = train_tokenizer(captions_of(), tiny_recipe().tokenizer)
-    critic.read_with(tokenizer, token_ids(tokenizer))
-
-    def single(word: str) -> bool:
-        pieces = critic.judge.tokenizer.encode(word, add_special_tokens=False).ids
-        return len(pieces) == 1 and tokenizer.token_to_id(word) is not None
-
-    texts = [text for text in dict.fromkeys(captions_of("test")) if all(map(single, text.split()))][:6]
-    lines = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
-    assert len(texts) > 2 and len({len(line) for line in lines}) > 1
-    hot = torch.zeros(len(lines), max(map(len, lines)), tokenizer.get_vocab_size())
-    mask = torch.zeros(hot.shape[:2], dtype=torch.bool)
-    for i, line in enumerate(lines):
-        hot[i, torch.arange(len(line)), line], mask[i, : len(line)] = 1.0, True
-    hot[~mask] = torch.rand(hot.shape[2])  # what stands behind a caption does not count
-    soft, read = critic.soft(hot, mask), torch.from_numpy(critic.texts(texts))
-    assert float((soft * read).sum(1).min()) > 0.99
-    assert float((read @ read.T - torch.eye(len(texts))).max()) < 0.99  # different texts differ
-
-
-def test_a_clip_is_read_as_transformers_reads_it(tmp_path: Path) -> None:
-    from transformers import AutoTokenizer, CLIPModel
-
-    critic, folder = clip_critic(tmp_path), tmp_path / "clip"
-    model, words = CLIPModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
-    texts = captions_of("test")[:5]
-    pixels = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
-    seen = (pixels / 255 - [0.48145466, 0.4578275, 0.40821073]) / [0.26862954, 0.26130258, 0.27577711]
-    with torch.inference_mode():
-        inputs = words(texts, return_tensors="pt", padding=True, truncation=True, max_length=20)
-        out = model(
-            **{key: inputs[key] for key in ("input_ids", "attention_mask")},
-            pixel_values=torch.from_numpy(seen).float().permute(0, 3, 1, 2),
-        )
-    np.testing.assert_allclose(critic.texts(texts), out.text_embeds.numpy(), atol=1e-5)
-    np.testing.assert_allclose(critic.look(pixels), out.image_embeds.numpy(), atol=1e-5)
-    assert critic.scale == pytest.approx(float(model.logit_scale.detach().exp()))
-    assert critic.sha256 == Critic.load(folder).sha256
-
-
-def test_photos_are_embedded_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    critic, examples = towers_critic(), list(open_dataset(DATA).splits["val"])
-    photos = critic.photos(examples)
-    np.testing.assert_allclose(np.linalg.norm(photos, axis=1), 1, atol=1e-5)
-    pixels = np.stack([critic.judge.preprocess(e.load()) for e in examples])
-    np.testing.assert_allclose(photos, critic.look(pixels), atol=1e-5)
-    seen: list[int] = []
-    look = critic.look
-    monkeypatch.setattr(critic, "look", lambda pixels: (seen.append(len(pixels)), look(pixels))[1])
-    np.testing.assert_array_equal(critic.photos(examples), photos)
-    assert seen == [1]  # the first one, for the shape
-    assert len(critic.photos(examples[:4])) == 4  # other photos, another cache
-
-
-def test_a_critic_that_does_not_know_the_photos_is_refused(tmp_path: Path) -> None:
-    examples = list(open_dataset(DATA).splits["train"])
-    knowing = towers_critic(kind=Knowing)
-    knowing.check_knows(examples)
-    photos = np.roll(knowing.photos(examples), 1, axis=0)
-    knowing.photos = lambda examples, progress: photos
-    with pytest.raises(UsageError, match="does not know these photos"):
-        knowing.check_knows(examples)
-    with pytest.raises(UsageError, match="no config.json there"):
-        Critic.load(tmp_path)
-
-
-# --- the score -----------------------------------------------------------------------------------------------------
-
-
-def test_the_score_sets_captions_against_references_and_generic_ones() -> None:
-    data = open_dataset(DATA)
-    examples = list(data.splits["test"])
-    critic = towers_critic(kind=Knowing)
-    own = [example.captions[0] for example in examples]
-    scores = alignment_scores(critic, own, examples, data, QUIET)
-    assert scores["captions"] == pytest.approx(1.0, abs=1e-5) and scores["beats_generic"] == 1.0
-    assert scores["references"] < 1.0
-    told = {generic["caption"]: generic for generic in scores["generic"]}
-    assert set(GENERIC) < set(told) and len(told) == 3
-    said = alignment_scores(critic, [GENERIC[0]] * len(examples), examples, data, QUIET)
-    assert said["captions"] == pytest.approx(told[GENERIC[0]]["mean"], abs=1e-6)
-    assert said["beats_generic"] == 0.0 and said["distinct"] == 1 / len(examples)
-    assert any(GENERIC[0] in line for line in alignment_lines(scores))
-
-
 # --- the run -------------------------------------------------------------------------------------------------------
 
 
@@ -434,7 +227,11 @@ def test_a_guided_run_keeps_its_critic_and_goes_on_where_it_was_killed(
     recipe = dataclasses.replace(tiny_recipe(stage, decoder="gpt2", spec=DATA), watch="alignment")
     with pytest.raises(UsageError, match="needs --critic"):
         train(recipe, tmp_path / "none")
-    whole, metrics = train(recipe, tmp_path / "whole", critic=str(judge))
+    loads, load = [], Critic.load
+    with monkeypatch.context() as patch:
+        patch.setattr(Critic, "load", lambda source: loads.append(source) or load(source))
+        whole, metrics = train(recipe, tmp_path / "whole", critic=str(judge))
+    assert loads == [str(judge)]
     assert metrics["metric"] == "alignment"
     assert metrics["best"]["alignment"] == max(record["alignment"] for record in metrics["history"])
     assert metrics["history"][-1]["loss"] < metrics["history"][0]["loss"]

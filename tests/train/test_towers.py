@@ -229,6 +229,8 @@ def test_learns_with_both_encoders_untouched_and_resumes_bit_by_bit(
     lines = score_lines(record)
     assert "image → text" in lines[1] and "by chance" in lines[2] and "text → image" in lines[3]
     assert json.dumps(record)
+    with pytest.raises(UsageError, match="says no captions: leave out --beam"):
+        evaluate(first, spec=None, split="val", limit=None, decoding={"beam": 2})
     chance = record["scores"]["text_to_image"]["recall_1"]["chance"]
     assert chance == 1 / 16
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -19,6 +20,11 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
 def merge_heads(x: Tensor) -> Tensor:
     """[N, heads, T, size] → [N, T, heads · size]."""
     return x.transpose(1, 2).flatten(2)
+
+
+def stack_layers(present: Sequence[KeysValues]) -> dict[str, Tensor]:
+    """Keys and values of each layer as a decoder's state: [N, layers, heads, length, size] each."""
+    return {"k": torch.stack([k for k, _ in present], 1), "v": torch.stack([v for _, v in present], 1)}
 
 
 class SelfAttention(nn.Module):

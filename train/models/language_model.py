@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...runtime.errors import UsageError
+from .attention import stack_layers
 from .hub import check_kind, known, pretrained, read_config
 
 IMAGE = "{image}"  # in a prompt's text: where the photo goes
@@ -237,7 +238,7 @@ class LanguageModelDecoder(nn.Module):
         """Prefill prefix, BOS and prompt: ids [N, P] → logits [N, V], state (k and v stacked over layers)."""
         prefix = photo["prefix"]
         logits, present = self.run(prefix, ids, self.empty(len(ids), prefix))
-        return logits, _stack(present)
+        return logits, stack_layers(present)
 
     def advance(
         self, ids: Tensor, index: Tensor, photo: dict[str, Tensor], state: dict[str, Tensor]
@@ -245,7 +246,7 @@ class LanguageModelDecoder(nn.Module):
         """ids [B], state [B, layers, kv_heads, length, head_dim] → logits [B, V], next state."""
         past = [(state["k"][:, i], state["v"][:, i]) for i in range(self.layers)]
         logits, present = self.run(photo["prefix"].new_zeros(len(ids), 0, self.dim), ids.unsqueeze(1), past)
-        return logits, _stack(present)
+        return logits, stack_layers(present)
 
     # --- what pruning needs to know ----------------------------------------------------------------------------
 
@@ -322,7 +323,3 @@ class LanguageModelDecoder(nn.Module):
 def _text(raw: dict[str, Any]) -> dict[str, Any]:
     """The language model's part of a config.json."""
     return raw.get("text_config", raw)
-
-
-def _stack(present: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    return {"k": torch.stack([k for k, _ in present], 1), "v": torch.stack([v for _, v in present], 1)}

@@ -7,9 +7,8 @@ from typing import Any, ClassVar
 import torch
 
 from .language_model import LanguageModelDecoder
+from .siglip import VLMS
 from .widths import Columns, Width, units
-
-VLMS = ("smolvlm", "idefics3")  # models that have a llama inside
 
 
 class LlamaDecoder(LanguageModelDecoder):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .attention import merge_heads, split_heads
+
 
 class QueryBridge(nn.Module):
     """Learnt queries attend to the features: [N, L, encoder dim] → [N, queries, dim], whatever L is.
@@ -63,7 +65,10 @@ class QueryLayer(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention (Vaswani et al. 2017, arXiv:1706.03762) from x [N, K, dim] to y [N, L, dim]."""
+    """Multi-head attention (Vaswani et al. 2017, arXiv:1706.03762) from x [N, K, dim] to y [N, L, dim].
+
+    Not `attention.CrossAttention`: in checkpoints keys and values are layers of their own, and it is written out.
+    """
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
@@ -72,11 +77,8 @@ class Attention(nn.Module):
         self.out = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        query = self._heads(self.query(x))  # [N, heads, K, size]
-        key, value = self._heads(self.key(y)), self._heads(self.value(y))  # [N, heads, L, size]
+        query = split_heads(self.query(x), self.heads)  # [N, heads, K, size]
+        key, value = (split_heads(part(y), self.heads) for part in (self.key, self.value))  # [N, heads, L, size]
         # Written out: MatMul and Softmax quantize and export on every opset.
         weights = torch.softmax(query @ key.transpose(2, 3) * self.size**-0.5, dim=-1)  # [N, heads, K, L]
-        return self.out((weights @ value).transpose(1, 2).flatten(2))
-
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(2, (self.heads, self.size)).transpose(1, 2)
+        return self.out(merge_heads(weights @ value))

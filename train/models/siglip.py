@@ -10,7 +10,7 @@ from torch import Tensor
 from ...runtime.errors import UsageError
 from .hub import known, pretrained, read_config
 
-VLMS = ("smolvlm", "idefics3")  # types of models that hold a SigLIP vision model
+VLMS = ("smolvlm", "idefics3")  # types of models that hold a SigLIP vision model and a llama
 
 
 def vision_model(source: str) -> Any:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...runtime.errors import UsageError
-from .attention import DecoderBlock, KeysValues
+from .attention import DecoderBlock, KeysValues, stack_layers
 from .widths import Columns, Width, units
 
 
@@ -126,7 +126,7 @@ class TransformerDecoder(nn.Module):
         pairs = list(_pairs(list(photo.values())))
         empty = pairs[0][0].new_zeros(len(ids), self.heads, 0, self.head_dim)
         logits, present = self.read(ids, pairs, [(empty, empty)] * self.layers)
-        return logits, _stack(present)
+        return logits, stack_layers(present)
 
     def advance(
         self, ids: Tensor, index: Tensor, photo: dict[str, Tensor], state: dict[str, Tensor]
@@ -135,7 +135,7 @@ class TransformerDecoder(nn.Module):
         seen = list(_pairs([each[index] for each in photo.values()]))
         past = [(state["k"][:, i], state["v"][:, i]) for i in range(self.layers)]
         logits, present = self.read(ids.unsqueeze(1), seen, past)
-        return logits, _stack(present)
+        return logits, stack_layers(present)
 
     # --- what pruning needs to know ----------------------------------------------------------------------------
 
@@ -221,7 +221,3 @@ class TransformerDecoder(nn.Module):
 def _pairs(tensors: Sequence[Tensor]) -> Iterator[KeysValues]:
     """Keys, values, keys, values → pairs."""
     return zip(tensors[0::2], tensors[1::2], strict=True)
-
-
-def _stack(present: Sequence[KeysValues]) -> dict[str, Tensor]:
-    return {"k": torch.stack([k for k, _ in present], 1), "v": torch.stack([v for _, v in present], 1)}
