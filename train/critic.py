@@ -269,7 +269,7 @@ class Critic:
         cosines = said @ seen.T  # [P, P]
         others = (cosines.sum(1) - np.diag(cosines)) / max(1, len(picks) - 1)
         gain = np.diag(cosines) - others
-        if gain.mean() < 2 * gain.std() / np.sqrt(len(picks)):
+        if gain.mean() <= 2 * gain.std() / np.sqrt(len(picks)):
             raise UsageError(
                 f"critic {self.name} does not know these photos: their captions lie no nearer to them than to others; "
                 "train it on such data, or give another --critic"
