@@ -50,7 +50,7 @@ def _need_train(command: str) -> None:
 @click.option(
     "--check",
     is_flag=True,
-    help="Do not train: take three steps of each stage, tell memory and speed; exit 1 if it does not fit.",
+    help="Train nothing: take 3 steps of each stage (none that distills), tell memory and speed; 1 if it does not fit.",
 )
 @click.option("--set", "overrides", metavar="KEY=VALUE", multiple=True, help="Override a recipe key; repeatable.")
 @click.option("--seed", type=click.IntRange(0), help="Seed of weights and order; default: the recipe's.")
