@@ -121,16 +121,16 @@ def train(
         raise click.UsageError("--check keeps nothing, and takes no step that distills: leave out --out and --teacher")
     _need_train("edgecap train")
     import torch
-    from accelerate import PartialState
     from rich.console import Console
 
+    from .opening import this_process
     from .prepare import prepare_recipe
     from .report import tell
     from .run import train as run_train
 
     if threads:
         torch.set_num_threads(threads)
-    main = PartialState().is_main_process  # of several processes only the first says anything
+    main = this_process().is_main_process  # of several processes only the first says anything
     plan = None
     try:
         with PhaseBars(Console(stderr=True, quiet=not main)) as bars:

@@ -188,11 +188,20 @@ def open_helpers(
     return Helpers(teacher, critic, progress)
 
 
+def this_process() -> PartialState:
+    """Which of the processes this is; the first call of a process joins it to the others, on CPUs, too."""
+    return PartialState(cpu=_on_cpu())
+
+
+def _on_cpu() -> bool:
+    return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+
+
 def precision(recipe: Recipe) -> str:
     """accelerate's mixed_precision for a recipe on this machine."""
     if recipe.mixed_precision != "auto":
         return recipe.mixed_precision
-    if not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
+    if not torch.cuda.is_available() or _on_cpu():
         return "no"
     return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
 

@@ -15,7 +15,7 @@ from ..runtime.errors import EdgecapError, UsageError
 from ..runtime.tokenizer import Tokenizer
 from .batches import Progress
 from .checkpoint import PROGRESS, RECIPE, TOKENIZER, read_metrics, read_recipe
-from .opening import TASKS, Made, open_helpers, open_model, open_run, precision
+from .opening import TASKS, Made, open_helpers, open_model, open_run, precision, this_process
 from .report import TrainingLog
 from .settings import Recipe
 from .start import START, read_start
@@ -60,7 +60,7 @@ def train(
     With `resume` the run in `out` (or the newest under runs/) goes on by its own recipe. Raises UsageError for bad
     data, recipes and folders. Where several processes train, the first decides, writes and tells.
     """
-    main = PartialState().is_main_process
+    main = this_process().is_main_process
     recipe, out = _from_main(lambda: _place(recipe, out, resume))
     with _only_run(out) if main else nullcontext():
         accelerator = Accelerator(mixed_precision=precision(recipe))

@@ -7,21 +7,25 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 
 from edgecap.runtime.errors import UsageError
-from edgecap.train import loop
+from edgecap.train import loop, run
 from edgecap.train.checkpoint import PROGRESS, WEIGHTS, load_checkpoint
 from edgecap.train.evaluate import evaluate
+from edgecap.train.recipe import recipe_from_dict
 from edgecap.train.run import latest_run, new_run, train
-from edgecap.train.settings import Stage
+from edgecap.train.settings import Recipe, Stage
 
-from .tiny import tiny_recipe
+from .tiny import ENCODER, SCENES, SIZE, tiny_recipe
 
 TWO_STAGES = (
     {"name": "frozen", "epochs": 2, "batch_size": 16, "lr": 5e-3, "ema": 0.9, "schedule": "step", "step_epochs": 1},
@@ -155,24 +159,59 @@ def test_runs_are_named_found_and_refused(tmp_path: Path) -> None:
         train(None, out, resume=True)
 
 
-def test_two_processes_give_one_process_loss(tmp_path: Path) -> None:
-    """The same command through accelerate: equal batch, no dropout, equal losses within 1e-5."""
-    recipe = tiny_recipe({"epochs": 2, "batch_size": 20, "lr": 3e-3, "encoder_lr": 1e-3, "batchnorm": "frozen"})
-    (tmp_path / "recipe.toml").write_text(recipe.to_toml())
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "EDGECAP_CACHE": str(tmp_path / "cache")}
-    losses = []
-    for processes in (1, 2):
-        out = tmp_path / f"run-{processes}"
-        launch = ["accelerate.commands.launch", "--cpu", "--num_processes", str(processes), "--num_machines", "1"]
-        launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "29517", "-m", "edgecap"]
-        command = [sys.executable, "-m", *launch, "train", str(tmp_path / "recipe.toml"), "-o", str(out), "--json"]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-2000:]
-        history = json.loads(done.stdout)["history"]  # from one process alone
-        assert done.stderr.count(" epoch 1: loss") == 1
-        losses.append([record["loss"] for record in history])
+def captioner(accumulate: int) -> Recipe:
+    stage = {"epochs": 2, "batch_size": 20, "lr": 3e-3, "encoder_lr": 1e-3, "batchnorm": "frozen"}
+    return tiny_recipe({**stage, "accumulate": accumulate})
+
+
+def towers(accumulate: int) -> Recipe:
+    """A photo's negatives are its piece's: those of one process in two pieces are those of two processes."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    stage = {"objective": "infonce", "epochs": 2, "batch_size": 24, "lr": 0.1, "accumulate": accumulate}
+    data = {"spec": SCENES, "image_size": SIZE, "captions_per_photo": 1}
+    text = {"config": {"model_type": "bert", "vocab_size": 600, **sizes}, "dim": 24}
+    whole = {"name": "towers", "task": "retrieval", "data": data, "encoder": ENCODER, "text": text, "stages": [stage]}
+    return recipe_from_dict({**whole, "tokenizer": {"min_count": 1}, "bridge": {"kind": "linear", "dim": 16}})
+
+
+@pytest.mark.parametrize("make", [captioner, towers])
+def test_two_processes_give_one_process_loss(make: Callable[[int], Recipe], tmp_path: Path) -> None:
+    """The same run by torchrun: equal batch, no dropout, equal losses within 1e-5."""
+    _, alone = train(make(2), tmp_path / "alone")
+    (tmp_path / "recipe.toml").write_text(make(1).to_toml())
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "EDGECAP_CACHE": str(tmp_path / "cache")}
+    # `accelerate launch --cpu` starts a single process, whatever it is told.
+    launch = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "edgecap"]
+    recipe, out = str(tmp_path / "recipe.toml"), str(tmp_path / "run")
+    command = [sys.executable, "-m", *launch, "train", recipe, "-o", out, "--json"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    history = json.loads(done.stdout)["history"]  # from one process alone
+    assert done.stderr.count(" epoch 1: loss") == 1
+    losses = [[record["loss"] for record in records] for records in (alone["history"], history)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     assert losses[0][1] < losses[0][0]
+
+
+def test_the_first_process_opens_the_data_before_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Readers that download write what the other processes then find."""
+    alone: list[str] = []
+
+    @contextmanager
+    def first(self: Accelerator) -> Iterator[None]:
+        alone.append("in")
+        yield
+        alone.append("out")
+
+    def opened(*args: object, **options: object) -> None:
+        alone.append("data")
+        raise Killed
+
+    monkeypatch.setattr(Accelerator, "main_process_first", first)
+    monkeypatch.setattr(run, "open_dataset", opened)
+    with pytest.raises(Killed):
+        train(tiny_recipe(), tmp_path / "run")
+    assert alone == ["in", "data"]
 
 
 def test_accumulation_changes_nothing(tmp_path: Path) -> None:
