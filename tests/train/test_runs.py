@@ -60,6 +60,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_file(tmp_path: Path) -> None
     text, tensors = tmp_path / "a.json", tmp_path / "a.safetensors"
     write_bytes(text, b"old")
     write_tensors(tensors, {"x": torch.zeros(3)}, {})
+    assert text.stat().st_mode == tensors.stat().st_mode
     old = tensors.read_bytes()
     with files_of_at_most(1000):
         for write in (
