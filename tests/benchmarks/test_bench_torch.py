@@ -45,6 +45,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> TorchEngine:
         tokens=TOKENS,
         preprocess=Preprocess((SIZE, SIZE), "squash", "bilinear"),
         sha256="0" * 64,
+        recipe=SimpleNamespace(task="caption"),
     )
     monkeypatch.setattr("edgecap.train.checkpoint.load_checkpoint", lambda path: checkpoint)
     return TorchEngine({"path": "x", "threads": 1, "decoding": DECODING})

@@ -63,7 +63,10 @@ def test_running_out_of_memory_says_what_to_set(tmp_path: Path, monkeypatch: pyt
 
 def test_a_run_that_a_gpu_cannot_hold_does_not_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class OnGpu:
-        device = torch.device("cuda")
+        device, is_main_process, num_processes = torch.device("cuda"), True, 1
+
+        def __init__(self, **settings: bool) -> None:
+            pass
 
     monkeypatch.setattr(opening, "PartialState", OnGpu)
     monkeypatch.setattr(opening, "free_memory", lambda device: 1000)

@@ -119,7 +119,7 @@ def test_gradients_of_the_mixture_are_finite_differences(name: str) -> None:
     with torch.no_grad():
         slope = (value(logits + step * direction) - value(logits - step * direction)) / (2 * step)
     assert judge.training is False
-    torch.testing.assert_close(slope, logits.grad.norm(), rtol=0.02, atol=1e-5)
+    torch.testing.assert_close(slope.double(), logits.grad.norm(), rtol=0.02, atol=1e-5)
 
 
 def test_straight_through_says_the_likeliest_words_and_learns_as_the_mixture_does() -> None:
