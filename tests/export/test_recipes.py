@@ -80,6 +80,11 @@ SMALL: dict[str, dict[str, dict[str, Any]]] = {
         "bridge": {"dim": 32, "queries": 4, "heads": 2, "layers": 1, "ffn": 48},
         "text": {"source": "bert", "config": {}, "dim": 24},
     },
+    "query-bridge-small": {
+        "encoder": {"config": MOBILENET},
+        "bridge": {"dim": 32, "queries": 4, "heads": 2, "layers": 1, "ffn": 48},
+        "text": {"source": "bert", "config": {}, "dim": 24, "hidden": 32},
+    },
     "smolvlm-small": {
         "encoder": {"config": {**VIT, "image_size": SIZE}},
         "bridge": {"dim": 32},
