@@ -223,7 +223,7 @@ def _check_constant(attributes: dict[str, str], weights: int | None) -> None:
     )
     bits = _BITS.get(attributes.get("element_type", "u8"))
     if bits is None:
-        raise GraphError(f"a constant is of an unknown type ({attributes['element_type'][:40]})")
+        raise GraphError(f"a constant is of an unknown type ({attributes['element_type'][:40]!r})")
     if len(shape) > MAX_RANK:
         raise GraphError("malformed")
     claimed = size if attributes.get("element_type") == "string" else max(size, prod(shape) * bits + 7 >> 3)
