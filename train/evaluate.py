@@ -50,16 +50,21 @@ def evaluate(
         from .towers import score_retrieval
 
         return {**record, "scores": score_retrieval(loaded, examples, progress)}
+    judge = None
+    if critic is not None:  # before the captions: a critic that cannot be loaded is told at once
+        from .critic import Critic
+
+        judge = Critic.load(critic)
     said = _captions(loaded, examples, decoding, progress)
     record |= said
     captions = [line["caption"] for line in said["captions"]]
     scores = score_captions(captions, examples).to_dict()
     blind = most_frequent_caption(data.splits["train"])
     scores["most_frequent"] = {"caption": blind, "cider": score_captions([blind] * len(examples), examples).cider}
-    if critic is not None:
-        from .critic import Critic, alignment_scores
+    if judge is not None:
+        from .critic import alignment_scores
 
-        scores["alignment"] = alignment_scores(Critic.load(critic), captions, examples, data, progress)
+        scores["alignment"] = alignment_scores(judge, captions, examples, data, progress)
     return {**record, "scores": scores}
 
 

@@ -16,6 +16,7 @@ from edgecap.export.pipeline import export
 from edgecap.export.smaller import Smaller
 from edgecap.runtime import Captioner, verify_golden
 from edgecap.runtime.decode import DecodeOptions, decode, never_said
+from edgecap.runtime.errors import UsageError
 from edgecap.runtime.fused import FusedCaptioner
 from edgecap.train.cache import load_pixels
 from edgecap.train.checkpoint import WEIGHTS, Checkpoint, load_checkpoint
@@ -111,7 +112,9 @@ def test_llama_cpp_says_what_torch_says(loaded: Checkpoint, tmp_path: Path) -> N
     for module in ("gguf", "llama_cpp"):
         pytest.importorskip(module, reason=f"needs {module}: pip install 'edgecap[gguf]'")
     if loaded.recipe.decoder["kind"] == "opt":
-        pytest.skip("OPT is not an architecture llama.cpp knows")
+        with pytest.raises(UsageError, match="OPT is not an architecture llama.cpp knows"):
+            export(loaded.path, target="gguf-f16", out=tmp_path / "a.edgecap")
+        return
     result = export(loaded.path, target="gguf-f16", out=tmp_path / "a.edgecap", max_cider_drop=10, calibration=6)
     photos = validation(loaded)
     with Captioner.load(result.path) as captioner:

@@ -280,8 +280,9 @@ def test_the_distilgpt2_recipe_learns_words_and_is_then_guided(tmp_path: Path, m
     out, metrics = train(recipe, tmp_path / "run", critic=str(clip_folder(tmp_path / "clip")))
     history = {(r["stage"], r["epoch"]): r for r in metrics["history"]}
     assert history["words", 3]["loss"] < history["words", 1]["loss"]
-    # Whether a loss falls that a random critic gives in a few steps is luck; that it learns is tested above.
-    assert history["guided", 3]["loss"] != history["guided", 1]["loss"]
+    # That the losses fall is tested above; with a random critic, whose merges of pieces come in any order, it is luck
+    # here. That they are added is none: an alignment near 0 costs its weight of 4 a word.
+    assert history["guided", 1]["loss"] > history["words", 3]["loss"] + 2
     assert all(-1 <= r["alignment"] <= 1 for r in metrics["history"])
     loaded = load_checkpoint(out)  # without its sources
     assert loaded.tokens["bos"] == loaded.tokens["eos"]
