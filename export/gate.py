@@ -114,7 +114,7 @@ def torch_captions(checkpoint: Checkpoint, artifact: Captioner) -> CaptionBatch:
     def caption(pixels: np.ndarray) -> list[str]:
         model, tokenizer = checkpoint.model, checkpoint.tokenizer.inner
         ids = checkpoint.recipe.tokenizer.ids
-        return caption_rows(model, tokenizer, pixels, len(pixels), options, features=False, ids=ids)
+        return caption_rows(model, tokenizer, pixels, len(pixels), options, ids=ids)
 
     return caption
 

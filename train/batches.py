@@ -2,37 +2,41 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
 import numpy as np
 import torch
+from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from ..benchmarks.datasets import Dataset, Example
 from ..runtime.errors import EdgecapError
 from ..runtime.preprocess import Preprocess
+from .augment import PLAIN, View, mirrored_text, names_a_side, vary, view_key
 from .cache import cache_key, cached_rows, load_pixels
 from .settings import Recipe
 from .tokenizer import caption_text, token_ids
 
 Progress = Callable[[str, int, int], None]  # (phase, done, total)
-MIRRORED = {"left": "right", "right": "left"}
 
 
 @dataclass(frozen=True)
 class Batch:
     """Photos of one optimizer step (or a piece of it): ids [N, C, T] BOS first, -1 behind the end (the rows that
-    `Trainer.texts` gives); one of pixels
-    uint8 [N, H, W, 3] or features [N, L, dim]; photos: their places in the split; teacher: its features of them."""
+    `Trainer.texts` gives); one of pixels uint8 [N, H, W, 3], features [N, L, dim] and trunk (what the encoder's frozen
+    lower blocks give); photos: their places in the split; teacher: its features of them; mirrored: bool [N] or None."""
 
     ids: Tensor
     photos: np.ndarray
     pixels: Tensor | None = None
     features: Tensor | None = None
     teacher: Tensor | None = None
+    trunk: Tensor | None = None
+    mirrored: np.ndarray | None = None
 
     @property
     def inputs(self) -> Tensor:
@@ -51,12 +55,14 @@ class Batch:
 
     @property
     def view(self) -> dict[str, Tensor]:
-        return {"pixels": self.pixels} if self.features is None else {"features": self.features}
+        """The photos as the model takes them."""
+        ways = {"pixels": self.pixels, "features": self.features, "trunk": self.trunk}
+        return {name: tensor for name, tensor in ways.items() if tensor is not None}
 
     def to(self, device: torch.device) -> Batch:
-        parts = (self.ids, self.pixels, self.features, self.teacher)
-        ids, *views = [None if part is None else part.to(device) for part in parts]
-        return Batch(ids, self.photos, *views)
+        parts = {part.name: getattr(self, part.name) for part in dataclasses.fields(self)}
+        moved = {name: part.to(device) for name, part in parts.items() if isinstance(part, Tensor)}
+        return dataclasses.replace(self, **moved)
 
 
 def encode_captions(
@@ -67,18 +73,21 @@ def encode_captions(
     captions: int,
     ids: Mapping[str, int] = MappingProxyType({}),
     mirrored: bool = False,
+    sides: str = "swap",
 ) -> np.ndarray:
     """int64 [N, C, max_length + 2]: BOS, words, EOS, then -1; photos with fewer captions have rows of -1 behind.
 
-    ids: the special ids of a pretrained tokenizer.
+    ids: the special ids of a pretrained tokenizer. mirrored: of mirrored photos, whose captions have "left" and "right"
+    swapped; where `sides` is "drop" those that say so are left out, unless the photo has no others.
     """
     special = token_ids(tokenizer, ids)
     rows = np.full((len(examples), captions, max_length + 2), -1, np.int64)
     for row, example in enumerate(examples):
-        for slot, caption in enumerate(example.captions[:captions]):
-            text = caption_text(caption)
-            if mirrored:
-                text = " ".join(MIRRORED.get(word, word) for word in text.split())
+        texts = [caption_text(caption) for caption in example.captions[:captions]]
+        if mirrored and sides == "drop":
+            texts = [text for text in texts if not names_a_side(text)] or texts
+        for slot, text in enumerate(texts):
+            text = mirrored_text(text) if mirrored else text
             words = tokenizer.encode(text, add_special_tokens=False).ids[:max_length]
             line = [special["bos"], *words, special["eos"]]
             rows[row, slot, : len(line)] = line
@@ -95,6 +104,7 @@ class Photos:
             picks = np.linspace(0, len(self.examples) - 1, limit).round().astype(int)
             self.examples = [self.examples[i] for i in picks]
         self.preprocess, self.split, self.spec = preprocess, split, data.spec
+        self.augment, self.seed = recipe.augment, recipe.seed
         self.identity = {
             "data": data.fingerprint,
             "split": split,
@@ -105,60 +115,63 @@ class Photos:
     def __len__(self) -> int:
         return len(self.examples)
 
-    def pixels(self, *, flip: bool, progress: Progress) -> np.ndarray:
+    def pixels(self, *, view: View = PLAIN, progress: Progress) -> np.ndarray:
         """uint8 [N, H, W, 3], memory-mapped."""
-        key = cache_key(kind="pixels", flip=flip, **self.identity)
+        report = lambda done: progress(f"photos of {self.split}{view}", done, len(self))  # noqa: E731
+        shape = (*self.preprocess.size, 3)
         return cached_rows(
-            key,
-            len(self),
-            (*self.preprocess.size, 3),
-            np.uint8,
-            lambda part: self._load(part, flip),
-            report=lambda done: progress(self._phase("photos", flip), done, len(self)),
+            self._key("pixels", view), len(self), shape, np.uint8, lambda part: self._load(part, view), report=report
         )
 
-    def _load(self, part: slice, flip: bool) -> np.ndarray:
+    def seen(
+        self, by: Callable[[Tensor], Tensor], key: str, *, view: View = PLAIN, device: torch.device, progress: Progress
+    ) -> np.ndarray:
+        """What a frozen encoder, or its frozen lower blocks, gives of the photos: float16 [N, ...], memory-mapped.
+
+        by: that, of pixels uint8 [N, H, W, 3] on the device; key: names it and its weights for the cache.
+        """
+
+        @torch.inference_mode()
+        def compute(part: slice) -> np.ndarray:
+            return by(torch.from_numpy(self._load(part, view)).to(device)).half().cpu().numpy()
+
+        shape = tuple(compute(slice(0, 1)).shape[1:])
+        report = lambda done: progress(f"features of {self.split}{view}", done, len(self))  # noqa: E731
+        key = self._key("features", view, encoder=key)
+        return cached_rows(key, len(self), shape, np.float16, compute, report=report)
+
+    def _key(self, kind: str, view: View, **more: str) -> str:
+        return cache_key(kind=kind, **view_key(view, self.augment, self.seed), **more, **self.identity)
+
+    def _load(self, part: slice, view: View) -> np.ndarray:
+        def drawn(number: int, image: Image.Image) -> Image.Image:
+            return vary(image, self.augment, np.random.default_rng([self.seed, view.drawn, part.start + number]))
+
         try:
-            return load_pixels(self.examples[part], self.preprocess, flip=flip)
+            change = drawn if view.drawn else None
+            return load_pixels(self.examples[part], self.preprocess, flip=view.mirrored, change=change)
         except EdgecapError as error:
             raise EdgecapError(
                 f"{error.message}; edgecap data {self.spec} --verify lists all such photos, --skip-bad leaves them out"
             ) from error
 
-    def features(self, encoder: torch.nn.Module, encoder_hash: str, *, flip: bool, progress: Progress) -> np.ndarray:
-        """The frozen encoder's grid, float16 [N, L, dim], memory-mapped."""
-        encoder.eval()
-        device = next(encoder.parameters()).device
-
-        @torch.inference_mode()
-        def compute(part: slice) -> np.ndarray:
-            pixels = torch.from_numpy(self._load(part, flip)).to(device)
-            return encoder(pixels).half().cpu().numpy()
-
-        shape = tuple(compute(slice(0, 1)).shape[1:])
-        key = cache_key(kind="features", flip=flip, encoder=encoder_hash, **self.identity)
-        report = lambda done: progress(self._phase("features", flip), done, len(self))  # noqa: E731
-        return cached_rows(key, len(self), shape, np.float16, compute, report=report)
-
-    def _phase(self, what: str, flip: bool) -> str:
-        return f"{what} of {self.split}{', mirrored' if flip else ''}"
-
 
 class EpochPlan:
-    """The order of photos in an epoch, a function of (seed, stage, epoch) alone, so that any epoch can be replayed."""
+    """The order of photos in an epoch, a function of (seed, stage, epoch) alone, so that any epoch can be replayed.
 
-    def __init__(self, photos: int, batch_size: int, seed: tuple[int, ...], *, flip: bool) -> None:
-        self.photos, self.batch_size, self.seed, self.flip = photos, batch_size, seed, flip
+    views: how many each photo has; in every epoch it is seen in one of them.
+    """
+
+    def __init__(self, photos: int, batch_size: int, seed: tuple[int, ...], *, views: int = 1) -> None:
+        self.photos, self.batch_size, self.seed, self.views = photos, batch_size, seed, views
         self.batches = max(1, -(-photos // batch_size))
 
-    def epoch(self, number: int) -> Iterator[tuple[np.ndarray, bool]]:
-        """(places in the split [batch], mirrored?) for each optimizer step."""
+    def epoch(self, number: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(places in the split [batch], number of the view of each [batch]) for each optimizer step."""
         rng = np.random.default_rng([*self.seed, number])
         order = rng.permutation(self.photos)
-        mirrored = rng.random(self.batches) < 0.5
+        views = rng.integers(0, self.views, self.photos)  # of each place
         for step in range(self.batches):
             # Sorted places read the memory map in order.
-            yield (
-                np.sort(order[step * self.batch_size : (step + 1) * self.batch_size]),
-                bool(self.flip and mirrored[step]),
-            )
+            places = np.sort(order[step * self.batch_size : (step + 1) * self.batch_size])
+            yield places, views[places]

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from ..benchmarks.datasets import Example
 from ..benchmarks.datasets.streamed import cache_folder
 from ..runtime.errors import EdgecapError
-from ..runtime.preprocess import Preprocess
+from ..runtime.preprocess import Preprocess, load_image
 
 CHUNK = 16  # rows computed together: larger batches fall out of the processor's caches
 FLUSH = 512  # rows between two flushes to the disk
@@ -92,15 +93,27 @@ def _cached_rows(
     return np.load(array, mmap_mode="r")
 
 
-def load_pixels(examples: Sequence[Example], preprocess: Preprocess, *, flip: bool = False) -> np.ndarray:
-    """Photos decoded and resized, on two threads: uint8 [N, H, W, 3]; `flip` mirrors them left to right."""
+def load_pixels(
+    examples: Sequence[Example],
+    preprocess: Preprocess,
+    *,
+    flip: bool = False,
+    change: Callable[[int, Image.Image], Image.Image] | None = None,
+) -> np.ndarray:
+    """Photos decoded and resized, on two threads: uint8 [N, H, W, 3]; `flip` mirrors them left to right.
 
-    def one(example: Example) -> np.ndarray:
-        # Files as the runtime opens them; drawn pictures as they are.
-        return preprocess.load(example.path) if example.path else preprocess(example.load())
+    change: gives another photo for the i-th of the examples, before it is resized.
+    """
+
+    def one(i: int) -> np.ndarray:
+        example = examples[i]
+        if change is None:
+            # Files as the runtime opens them; drawn pictures as they are.
+            return preprocess.load(example.path) if example.path else preprocess(example.load())
+        return preprocess(change(i, load_image(example.path or example.load(), target=preprocess.size)))
 
     with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
-        pixels = np.stack(list(pool.map(one, examples)))
+        pixels = np.stack(list(pool.map(one, range(len(examples)))))
     return np.ascontiguousarray(pixels[:, :, ::-1]) if flip else pixels
 
 

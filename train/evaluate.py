@@ -105,7 +105,6 @@ def _captions(
         lambda part: load_pixels(examples[part], loaded.preprocess),
         len(examples),
         options,
-        features=False,
         ids=loaded.recipe.tokenizer.ids,
         report=lambda done: progress("captions", done, len(examples)),
     )

@@ -141,7 +141,7 @@ def _probe(base: type) -> Any:
         def _open_data(self, stage: Stage) -> None:
             begun, first = time.perf_counter(), not hasattr(self, "seen")  # later stages find the features in the cache
             super()._open_data(stage)
-            self.seen = time.perf_counter() - begun if self.frozen and first else None
+            self.seen = time.perf_counter() - begun if self.sees != "pixels" and first else None
 
         def _validate(self, stage: Stage) -> dict[str, Any]:
             return {}

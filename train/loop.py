@@ -20,13 +20,14 @@ from tokenizers import Tokenizer
 from ..benchmarks.datasets import Dataset, Example
 from ..runtime.decode import DecodeOptions
 from ..runtime.errors import UsageError
+from .augment import PLAIN, View, views_of
 from .batches import Batch, EpochPlan, Photos, Progress, encode_captions
 from .cache import cache_key
 from .checkpoint import METRICS, PROGRESS, RECIPE, TOKENIZER, preprocess_for
 from .lora import count_parameters
 from .models import CaptionModel
 from .objectives import OBJECTIVES
-from .optim import WeightAverage, lr_factor, make_optimizer, set_modes
+from .optim import WeightAverage, frozen_blocks, lr_factor, make_optimizer, set_modes
 from .report import TrainingLog
 from .settings import Recipe, Stage
 from .start import ALONE, Helpers, Start
@@ -78,23 +79,21 @@ class Trainer:
         self.preprocess = preprocess_for(recipe)
         self.train = Photos(data, "train", recipe, self.preprocess)
         self.val = Photos(data, "val", recipe, self.preprocess, limit=recipe.data.val_photos)
-        self.ids = [self.texts(self.train.examples, mirrored) for mirrored in self.views]
+        self.views = views_of(recipe)
+        self.mirrored = np.array([view.mirrored for view in self.views])
+        self.ids = [self.texts(self.train.examples, mirrored) for mirrored in (False, True)[: 1 + self.mirrored.any()]]
+        self.trunk = frozen_blocks(model.encoder, recipe.stages)
         self.state: dict[str, Any] = {
             "stage": 0, "epoch": 0, "batch": 0, "loss": 0.0, "count": 0, "best": None, "waits": 0, "plateau": 1.0,
             "plateau_waits": 0, "history": [], "seconds": 0.0, "finished": False, "data": data.fingerprint,
         }  # fmt: skip
-
-    @property
-    def views(self) -> tuple[bool, ...]:
-        """Whether photos are mirrored, for each way they are looked at."""
-        return (False, True) if self.recipe.data.flip else (False,)
 
     def texts(self, examples: Sequence[Example], mirrored: bool) -> np.ndarray:
         """What is learnt of each photo's captions: int64 [N, C, T] token ids, -1 behind the end."""
         most = max(len(example.captions) for example in examples)
         return encode_captions(
             examples, self.tokenizer, max_length=self.recipe.tokenizer.max_length, captions=min(most, MOST_CAPTIONS),
-            ids=self.recipe.tokenizer.ids, mirrored=mirrored,
+            ids=self.recipe.tokenizer.ids, mirrored=mirrored, sides=self.recipe.augment.sides,
         )  # fmt: skip
 
     # --- the whole run -----------------------------------------------------------------------------------------
@@ -132,7 +131,7 @@ class Trainer:
         self.objective = objective(self.recipe, stage, self.tokenizer, self.train.examples, self.helpers)
         self.accelerator.free_memory()  # else the last stage's optimizer, too, would unscale the gradients
         forward, self.optimizer = self.accelerator.prepare(self.model, optimizer)
-        self.plan = EpochPlan(len(self.train), stage.batch_size, (self.recipe.seed, number), flip=self.recipe.data.flip)
+        self.plan = EpochPlan(len(self.train), stage.batch_size, (self.recipe.seed, number), views=len(self.views))
         if tensors is None:
             self._save()  # before the best weights can change, which are this stage's start
         if self.start.sha256 and not self.state["history"] and not self.state["batch"]:
@@ -166,11 +165,11 @@ class Trainer:
         epoch, saved = self.state["epoch"], time.monotonic()
         rewards = []
         phase = f"{stage.name}, stage {self.state['stage'] + 1} of {len(self.recipe.stages)}"
-        for index, (places, mirrored) in enumerate(self.plan.epoch(epoch)):
+        for index, (places, views) in enumerate(self.plan.epoch(epoch)):
             if index < self.state["batch"]:
                 continue
             step = epoch * self.plan.batches + index
-            loss, count, figures = self._step(stage, forward, step, places, mirrored)
+            loss, count, figures = self._step(stage, forward, step, places, views)
             self.state["loss"] += loss
             self.state["count"] += count
             self.state["batch"] = index + 1
@@ -183,15 +182,17 @@ class Trainer:
         self.reward = float(np.mean(rewards)) if rewards else None
 
     def _step(
-        self, stage: Stage, forward: torch.nn.Module, step: int, places: np.ndarray, mirrored: bool
+        self, stage: Stage, forward: torch.nn.Module, step: int, places: np.ndarray, views: np.ndarray
     ) -> tuple[float, int, dict[str, float]]:
-        """One optimizer step on the photos at `places`: (summed loss, its divisor, figures), over all processes."""
+        """One optimizer step on the photos at `places`, each in its view of `views`: (summed loss, its divisor,
+        figures), over all processes."""
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         torch.manual_seed(_mix(self.recipe.seed, self.state["stage"], step, rank))
         factor = lr_factor(stage, step, self.plan.batches, self.state["plateau"])
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
-        ids = torch.from_numpy(self._draw_captions(self.ids[mirrored][places], step))
+        shown = np.where(self.mirrored[views][:, None, None], self.ids[-1][places], self.ids[0][places])
+        ids = torch.from_numpy(self._draw_captions(shown, step))
         count = self.objective.count(ids)
         mine = np.array_split(np.arange(len(places)), world)[rank]
         # As few pieces as hold no more than the batch's share: a contrastive loss needs company in each.
@@ -203,7 +204,7 @@ class Trainer:
         total = torch.zeros((), device=self.accelerator.device)
         figures: dict[str, float] = {}
         for i, piece in enumerate(pieces):
-            batch = self._batch(ids[piece], places[piece], mirrored)
+            batch = self._batch(ids[piece], places[piece], views[piece])
             sync = i == len(pieces) - 1
             with _exchange(self.accelerator, forward, sync):
                 with self.accelerator.autocast():
@@ -228,37 +229,42 @@ class Trainer:
         order[np.arange(ids.shape[1]) >= there[:, None]] = 2.0  # empty rows last
         return np.take_along_axis(ids, order.argsort(1)[:, :wanted, None], 1)
 
-    def _batch(self, ids: torch.Tensor, places: np.ndarray, mirrored: bool) -> Batch:
-        rows = torch.from_numpy(np.array(self.rows[mirrored][places]))
-        features, pixels = (rows.float(), None) if self.frozen else (None, rows)
-        teacher = None
-        if self.teacher_rows:
-            teacher = torch.from_numpy(np.array(self.teacher_rows[mirrored][places])).float()
-        return Batch(ids, places, pixels, features, teacher).to(self.accelerator.device)
+    def _batch(self, ids: torch.Tensor, places: np.ndarray, views: np.ndarray) -> Batch:
+        def seen(rows: list[np.ndarray]) -> torch.Tensor:
+            tensor = torch.from_numpy(np.stack([rows[view][place] for view, place in zip(views, places, strict=True)]))
+            return tensor.float() if tensor.is_floating_point() else tensor
+
+        photos = {self.sees: seen(self.rows)}
+        teacher = seen(self.teacher_rows) if self.teacher_rows else None
+        batch = Batch(ids, places, teacher=teacher, mirrored=self.mirrored[views], **photos)
+        return batch.to(self.accelerator.device)
 
     # --- data, validation, saving ------------------------------------------------------------------------------
 
     def _open_data(self, stage: Stage) -> None:
-        """Features where the encoder is frozen, pixels elsewhere; the first process fills the cache, the rest wait."""
-        self.frozen = stage.encoder_lr == 0
-        encoder = self.model.encoder
-        digest = _encoder_digest(encoder, self.recipe.encoder.kind)
+        """What of the photos can be computed once: the whole encoder where it is frozen, or its lower blocks that no
+        stage trains, else the pixels. The first process fills the cache, the rest wait."""
+        encoder, kind = self.model.encoder.eval(), self.recipe.encoder.kind
+        self.sees = "trunk" if self.trunk else "pixels" if stage.encoder_lr else "features"
+        by, part = (encoder.lower, encoder.chain[: self.trunk]) if self.trunk else (encoder, encoder)
+        encoder.trunk = self.trunk
+        key = _encoder_digest(encoder, kind, torch.nn.ModuleList(part) if self.trunk else encoder)
 
-        def rows(photos: Photos, flip: bool) -> np.ndarray:
-            if self.frozen:
-                return photos.features(encoder, digest, flip=flip, progress=self.progress)
-            return photos.pixels(flip=flip, progress=self.progress)
+        def rows(photos: Photos, view: View = PLAIN) -> np.ndarray:
+            if self.sees == "pixels":
+                return photos.pixels(view=view, progress=self.progress)
+            return photos.seen(by, key, view=view, device=self.accelerator.device, progress=self.progress)
 
         with self.accelerator.main_process_first():
-            self.rows = [rows(self.train, flip) for flip in self.views]
-            self.val_rows = rows(self.val, False)
+            self.rows = [rows(self.train, view) for view in self.views]
+            self.val_rows = rows(self.val)
             self.teacher_rows: list[np.ndarray] = []
             teacher = self.helpers.teacher
             if teacher and stage.objective == "distill":
                 seer = teacher.model.encoder.to(self.accelerator.device)
-                name = _encoder_digest(seer, teacher.kind)
-                for flip in self.views:
-                    shown = self.train.features(seer, name, flip=flip, progress=self.progress)
+                name, device = _encoder_digest(seer, teacher.kind), self.accelerator.device
+                for view in self.views:
+                    shown = self.train.seen(seer, name, view=view, device=device, progress=self.progress)
                     self.teacher_rows.append(shown)
 
     def _validate(self, stage: Stage) -> dict[str, Any]:
@@ -296,7 +302,7 @@ class Trainer:
         # Beam size is the device's business; while training, greedy tells as much and is quicker.
         options = DecodeOptions(**{**asdict(self.recipe.decoding), "beam": 1, "length_penalty": 0.0})
         captions = caption_rows(
-            self.model, self.tokenizer, self.val_rows, n, options, features=self.frozen, ids=self.recipe.tokenizer.ids,
+            self.model, self.tokenizer, self.val_rows, n, options, sees=self.sees, ids=self.recipe.tokenizer.ids,
             report=lambda done: self.progress(f"validation {self.state['epoch']}", done, n),
         )  # fmt: skip
         scores = score_captions(captions, self.val.examples)
@@ -387,8 +393,9 @@ def _mix(*parts: int) -> int:
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def _encoder_digest(encoder: Any, kind: str) -> str:
-    weights = [digest(tensor) for tensor in model_tensors(encoder).values()]
+def _encoder_digest(encoder: Any, kind: str, part: torch.nn.Module | None = None) -> str:
+    """What the features of an encoder depend on, or what a `part` of it gives."""
+    weights = [digest(tensor) for tensor in model_tensors(part or encoder).values()]
     return cache_key(weights=weights, kind=kind, settings=encoder.settings(), read=encoder.read.__name__)
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,8 @@ def make_optimizer(model: CaptionModel, stage: Stage) -> torch.optim.AdamW:
     Freezes the encoder when its rate is 0, so that the optimizer sees nothing of it, nor of `model.frozen_parts`.
     """
     model.encoder.requires_grad_(stage.encoder_lr > 0)
+    if stage.encoder_lr and stage.thaw:
+        model.encoder.below(stage.thaw).requires_grad_(False)
     groups = []
     for name, module in model.parts().items():
         rate = stage.encoder_lr if name == "encoder" else stage.lr
@@ -31,6 +34,17 @@ def make_optimizer(model: CaptionModel, stage: Stage) -> torch.optim.AdamW:
                 decay = stage.weight_decay if decayed else 0.0
                 groups.append({"params": members, "lr": rate, "base_lr": rate, "weight_decay": decay})
     return torch.optim.AdamW(groups, foreach=True)
+
+
+def frozen_blocks(encoder: Any, stages: Sequence[Stage]) -> int:
+    """How many links of the encoder's chain no stage trains, though one trains those above: what they give of a photo
+    is computed once. 0 where all learn, none do, or the encoder is no chain."""
+    learning = [stage.thaw for stage in stages if stage.encoder_lr]
+    for thaw in filter(None, learning):
+        encoder.below(thaw)  # so that a stage that asks for too many is refused before the first begins
+    if not learning or not all(learning) or not encoder.chain:
+        return 0
+    return encoder.links_below(max(learning))
 
 
 def lr_factor(stage: Stage, step: int, steps_per_epoch: int, plateau: float = 1.0) -> float:
@@ -54,7 +68,8 @@ def set_modes(model: CaptionModel, stage: Stage, *, from_scratch: bool) -> None:
         model.parts()[name].eval()
     for module in model.encoder.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.train(moving)
+            learns = module.weight is None or module.weight.requires_grad
+            module.train(moving and learns)
 
 
 class WeightAverage:

@@ -17,6 +17,7 @@ CHOICES = {
     "data.resample": ("bilinear", "bicubic"),
     "task": ("caption", "retrieval"),
     "watch": ("", "cider", "alignment"),
+    "augment.sides": ("swap", "drop"),
     "tokenizer.kind": ("word", "bpe", "unigram", "pretrained"),
     "encoder.features": ("grid", "pooled"),
     "text.pool": ("cls", "mean"),
@@ -85,6 +86,8 @@ def recipe_from_dict(tree: dict[str, Any], *, where: str = "recipe", overrides: 
             raise UsageError(f"{where}: stages.{i}.objective = {stage.objective} is not for task = {recipe.task}")
         if stage.objective == "guided" and not (stage.alignment or stage.contrast or stage.diversity):
             raise UsageError(f"{where}: stages.{i}: guided needs alignment, contrast or diversity of a weight above 0")
+    if not recipe.augment.crop <= 1 or not recipe.augment.light < 1 or not recipe.augment.crop:
+        raise UsageError(f"{where}: [augment] crop is a share above 0 and at most 1, light one below 1")
     if recipe.watch and recipe.task == "retrieval":
         raise UsageError(f"{where}: watch = {recipe.watch} is of captions: task = retrieval watches its recall")
     for part in ("bridge", "decoder"):

@@ -18,9 +18,26 @@ class Data:
     resize: str = "squash"  # or "crop"
     resample: str = "bilinear"
     captions_per_photo: int = 5  # learnt in one step, drawn anew each time where a photo has more
-    flip: bool = False  # also learn from mirrored photos, with "left" and "right" swapped in their captions
+    flip: bool = False  # also learn from mirrored photos; see [augment] for what becomes of "left" and "right"
     val_photos: int = 0  # validation photos used while training; 0 = all
     skip_bad: bool = False
+
+
+@dataclass(frozen=True)
+class Augment:
+    """Varied views of each training photo, drawn once and cached; in every epoch a photo is seen in one view of all.
+
+    views: how many are drawn beside the photo as it is (and mirrored, with data.flip, which mirrors every second one).
+    crop: least share of the area that a view shows, 1 = all. rotate: degrees it is turned by at most. light: how much
+    brightness, contrast and colour change at most (0.2: by 20%). sides: of the captions of a mirrored photo, "left" and
+    "right" are swapped, or those captions that say so dropped.
+    """
+
+    views: int = 0
+    crop: float = 0.5
+    rotate: float = 8.0
+    light: float = 0.25
+    sides: str = "swap"
 
 
 @dataclass(frozen=True)
@@ -121,6 +138,7 @@ class Stage:
     accumulate: int = 1  # split the batch into this many pieces
     lr: float = 1e-3
     encoder_lr: float = 0.0  # 0 = frozen encoder: its features are computed once and cached
+    thaw: int = 0  # with encoder_lr: of the encoder only this many blocks, from the top, learn; 0 = all
     batchnorm: str = "auto"  # train, frozen, or auto: trained only where the encoder starts from scratch
     schedule: str = "cosine"  # constant, cosine, step, plateau
     warmup: int = 0  # optimizer steps from 0 to lr
@@ -156,6 +174,7 @@ class Recipe:
     seed: int = 0
     mixed_precision: str = "auto"  # bf16 or fp16 where the device has it; or no, bf16, fp16
     data: Data = field(default_factory=Data)
+    augment: Augment = field(default_factory=Augment)
     tokenizer: TokenizerSettings = field(default_factory=TokenizerSettings)
     encoder: EncoderSettings = field(default_factory=EncoderSettings)
     bridge: dict[str, Any] = field(default_factory=lambda: {"kind": "linear"})

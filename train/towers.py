@@ -15,7 +15,8 @@ from ..benchmarks.datasets import Example
 from ..benchmarks.retrieval import KS, WAYS, RetrievalScores
 from ..benchmarks.retrieval import score_retrieval as rank
 from ..runtime.errors import UsageError
-from .batches import MIRRORED, Batch, Progress
+from .augment import mirrored_text
+from .batches import Batch, Progress
 from .cache import cache_key, cached_rows, load_pixels
 from .checkpoint import Checkpoint
 from .loop import Trainer
@@ -76,8 +77,8 @@ class TowersTrainer(Trainer):
             self.vectors = text_vectors(self.model, self.lines, "captions of train", self.progress)
             self.val_vectors = np.array(text_vectors(self.model, texts, "captions of val", self.progress))
 
-    def _batch(self, ids: torch.Tensor, places: np.ndarray, mirrored: bool) -> Batch:
-        batch = super()._batch(ids, places, mirrored)
+    def _batch(self, ids: torch.Tensor, places: np.ndarray, views: np.ndarray) -> Batch:
+        batch = super()._batch(ids, places, views)
         vectors = torch.from_numpy(np.array(self.vectors[ids[:, :, 0].numpy()])).float()  # [N, 1, text dim]
         return dataclasses.replace(batch, ids=vectors.to(self.accelerator.device))
 
@@ -187,7 +188,7 @@ def retrieval_lines(scores: Mapping[str, Any]) -> list[str]:
 
 def _seen(caption: str, mirrored: bool) -> str:
     text = caption_text(caption)
-    return " ".join(MIRRORED.get(word, word) for word in text.split()) if mirrored else text
+    return mirrored_text(text) if mirrored else text
 
 
 def _hash(data: bytes) -> str:

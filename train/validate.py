@@ -19,12 +19,16 @@ from .tokenizer import caption_text, token_ids
 BATCH = 16  # larger batches of pixels fall out of the caches
 
 
-class FeatureSession(TorchSession):
-    """A session that starts from the frozen encoder's features [N, L, dim] in the pixels' place."""
+class CachedSession(TorchSession):
+    """A session that starts from what a frozen encoder, or its lower blocks, gave of the photos."""
+
+    def __init__(self, model: CaptionModel, sees: str) -> None:
+        super().__init__(model)
+        self.sees = sees
 
     @torch.inference_mode()
     def start(self, pixels: np.ndarray, prompt_ids: np.ndarray | None = None) -> np.ndarray:
-        return self.start_from(self.model.photo(features=self._tensor(pixels).float()), prompt_ids)
+        return self.start_from(self.model.photo(**{self.sees: self._tensor(pixels).float()}), prompt_ids)
 
 
 def caption_rows(
@@ -34,15 +38,16 @@ def caption_rows(
     total: int,
     options: DecodeOptions,
     *,
-    features: bool,
+    sees: str = "pixels",
     ids: Mapping[str, int] = MappingProxyType({}),
     report: Callable[[int], None] = lambda done: None,
 ) -> list[str]:
-    """Best caption per row: pixels uint8 [N, H, W, 3] or features [N, L, dim], an array or a function of a slice.
+    """Best caption per row: of what the model `sees`, pixels uint8 [N, H, W, 3], features [N, L, dim] or its trunk's,
+    an array or a function of a slice.
 
     ids: the special ids of a pretrained tokenizer.
     """
-    session = FeatureSession(model) if features else TorchSession(model)
+    session = TorchSession(model) if sees == "pixels" else CachedSession(model, sees)
     special = token_ids(tokenizer, ids)
     suppress = never_said(special)
     captions = []

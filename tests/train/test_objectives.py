@@ -101,12 +101,14 @@ def test_references_score_high_in_the_reward() -> None:
 
 
 def test_epochs_cover_every_photo_and_repeat_by_number() -> None:
-    plan = EpochPlan(23, 5, (7, 0), flip=True)
+    plan = EpochPlan(23, 5, (7, 0), views=2)
     epochs = [list(plan.epoch(number)) for number in (0, 0, 1)]
     places = [np.concatenate([p for p, _ in epoch]) for epoch in epochs]
     assert all(sorted(p) == list(range(23)) for p in places)
     assert (places[0] == places[1]).all() and (places[0] != places[2]).any()
-    assert {m for _, m in epochs[0]} | {m for _, m in epochs[2]} == {True, False}
+    views = [np.concatenate([v for _, v in epoch]) for epoch in epochs]
+    assert (views[0] == views[1]).all() and all(set(v.tolist()) == {0, 1} for v in views)
+    assert len(set(epochs[0][0][1].tolist())) == 2  # photo by photo, not batch by batch
 
 
 def test_mirrored_captions_swap_sides() -> None:

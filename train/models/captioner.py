@@ -56,18 +56,26 @@ class CaptionModel(nn.Module):
         *,
         pixels: Tensor | None = None,
         features: Tensor | None = None,
+        trunk: Tensor | None = None,
     ) -> Tensor:
-        """Teacher forcing: ids int64 [N, C, T] (BOS first, C captions a photo) with pixels uint8 [N, H, W, 3] or the
-        frozen encoder's features [N, L, dim] → logits [N, C, T, V], or [K, V] for the positions where `keep` holds."""
-        return self.decoder(self.memory(pixels=pixels, features=features), ids, keep)
+        """Teacher forcing: ids int64 [N, C, T] (BOS first, C captions a photo) with pixels uint8 [N, H, W, 3], the
+        frozen encoder's features [N, L, dim] or those of its trunk → logits [N, C, T, V], or [K, V] for the positions
+        where `keep` holds."""
+        return self.decoder(self.memory(pixels=pixels, features=features, trunk=trunk), ids, keep)
 
-    def memory(self, *, pixels: Tensor | None = None, features: Tensor | None = None) -> Tensor:
+    def memory(
+        self, *, pixels: Tensor | None = None, features: Tensor | None = None, trunk: Tensor | None = None
+    ) -> Tensor:
         """What the decoder looks at: [N, L, bridge dim]."""
-        return self.bridge(self.encoder(pixels) if features is None else features)
+        if features is None:
+            features = self.encoder(pixels) if trunk is None else self.encoder.upper(trunk)
+        return self.bridge(features)
 
-    def photo(self, *, pixels: Tensor | None = None, features: Tensor | None = None) -> dict[str, Tensor]:
+    def photo(
+        self, *, pixels: Tensor | None = None, features: Tensor | None = None, trunk: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Everything computed once per photo."""
-        return self.decoder.photo(self.memory(pixels=pixels, features=features))
+        return self.decoder.photo(self.memory(pixels=pixels, features=features, trunk=trunk))
 
     def session(self) -> TorchSession:
         return TorchSession(self)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, TypeAlias
 
 import torch
@@ -59,6 +60,8 @@ class Encoder(nn.Module):
     """
 
     tile = 0  # side of the tiles that photos are split into; L is then that of all of them and the overview
+    links: Callable[[Any], tuple[nn.Module, ...]] | None = None  # of the body, where it is no more than a chain of them
+    trunk = 0  # how many links of the chain `lower` applies, and `upper` leaves out
 
     def __init__(
         self,
@@ -89,7 +92,49 @@ class Encoder(nn.Module):
         config = {k: v for k, v in self.body.config.to_diff_dict().items() if k not in labels and v is not None}
         return config | self.said
 
+    @property
+    def chain(self) -> tuple[nn.Module, ...]:
+        """What the body applies one after the other; empty where it does more than that."""
+        return self.links(self.body) if self.links else ()
+
+    def blocks(self) -> nn.ModuleList:
+        """The body's blocks, from the bottom."""
+        lists = [module for module in self.body.modules() if isinstance(module, nn.ModuleList)]
+        return max(lists, key=len, default=nn.ModuleList())
+
+    def below(self, blocks: int) -> nn.ParameterList:
+        """The parameters below the top `blocks` blocks and what lies above those. UsageError where there are fewer."""
+        if blocks > len(self.blocks()):
+            raise UsageError(f"thaw = {blocks}: the encoder has {len(self.blocks())} blocks; 0 lets all of it learn")
+        lowest = next(self.blocks()[-blocks].parameters())
+        parameters = list(self.body.parameters())  # in the order in which they are applied
+        place = next(i for i, parameter in enumerate(parameters) if parameter is lowest)
+        return nn.ParameterList(parameters[:place])
+
+    def links_below(self, blocks: int) -> int:
+        """How many links of the chain lie below the top `blocks` blocks."""
+        return next(i for i, link in enumerate(self.chain) if link is self.blocks()[-blocks])
+
+    def lower(self, pixels: Tensor) -> Tensor:
+        """What the first `trunk` links of the chain give: pixels uint8 [N, H, W, 3] → [N, C, h, w]."""
+        x = self._normalised(pixels)
+        for link in self.chain[: self.trunk]:
+            x = link(x)
+        return x
+
+    def upper(self, x: Tensor) -> Tensor:
+        """What the other links make of that: [N, C, h, w] → features [N, L, dim]."""
+        x = x.contiguous(memory_format=torch.channels_last)
+        for link in self.chain[self.trunk :]:
+            x = link(x)
+        return self.read(SimpleNamespace(last_hidden_state=x))
+
     def forward(self, pixels: Tensor) -> Tensor:
+        out = self.read(self.body(self._normalised(pixels)))  # [N, L, dim]
+        return out.reshape(len(pixels), -1, out.shape[2]) if self.tile else out
+
+    def _normalised(self, pixels: Tensor) -> Tensor:
+        """uint8 [N, H, W, 3] → [N, 3, H, W], or [N · frames, 3, tile, tile]."""
         if self.size is not None and pixels.shape[1:3] != (self.size, self.size):
             height, width = pixels.shape[1:3]
             raise UsageError(
@@ -102,8 +147,7 @@ class Encoder(nn.Module):
         x = x * self.scale + self.shift
         if not torch.compiler.is_exporting():
             x = x.contiguous(memory_format=torch.channels_last)
-        out = self.read(self.body(x))  # [N, L, dim]
-        return out.reshape(len(pixels), -1, out.shape[2]) if self.tile else out
+        return x
 
 
 def mobilenet_v2(source: str | None, config: dict[str, Any], features: str = "grid") -> Encoder:
@@ -120,7 +164,13 @@ def mobilenet_v2(source: str | None, config: dict[str, Any], features: str = "gr
     _plain_momentum(body)
     with torch.no_grad():
         dim = body.eval()(torch.zeros(1, 3, 64, 64)).last_hidden_state.shape[1]
-    return Encoder(body, dim, *pixels, read=read, said=said)
+    encoder = Encoder(body, dim, *pixels, read=read, said=said)
+    encoder.links = mobilenet_links
+    return encoder
+
+
+def mobilenet_links(body: Any) -> tuple[nn.Module, ...]:
+    return (body.conv_stem, *body.layer, body.conv_1x1)
 
 
 def efficientnet(source: str | None, config: dict[str, Any], features: str = "grid") -> Encoder:

@@ -1,0 +1,181 @@
+"""Varied views of photos, and encoders of which only the upper blocks learn."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from edgecap.benchmarks.datasets import Example, open_dataset
+from edgecap.runtime.errors import UsageError
+from edgecap.train import loop
+from edgecap.train.augment import vary, views_of
+from edgecap.train.batches import Photos, encode_captions
+from edgecap.train.checkpoint import WEIGHTS, load_checkpoint, preprocess_for
+from edgecap.train.models.captioner import build_encoder
+from edgecap.train.optim import frozen_blocks, make_optimizer
+from edgecap.train.recipe import recipe_from_dict
+from edgecap.train.run import train
+from edgecap.train.settings import Augment, Recipe, Stage
+from edgecap.train.tokenizer import caption_text, train_tokenizer
+
+from .tiny import SCENES, SIZE, tiny_model, tiny_recipe
+
+QUIET = lambda phase, done, total: None  # noqa: E731
+STAGES = (
+    {"name": "words", "epochs": 1, "batch_size": 16, "lr": 3e-3, "keep_every": 1},
+    {"name": "top", "epochs": 2, "keep_every": 1, "batch_size": 16, "lr": 1e-3, "encoder_lr": 1e-3, "thaw": 2},
+    {"name": "more", "epochs": 1, "keep_every": 1, "batch_size": 16, "lr": 1e-3, "encoder_lr": 1e-3, "thaw": 5},
+)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGECAP_CACHE", str(tmp_path / "cache"))
+
+
+def with_views(recipe: Recipe, **augment: object) -> Recipe:
+    return dataclasses.replace(recipe, augment=Augment(**augment))
+
+
+def photo(side: int = 80) -> Image.Image:
+    values = np.random.default_rng(0).integers(0, 256, (side, side + 20, 3), dtype=np.uint8)
+    return Image.fromarray(values)
+
+
+def test_a_view_is_drawn_from_its_number_alone() -> None:
+    draw = lambda seed, **how: vary(photo(), Augment(**how), np.random.default_rng(seed))  # noqa: E731
+    assert np.array_equal(draw(1), draw(1)) and draw(1).size != draw(2).size
+    assert np.array_equal(draw(1, crop=1.0, rotate=0.0, light=0.0), photo())
+    areas = [np.prod(draw(seed, crop=0.4, rotate=0.0, light=0.0).size) / (80 * 100) for seed in range(40)]
+    assert 0.38 < min(areas) < 0.55 and 0.85 < max(areas) <= 1.01
+    light = [np.asarray(draw(seed, crop=1.0, rotate=0.0, light=0.3)).mean() for seed in range(20)]
+    plain = np.asarray(photo()).mean()
+    assert min(light) < 0.85 * plain and 1.1 * plain < max(light)
+    turned = draw(3, crop=1.0, light=0.0, rotate=10.0)
+    assert turned.size == photo().size and not np.array_equal(turned, photo())
+
+
+def test_views_are_cached_apart_and_every_second_is_mirrored() -> None:
+    recipe = with_views(tiny_recipe(flip=True), views=2)
+    data = open_dataset(SCENES)
+    photos = Photos(data, "train", recipe, preprocess_for(recipe))
+    views = views_of(recipe)
+    assert [view.mirrored for view in views] == [False, True, False, True]
+    rows = [photos.pixels(view=view, progress=QUIET) for view in views]
+    assert np.array_equal(rows[0][:, :, ::-1], rows[1])
+    assert all(not np.array_equal(rows[0], other) for other in rows[2:])
+    again = Photos(data, "train", with_views(recipe, views=5), preprocess_for(recipe))
+    assert np.array_equal(again.pixels(view=views[3], progress=QUIET), rows[3])
+    other = Photos(data, "train", with_views(recipe, views=2, crop=0.9), preprocess_for(recipe))
+    assert not np.array_equal(other.pixels(view=views[3], progress=QUIET), rows[3])
+    assert np.array_equal(other.pixels(view=views[1], progress=QUIET), rows[1])
+
+
+def test_captions_that_name_a_side_can_be_dropped() -> None:
+    examples = [
+        Example("a", ("a dog left of a cat", "a dog", "a cat to the right")),
+        Example("b", ("a bird on the left",)),
+    ]
+    said = [caption_text(caption) for example in examples for caption in example.captions]
+    tokenizer = train_tokenizer(said, tiny_recipe().tokenizer)
+    ids = encode_captions(examples, tokenizer, max_length=8, captions=3, mirrored=True, sides="drop")
+    texts = [[tokenizer.decode([i for i in row if i >= 0]) for row in rows] for rows in ids.tolist()]
+    # A photo of which nothing would be left keeps its captions, with the sides swapped.
+    assert texts == [["a dog", "", ""], ["a bird on the right", "", ""]]
+
+
+@pytest.mark.parametrize("bad", [{"crop": 0.0}, {"crop": 1.5}, {"light": 1.0}, {"sides": "mirror"}, {"views": -1}])
+def test_impossible_views_are_refused(bad: dict[str, object]) -> None:
+    with pytest.raises(UsageError, match="augment"):
+        recipe_from_dict({"augment": bad})
+
+
+def test_the_trunk_and_the_rest_are_the_encoder() -> None:
+    encoder = tiny_model("gru").encoder
+    pixels = torch.randint(0, 256, (3, SIZE, SIZE, 3), dtype=torch.uint8)
+    with torch.inference_mode():
+        whole = encoder(pixels)
+        for links in (0, 1, 9, len(encoder.chain)):
+            encoder.trunk = links
+            assert torch.equal(encoder.upper(encoder.lower(pixels)), whole)
+
+
+def test_only_the_upper_blocks_learn_and_the_others_are_computed_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = with_views(tiny_recipe(*STAGES, flip=True), views=1)
+    sees = set()
+    batch = loop.Trainer._batch
+
+    def watched(self: loop.Trainer, *args: object) -> object:
+        sees.add((self.sees, self.trunk))
+        return batch(self, *args)
+
+    monkeypatch.setattr(loop.Trainer, "_batch", watched)
+    out, metrics = train(recipe, tmp_path / "a")
+    blocks = len(tiny_model("gru").encoder.blocks())
+    assert sees == {("trunk", 1 + blocks - 5)}
+    assert [record["stage"] for record in metrics["history"]] == ["words", "top", "top", "more"]
+
+    def changed(first: str, then: str) -> set[str]:
+        """Numbers of the blocks that differ, "" for the last convolution."""
+        one, two = (load_checkpoint(out / "kept" / name).model.encoder.body.state_dict() for name in (first, then))
+        names = [name for name in one if not torch.equal(one[name], two[name])]
+        assert all(name.startswith(("layer.", "conv_1x1.")) for name in names)
+        return {name.partition("layer.")[2].partition(".")[0] for name in names}
+
+    assert changed("1-words-001", "2-top-001") == {str(n) for n in (blocks - 2, blocks - 1)} | {""}
+    assert changed("1-words-001", "3-more-001") == {str(n) for n in range(blocks - 5, blocks)} | {""}
+
+    # Killed after every fifth step, it ends with the same bits.
+    monkeypatch.setattr(loop, "SAVE_EVERY_S", 0.0)
+    left, step = [5], loop.Trainer._step
+
+    class Killed(BaseException):
+        pass
+
+    def mortal(self: loop.Trainer, *args: object) -> object:
+        if left[0] == 0:
+            raise Killed
+        left[0] -= 1
+        return step(self, *args)
+
+    monkeypatch.setattr(loop.Trainer, "_step", mortal)
+    begun = False
+    while True:
+        try:
+            train(None if begun else recipe, tmp_path / "b", resume=begun)
+            break
+        except Killed:
+            left[0], begun = 5, True
+    assert begun and (tmp_path / "b" / WEIGHTS).read_bytes() == (out / WEIGHTS).read_bytes()
+
+
+def test_an_encoder_that_is_no_chain_thaws_from_the_top_too() -> None:
+    vit = {"kind": "vit", "config": {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2,
+                                     "intermediate_size": 48, "image_size": SIZE, "patch_size": 16}}  # fmt: skip
+    model = tiny_model("gru")
+    model.encoder = build_encoder(vit)
+    stage = Stage(encoder_lr=1e-4, thaw=1)
+    assert frozen_blocks(model.encoder, [stage]) == 0  # its pixels are seen
+    make_optimizer(model, stage)
+    learning = {name for name, parameter in model.encoder.body.named_parameters() if parameter.requires_grad}
+    assert learning and all(".2." in name or "layernorm" in name for name in learning)
+    make_optimizer(model, dataclasses.replace(stage, thaw=0))
+    assert all(parameter.requires_grad for parameter in model.encoder.parameters())
+
+
+def test_the_trunk_is_what_no_stage_trains() -> None:
+    encoder = tiny_model("gru").encoder
+    blocks, frozen = len(encoder.blocks()), Stage()
+    some, more, whole = (Stage(encoder_lr=1e-4, thaw=thaw) for thaw in (2, 4, 0))
+    assert frozen_blocks(encoder, [frozen]) == frozen_blocks(encoder, [frozen, some, whole]) == 0
+    assert frozen_blocks(encoder, [frozen, some]) == 1 + blocks - 2
+    assert frozen_blocks(encoder, [some, frozen, more]) == 1 + blocks - 4
+    with pytest.raises(UsageError, match=f"thaw = {blocks + 1}: the encoder has {blocks} blocks"):
+        frozen_blocks(encoder, [Stage(encoder_lr=1e-4, thaw=blocks + 1)])
