@@ -18,10 +18,12 @@ from ..runtime.errors import EdgecapError
 from ..runtime.preprocess import Preprocess
 from .augment import PLAIN, View, mirrored_text, names_a_side, vary, view_key
 from .cache import cache_key, cached_rows, load_pixels
+from .quick import quick
 from .settings import Recipe
 from .tokenizer import caption_text, token_ids
 
 Progress = Callable[[str, int, int], None]  # (phase, done, total)
+MANY = 512  # photos for which a faster engine is worth its loading
 
 
 @dataclass(frozen=True)
@@ -124,18 +126,33 @@ class Photos:
         )
 
     def seen(
-        self, by: Callable[[Tensor], Tensor], key: str, *, view: View = PLAIN, device: torch.device, progress: Progress
+        self,
+        by: Callable[[Tensor], Tensor],
+        owner: torch.nn.Module,
+        key: str,
+        *,
+        view: View = PLAIN,
+        device: torch.device,
+        progress: Progress,
     ) -> np.ndarray:
         """What a frozen encoder, or its frozen lower blocks, gives of the photos: float16 [N, ...], memory-mapped.
 
-        by: that, of pixels uint8 [N, H, W, 3] on the device; key: names it and its weights for the cache.
+        by: that, of pixels uint8 [N, H, W, 3] on the device; owner: the encoder; key: names what `by` is, with its
+        weights, for the cache.
         """
+
+        look: list[Callable[[Tensor], Tensor]] = []
 
         @torch.inference_mode()
         def compute(part: slice) -> np.ndarray:
-            return by(torch.from_numpy(self._load(part, view)).to(device)).half().cpu().numpy()
+            pixels = torch.from_numpy(self._load(part, view)).to(device)
+            if not look:
+                many = device.type == "cpu" and len(self) - part.start >= MANY
+                look.append(quick(by, owner, pixels) if many else by)
+            return look[0](pixels).half().cpu().numpy()
 
-        shape = tuple(compute(slice(0, 1)).shape[1:])
+        with torch.inference_mode():
+            shape = tuple(by(torch.from_numpy(self._load(slice(0, 1), view)).to(device)).shape[1:])
         report = lambda done: progress(f"features of {self.split}{view}", done, len(self))  # noqa: E731
         key = self._key("features", view, encoder=key)
         return cached_rows(key, len(self), shape, np.float16, compute, report=report)

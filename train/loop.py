@@ -253,7 +253,7 @@ class Trainer:
         def rows(photos: Photos, view: View = PLAIN) -> np.ndarray:
             if self.sees == "pixels":
                 return photos.pixels(view=view, progress=self.progress)
-            return photos.seen(by, key, view=view, device=self.accelerator.device, progress=self.progress)
+            return photos.seen(by, encoder, key, view=view, device=self.accelerator.device, progress=self.progress)
 
         with self.accelerator.main_process_first():
             self.rows = [rows(self.train, view) for view in self.views]
@@ -264,7 +264,7 @@ class Trainer:
                 seer = teacher.model.encoder.to(self.accelerator.device)
                 name, device = _encoder_digest(seer, teacher.kind), self.accelerator.device
                 for view in self.views:
-                    shown = self.train.seen(seer, name, view=view, device=device, progress=self.progress)
+                    shown = self.train.seen(seer, seer, name, view=view, device=device, progress=self.progress)
                     self.teacher_rows.append(shown)
 
     def _validate(self, stage: Stage) -> dict[str, Any]:

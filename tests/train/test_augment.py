@@ -18,6 +18,7 @@ from edgecap.train.batches import Photos, encode_captions
 from edgecap.train.checkpoint import WEIGHTS, load_checkpoint, preprocess_for
 from edgecap.train.models.captioner import build_encoder
 from edgecap.train.optim import frozen_blocks, make_optimizer
+from edgecap.train.quick import quick
 from edgecap.train.recipe import recipe_from_dict
 from edgecap.train.run import train
 from edgecap.train.settings import Augment, Recipe, Stage
@@ -179,3 +180,20 @@ def test_the_trunk_is_what_no_stage_trains() -> None:
     assert frozen_blocks(encoder, [some, frozen, more]) == 1 + blocks - 4
     with pytest.raises(UsageError, match=f"thaw = {blocks + 1}: the encoder has {blocks} blocks"):
         frozen_blocks(encoder, [Stage(encoder_lr=1e-4, thaw=blocks + 1)])
+
+
+def test_many_photos_are_seen_by_a_faster_engine_that_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = tiny_model("gru").encoder
+    encoder.trunk = 6
+    pixels = torch.randint(0, 256, (5, SIZE, SIZE, 3), dtype=torch.uint8)
+    engine = quick(encoder.lower, encoder, pixels[:2])
+    assert engine is not encoder.lower
+    with torch.inference_mode():
+        wanted = encoder.lower(pixels)
+    assert (engine(pixels) - wanted).abs().max() < 1e-4 * wanted.abs().max()
+    # What cannot be exported, or comes out otherwise, stays with torch.
+    broken = lambda photos: photos * 2.0 if int(photos.sum()) % 2 else photos * 1.0  # noqa: E731
+    assert quick(broken, encoder, pixels) is broken
+    monkeypatch.setattr("edgecap.train.quick._engine", lambda module, photos: lambda seen: encoder.lower(seen) + 1)
+    look = encoder.lower
+    assert quick(look, encoder, pixels) is look

@@ -1,0 +1,82 @@
+"""A frozen torch module on ONNX Runtime: on a CPU it looks at photos several times as fast as torch does."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+Look: TypeAlias = Callable[[Tensor], Tensor]
+OPSET = 18
+FAR = 1e-3  # of the largest value: more than this and the engine is not trusted
+
+
+class Applied(nn.Module):
+    """A function of photos as a module, with the module it belongs to."""
+
+    def __init__(self, look: Look, owner: nn.Module) -> None:
+        super().__init__()
+        self.look, self.owner = look, owner
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.look(pixels)
+
+
+def quick(look: Look, owner: nn.Module, pixels: Tensor) -> Look:
+    """`look`, of pixels uint8 [N, H, W, 3] on the CPU, by the frozen module `owner`, through ONNX Runtime; or itself
+    where it cannot be exported or the engine gives something else of the example `pixels`."""
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError:
+        return look
+    try:
+        engine = _engine(Applied(look, owner).eval(), pixels)
+        with torch.inference_mode():
+            wanted, got = look(pixels), engine(pixels)
+    except Exception:  # an exporter raises anything; torch itself always works
+        return look
+    near = got.shape == wanted.shape and bool((got - wanted).abs().max() <= FAR * wanted.abs().max())
+    return engine if near else look
+
+
+def _engine(module: nn.Module, pixels: Tensor) -> Look:
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    import onnxruntime
+
+    with _silence():
+        program = torch.onnx.export(
+            module,
+            (pixels[:1].repeat(3, 1, 1, 1),),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=["pixels"],
+            dynamic_shapes={"pixels": {0: torch.export.Dim.DYNAMIC}},
+            verbose=False,
+        )
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(
+        program.model_proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    return lambda photos: torch.from_numpy(session.run(None, {"pixels": photos.numpy()})[0])
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Exporters talk a lot about what does not matter here."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
