@@ -18,7 +18,7 @@ from ..runtime.errors import EdgecapError
 from ..runtime.preprocess import Preprocess
 from .augment import PLAIN, View, mirrored_text, names_a_side, vary, view_key
 from .cache import cache_key, cached_rows, load_pixels
-from .quick import quick
+from .quick import Eyes
 from .settings import Recipe
 from .tokenizer import caption_text, token_ids
 
@@ -125,36 +125,15 @@ class Photos:
             self._key("pixels", view), len(self), shape, np.uint8, lambda part: self._load(part, view), report=report
         )
 
-    def seen(
-        self,
-        by: Callable[[Tensor], Tensor],
-        owner: torch.nn.Module,
-        key: str,
-        *,
-        view: View = PLAIN,
-        device: torch.device,
-        progress: Progress,
-    ) -> np.ndarray:
+    def seen(self, eyes: Eyes, key: str, *, view: View = PLAIN, progress: Progress) -> np.ndarray:
         """What a frozen encoder, or its frozen lower blocks, gives of the photos: float16 [N, ...], memory-mapped.
 
-        by: that, of pixels uint8 [N, H, W, 3] on the device; owner: the encoder; key: names what `by` is, with its
-        weights, for the cache.
+        key: names the eyes, with their weights, for the cache.
         """
-
-        look: list[Callable[[Tensor], Tensor]] = []
-
-        @torch.inference_mode()
-        def compute(part: slice) -> np.ndarray:
-            pixels = torch.from_numpy(self._load(part, view)).to(device)
-            if not look:
-                many = device.type == "cpu" and len(self) - part.start >= MANY
-                look.append(quick(by, owner, pixels) if many else by)
-            return look[0](pixels).half().cpu().numpy()
-
-        with torch.inference_mode():
-            shape = tuple(by(torch.from_numpy(self._load(slice(0, 1), view)).to(device)).shape[1:])
+        shape = tuple(eyes(self._load(slice(0, 1), view)).shape[1:])
         report = lambda done: progress(f"features of {self.split}{view}", done, len(self))  # noqa: E731
         key = self._key("features", view, encoder=key)
+        compute = lambda part: eyes(self._load(part, view), many=len(self) - part.start >= MANY)  # noqa: E731
         return cached_rows(key, len(self), shape, np.float16, compute, report=report)
 
     def _key(self, kind: str, view: View, **more: str) -> str:

@@ -28,6 +28,7 @@ from .lora import count_parameters
 from .models import CaptionModel
 from .objectives import OBJECTIVES
 from .optim import WeightAverage, frozen_blocks, lr_factor, make_optimizer, set_modes
+from .quick import Eyes
 from .report import TrainingLog
 from .settings import Recipe, Stage
 from .start import ALONE, Helpers, Start
@@ -247,13 +248,13 @@ class Trainer:
         encoder, kind = self.model.encoder.eval(), self.recipe.encoder.kind
         self.sees = "trunk" if self.trunk else "pixels" if stage.encoder_lr else "features"
         by, part = (encoder.lower, encoder.chain[: self.trunk]) if self.trunk else (encoder, encoder)
-        encoder.trunk = self.trunk
+        encoder.trunk, eyes = self.trunk, Eyes(by, encoder)
         key = _encoder_digest(encoder, kind, torch.nn.ModuleList(part) if self.trunk else encoder)
 
         def rows(photos: Photos, view: View = PLAIN) -> np.ndarray:
             if self.sees == "pixels":
                 return photos.pixels(view=view, progress=self.progress)
-            return photos.seen(by, encoder, key, view=view, device=self.accelerator.device, progress=self.progress)
+            return photos.seen(eyes, key, view=view, progress=self.progress)
 
         with self.accelerator.main_process_first():
             self.rows = [rows(self.train, view) for view in self.views]
@@ -262,10 +263,9 @@ class Trainer:
             teacher = self.helpers.teacher
             if teacher and stage.objective == "distill":
                 seer = teacher.model.encoder.to(self.accelerator.device)
-                name, device = _encoder_digest(seer, teacher.kind), self.accelerator.device
+                name, eyes = _encoder_digest(seer, teacher.kind), Eyes(seer, seer)
                 for view in self.views:
-                    shown = self.train.seen(seer, seer, name, view=view, device=device, progress=self.progress)
-                    self.teacher_rows.append(shown)
+                    self.teacher_rows.append(self.train.seen(eyes, name, view=view, progress=self.progress))
 
     def _validate(self, stage: Stage) -> dict[str, Any]:
         """Score what has been learnt so far, and keep the weights where they are the best; returns the record."""

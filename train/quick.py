@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -27,6 +28,23 @@ class Applied(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         return self.look(pixels)
+
+
+class Eyes:
+    """What looks at photos: `look`, of pixels uint8 [N, H, W, 3] on the device of the frozen module `owner`."""
+
+    def __init__(self, look: Look, owner: nn.Module) -> None:
+        self.look, self.owner = look, owner
+        self.device = next(owner.parameters()).device
+        self.engine: Look | None = None
+
+    @torch.inference_mode()
+    def __call__(self, pixels: np.ndarray, *, many: bool = False) -> np.ndarray:
+        """uint8 [N, H, W, 3] → float16 [N, ...]; `many` more will follow: a faster engine is worth its loading."""
+        photos = torch.from_numpy(pixels).to(self.device)
+        if many and self.engine is None:
+            self.engine = quick(self.look, self.owner, photos) if self.device.type == "cpu" else self.look
+        return (self.engine or self.look)(photos).half().cpu().numpy()
 
 
 def quick(look: Look, owner: nn.Module, pixels: Tensor) -> Look:
