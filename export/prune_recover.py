@@ -77,6 +77,6 @@ def recover(
     if resume and (read_start(out).sha256 != start.sha256 or read_recipe(out) != recipe):
         raise UsageError(f"{out} holds another run: remove it, or choose another place for the recovered checkpoint")
     if not resume or not read_metrics(out).get("finished"):
-        chosen = {} if resume else {"init": pruned, "teacher": teacher}
+        chosen = {} if resume else {"init": pruned, "teachers": [teacher] if teacher else []}
         train(None if resume else recipe, out, resume=resume, **chosen, progress=progress, say=say)
     return load_checkpoint(out)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,9 +19,10 @@ from ..benchmarks.datasets import Dataset, Example
 from ..runtime.errors import EdgecapError
 from ..runtime.preprocess import Preprocess
 from .augment import PLAIN, View, mirrored_text, names_a_side, vary, view_key
-from .cache import cache_key, cached_rows, load_pixels
+from .cache import cache_key, cached_rows, load_pixels, whole_rows
 from .quick import Eyes
 from .settings import Recipe
+from .state import digest, model_tensors
 from .tokenizer import caption_text, token_ids
 
 Progress = Callable[[str, int, int], None]  # (phase, done, total)
@@ -30,7 +33,8 @@ MANY = 512  # photos for which a faster engine is worth its loading
 class Batch:
     """Photos of one optimizer step (or a piece of it): ids [N, C, T] BOS first, -1 behind the end (the rows that
     `Trainer.texts` gives); one of pixels uint8 [N, H, W, 3], features [N, L, dim] and trunk (what the encoder's frozen
-    lower blocks give); photos: their places in the split; teacher: its features of them; mirrored: bool [N] or None."""
+    lower blocks give); photos: their places in the split; mirrored: bool [N] or None; teacher: its features of them;
+    words and taught: what teachers say of the captions, see `Taught.of`."""
 
     ids: Tensor
     photos: np.ndarray
@@ -39,6 +43,8 @@ class Batch:
     teacher: Tensor | None = None
     trunk: Tensor | None = None
     mirrored: np.ndarray | None = None
+    words: Tensor | None = None
+    taught: Tensor | None = None
 
     @property
     def inputs(self) -> Tensor:
@@ -122,7 +128,7 @@ class Photos:
         report = lambda done: progress(f"photos of {self.split}{view}", done, len(self))  # noqa: E731
         shape = (*self.preprocess.size, 3)
         return cached_rows(
-            self._key("pixels", view), len(self), shape, np.uint8, lambda part: self._load(part, view), report=report
+            self._key("pixels", view), len(self), shape, np.uint8, lambda part: self.load(part, view), report=report
         )
 
     def seen(self, eyes: Eyes, key: str, *, view: View = PLAIN, progress: Progress) -> np.ndarray:
@@ -130,16 +136,28 @@ class Photos:
 
         key: names the eyes, with their weights, for the cache.
         """
-        shape = tuple(eyes(self._load(slice(0, 1), view)).shape[1:])
+        shape = tuple(eyes(self.load(slice(0, 1), view)).shape[1:])
         report = lambda done: progress(f"features of {self.split}{view}", done, len(self))  # noqa: E731
         key = self._key("features", view, encoder=key)
-        compute = lambda part: eyes(self._load(part, view), many=len(self) - part.start >= MANY)  # noqa: E731
+        compute = lambda part: eyes(self.load(part, view), many=len(self) - part.start >= MANY)  # noqa: E731
         return cached_rows(key, len(self), shape, np.float16, compute, report=report)
+
+    def known(self, key: str, *, view: View = PLAIN) -> np.ndarray | None:
+        """What `seen` computed for this key before, memory-mapped; None where that is not whole."""
+        return whole_rows(self._key("features", view, encoder=key), len(self))
+
+    def shown_in(self, preprocess: Preprocess) -> Photos:
+        """The same photos for a model that sees them in another size or form."""
+        other = copy.copy(self)
+        other.preprocess, other.identity = preprocess, {**self.identity, "preprocess": preprocess.to_dict()}
+        return other
 
     def _key(self, kind: str, view: View, **more: str) -> str:
         return cache_key(kind=kind, **view_key(view, self.augment, self.seed), **more, **self.identity)
 
-    def _load(self, part: slice, view: View) -> np.ndarray:
+    def load(self, part: slice, view: View) -> np.ndarray:
+        """Pixels uint8 [n, H, W, 3] of a part of the photos, computed."""
+
         def drawn(number: int, image: Image.Image) -> Image.Image:
             return vary(image, self.augment, np.random.default_rng([self.seed, view.drawn, part.start + number]))
 
@@ -171,3 +189,9 @@ class EpochPlan:
             # Sorted places read the memory map in order.
             places = np.sort(order[step * self.batch_size : (step + 1) * self.batch_size])
             yield places, views[places]
+
+
+def encoder_digest(encoder: Any, kind: str, part: torch.nn.Module | None = None) -> str:
+    """What the features of an encoder depend on, or what a `part` of it gives."""
+    weights = [digest(tensor) for tensor in model_tensors(part or encoder).values()]
+    return cache_key(weights=weights, kind=kind, settings=encoder.settings(), read=encoder.read.__name__)

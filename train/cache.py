@@ -93,6 +93,17 @@ def _cached_rows(
     return np.load(array, mmap_mode="r")
 
 
+def whole_rows(key: str, total: int) -> np.ndarray | None:
+    """What `cached_rows` computed for this key before, memory-mapped; None where that is not whole."""
+    folder = cache_folder()
+    array, progress = folder / f"{key}.npy", folder / f"{key}.json"
+    try:
+        rows = np.load(array, mmap_mode="r")
+    except (OSError, ValueError):
+        return None
+    return rows if _rows_done(array, progress, total, rows.shape[1:], rows.dtype) == total else None
+
+
 def load_pixels(
     examples: Sequence[Example],
     preprocess: Preprocess,

@@ -43,7 +43,14 @@ def _need_train(command: str) -> None:
 @click.option("--max-seq-len", type=click.IntRange(8), metavar="N", help="Positions of prompt, photo and caption.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Checkpoint folder.  [default: runs/RECIPE]")
 @click.option("--init", metavar="CHECKPOINT", type=click.Path(path_type=Path), help="Start from its model and weights.")
-@click.option("--teacher", metavar="CHECKPOINT", type=click.Path(path_type=Path), help="For stages that distill.")
+@click.option(
+    "--teacher",
+    "teachers",
+    metavar="CHECKPOINT",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="For stages that distill; repeatable: several teach at once.",
+)
 @click.option(
     "--critic", metavar="CHECKPOINT_OR_CLIP", help="Judges how captions fit their photos: a retrieval run, CLIP."
 )
@@ -72,7 +79,7 @@ def train(
     max_seq_len: int | None,
     out: Path | None,
     init: Path | None,
-    teacher: Path | None,
+    teachers: tuple[Path, ...],
     critic: str | None,
     check: bool,
     overrides: tuple[str, ...],
@@ -109,7 +116,7 @@ def train(
         return
     parts = encoder or decoder or text or vlm or from_scratch
     sizes = image_longest_edge or max_seq_len or split_image is not None
-    helpers = teacher or critic
+    helpers = teachers or critic
     plan_given = recipe or data or parts or sizes or init or helpers or overrides or seed is not None or skip_bad
     if resume and (plan_given or check):
         raise click.UsageError(
@@ -117,7 +124,7 @@ def train(
         )
     if init and (parts or sizes or any(item.partition(".")[0].partition("=")[0] in MODEL_PARTS for item in overrides)):
         raise click.UsageError("--init brings its own model and tokenizer: leave out options and --set of theirs")
-    if check and (teacher or out):
+    if check and (teachers or out):
         raise click.UsageError("--check keeps nothing, and takes no step that distills: leave out --out and --teacher")
     _need_train("edgecap train")
     import torch
@@ -160,7 +167,7 @@ def train(
                 told = check_fit(plan, init=init, critic=critic, progress=bars)
             else:
                 folder, metrics = run_train(
-                    plan, out, resume=resume, init=init, teacher=teacher, critic=critic, progress=bars, say=say
+                    plan, out, resume=resume, init=init, teachers=teachers, critic=critic, progress=bars, say=say
                 )
     except EdgecapError as error:
         if main:

@@ -21,8 +21,7 @@ from ..benchmarks.datasets import Dataset, Example
 from ..runtime.decode import DecodeOptions
 from ..runtime.errors import UsageError
 from .augment import PLAIN, View, views_of
-from .batches import Batch, EpochPlan, Photos, Progress, encode_captions
-from .cache import cache_key
+from .batches import Batch, EpochPlan, Photos, Progress, encode_captions, encoder_digest
 from .checkpoint import METRICS, PROGRESS, RECIPE, TOKENIZER, preprocess_for
 from .lora import count_parameters
 from .models import CaptionModel
@@ -33,7 +32,6 @@ from .report import TrainingLog
 from .settings import Recipe, Stage
 from .start import ALONE, Helpers, Start
 from .state import (
-    digest,
     load_model_tensors,
     load_progress,
     model_tensors,
@@ -44,6 +42,7 @@ from .state import (
     write_json,
     write_weights,
 )
+from .teachers import Taught
 from .validate import caption_rows, score_captions
 
 SAVE_EVERY_S = 120.0  # within long epochs
@@ -113,6 +112,8 @@ class Trainer:
             self.state |= state
         self.began = time.monotonic() - self.state["seconds"]
         self.log.resume(self.state["history"])
+        for teacher in self.helpers.teachers:
+            self.log.line(teacher.line())
         while self.state["stage"] < len(self.recipe.stages):
             self._stage(self.recipe.stages[self.state["stage"]], tensors)
             tensors = None
@@ -237,7 +238,9 @@ class Trainer:
 
         photos = {self.sees: seen(self.rows)}
         teacher = seen(self.teacher_rows) if self.teacher_rows else None
-        batch = Batch(ids, places, teacher=teacher, mirrored=self.mirrored[views], **photos)
+        mirrored = self.mirrored[views]
+        said = self.taught.of(ids.numpy(), places, mirrored) if self.taught else {}
+        batch = Batch(ids, places, teacher=teacher, mirrored=mirrored, **photos, **said)
         return batch.to(self.accelerator.device)
 
     # --- data, validation, saving ------------------------------------------------------------------------------
@@ -249,7 +252,7 @@ class Trainer:
         self.sees = "trunk" if self.trunk else "pixels" if stage.encoder_lr else "features"
         by, part = (encoder.lower, encoder.chain[: self.trunk]) if self.trunk else (encoder, encoder)
         encoder.trunk, eyes = self.trunk, Eyes(by, encoder)
-        key = _encoder_digest(encoder, kind, torch.nn.ModuleList(part) if self.trunk else encoder)
+        key = encoder_digest(encoder, kind, torch.nn.ModuleList(part) if self.trunk else encoder)
 
         def rows(photos: Photos, view: View = PLAIN) -> np.ndarray:
             if self.sees == "pixels":
@@ -259,13 +262,32 @@ class Trainer:
         with self.accelerator.main_process_first():
             self.rows = [rows(self.train, view) for view in self.views]
             self.val_rows = rows(self.val)
-            self.teacher_rows: list[np.ndarray] = []
-            teacher = self.helpers.teacher
-            if teacher and stage.objective == "distill":
-                seer = teacher.model.encoder.to(self.accelerator.device)
-                name, eyes = _encoder_digest(seer, teacher.kind), Eyes(seer, seer)
-                for view in self.views:
-                    self.teacher_rows.append(self.train.seen(eyes, name, view=view, progress=self.progress))
+            self.taught = self._ask_teachers(stage) if stage.objective == "distill" else None
+            self.teacher_rows = self._teacher_features() if self.taught and stage.match else []
+        if not self.teacher_rows:
+            for teacher in self.helpers.teachers:
+                teacher.forget()
+
+    def _ask_teachers(self, stage: Stage) -> Taught:
+        """What the teachers say of all captions, of the photos as they are and mirrored."""
+        rows = [
+            [
+                teacher.rows(
+                    self.train, ids, mirrored=bool(mirrored), temperature=stage.temperature, top_k=stage.top_k,
+                    device=self.accelerator.device, progress=self.progress,
+                )
+                for mirrored, ids in enumerate(self.ids)
+            ]
+            for teacher in self.helpers.teachers
+        ]  # fmt: skip
+        return Taught(self.ids, rows)
+
+    def _teacher_features(self) -> list[np.ndarray]:
+        """What the one teacher sees in each view, for a captioner that learns to see so."""
+        (teacher,) = self.helpers.teachers
+        seer, photos = teacher.model(self.accelerator.device).encoder, self.train.shown_in(teacher.preprocess)
+        key, eyes = encoder_digest(seer, teacher.recipe.encoder.kind), Eyes(seer, seer)
+        return [photos.seen(eyes, key, view=view, progress=self.progress) for view in self.views]
 
     def _validate(self, stage: Stage) -> dict[str, Any]:
         """Score what has been learnt so far, and keep the weights where they are the best; returns the record."""
@@ -376,6 +398,8 @@ class Trainer:
                 "base": {"checkpoint": self.start.init, "sha256": self.start.sha256},
                 "adapter_parameters": sum(tensor.numel() for tensor in model_tensors(self.model).values()),
             }
+        if self.helpers.teachers:
+            metrics["teachers"] = [teacher.told() for teacher in self.helpers.teachers]
         if self.start.pruned:
             metrics["pruned"] = self.start.pruned  # tells how to load what follows
         return metrics
@@ -391,12 +415,6 @@ class Trainer:
 def _mix(*parts: int) -> int:
     """One 63-bit seed out of several numbers."""
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-def _encoder_digest(encoder: Any, kind: str, part: torch.nn.Module | None = None) -> str:
-    """What the features of an encoder depend on, or what a `part` of it gives."""
-    weights = [digest(tensor) for tensor in model_tensors(part or encoder).values()]
-    return cache_key(weights=weights, kind=kind, settings=encoder.settings(), read=encoder.read.__name__)
 
 
 def _exchange(accelerator: Accelerator, forward: torch.nn.Module, sync: bool) -> Any:

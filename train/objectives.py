@@ -1,4 +1,4 @@
-"""What a stage minimises: cross-entropy on captions, distillation, self-critical training; and the table of all."""
+"""What a stage minimises: cross-entropy on captions, self-critical training; and the table of all."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from ..benchmarks.datasets import Example
 from ..benchmarks.metrics import CiderD
 from ..runtime.decode import never_said
-from ..runtime.errors import UsageError
 from .batches import Batch
+from .distill import Distillation
 from .guided import Guided
 from .infonce import InfoNCE
 from .models import CaptionModel
@@ -33,41 +33,6 @@ class CrossEntropy(Objective):
         """See Objective.loss."""
         logits = forward(batch.inputs, batch.keep, **batch.view)  # [K, V]
         return F.cross_entropy(logits.float(), batch.targets, reduction="sum", label_smoothing=self.smoothing), {}
-
-
-class Distillation(Objective):
-    """Cross-entropy mixed with the teacher's word distribution at a temperature T (Hinton et al. 2015,
-    arXiv:1503.02531, with their factor T²), and with `match` the distance to what the teacher's encoder sees
-    (Romero et al. 2015, arXiv:1412.6550)."""
-
-    def __init__(
-        self, recipe: Recipe, stage: Stage, tokenizer: Tokenizer, examples: Sequence[Example], helpers: Helpers
-    ) -> None:
-        super().__init__(recipe, stage, tokenizer, examples, helpers)
-        self.share, self.temperature = stage.teacher_share, stage.temperature
-        self.match, self.teacher = stage.match, helpers.teacher
-
-    def loss(self, model: CaptionModel, forward: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
-        """As CrossEntropy.loss; the log gets the divergence from the teacher in nats a word."""
-        seen: list[Tensor] = []
-        hook = model.bridge.register_forward_hook(lambda module, inputs, output: seen.append(output))
-        try:
-            logits = forward(batch.inputs, batch.keep, **batch.view).float()  # [K, V]
-        finally:
-            hook.remove()
-        memory, theirs = self.teacher.look(batch)
-        captions = F.cross_entropy(logits, batch.targets, reduction="sum", label_smoothing=self.smoothing)
-        soft, wanted = (logits / self.temperature).log_softmax(-1), (theirs.float() / self.temperature).log_softmax(-1)
-        apart = F.kl_div(soft, wanted, reduction="sum", log_target=True) * self.temperature**2
-        loss = (1 - self.share) * captions + self.share * apart
-        figures = {"divergence": float(apart.detach()) / len(logits)}
-        if self.match:
-            if memory.shape != seen[0].shape:
-                raise UsageError("match: the teacher's memory has another shape than the captioner's; leave match at 0")
-            distance = F.mse_loss(seen[0].float(), memory) / memory.var()
-            loss = loss + self.match * len(logits) * distance
-            figures["distance"] = float(distance.detach())
-        return loss, figures
 
 
 class SelfCritical(Objective):

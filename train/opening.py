@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,15 +39,14 @@ from .start import (
     START,
     Helpers,
     Start,
-    Teacher,
     check_helpers,
     load_again,
     read_start,
-    teacher_for,
     with_parts,
     write_start,
 )
 from .state import load_progress, write_bytes
+from .teachers import Teacher
 from .tokenizer import caption_text, token_ids
 from .towers import TowersTrainer, open_texts
 
@@ -78,7 +77,7 @@ class Made:
     """What a process made to see that a run can begin, so that it is not made twice."""
 
     model: Any = None
-    teacher: Teacher | None = None
+    teachers: tuple[Teacher, ...] | None = None
     critic: Critic | None = None
 
 
@@ -89,7 +88,7 @@ def open_run(
     *,
     resume: bool = False,
     init: Path | None = None,
-    teacher: Path | None = None,
+    teachers: Sequence[Path] = (),
     critic: str | None = None,
     trains: bool = True,
     progress: Progress = QUIET,
@@ -106,13 +105,13 @@ def open_run(
     if resume and (out / START).is_file():
         return False, recipe
     if trains:
-        check_helpers(recipe, teacher, critic)
+        check_helpers(recipe, teachers, critic)
     if init is not None:
         refuse_adapter(init)
     if recipe.lora.rank:
         check_base(recipe, init, trained=trains)
     first = None if init is None else load_checkpoint(init)
-    master = None if teacher is None else require_captioner(load_checkpoint(teacher))
+    masters = [require_captioner(load_checkpoint(teacher)) for teacher in teachers]
     judge = None if critic is None else Critic.load(critic).to(PartialState().device)
     base = ""
     if first is not None:
@@ -135,13 +134,15 @@ def open_run(
         add_adapters(model, recipe.lora, seed=recipe.seed)
     made = made or Made()
     made.model, made.critic = model, judge
-    made.teacher = None if master is None else teacher_for(recipe, master, tokenizer)
+    made.teachers = tuple(Teacher(master, tokenizer, recipe.tokenizer.ids) for master in masters)
     if trains:
         _refuse_too_large(recipe, model)
+        for teacher in made.teachers:
+            teacher.check(data.splits["train"], recipe.tokenizer.max_length)
         if judge is not None and any(stage.objective == "guided" for stage in recipe.stages):
             judge.check_knows(data.splits["train"], progress)
     # In this order: a folder with a recipe can be resumed, one with less is free.
-    write_start(out, first, master, None if judge is None else (_place(critic), judge.sha256), base)
+    write_start(out, first, masters, None if judge is None else (_place(critic), judge.sha256), base)
     write_bytes(out / TOKENIZER, file)
     write_bytes(out / RECIPE, recipe.to_toml().encode())
     return False, read_recipe(out)
@@ -176,16 +177,17 @@ def open_helpers(
     progress: Progress = QUIET,
     made: Made | None = None,
 ) -> Helpers:
-    """The teacher and the critic that the run began with."""
-    teacher, critic = (made.teacher, made.critic) if made else (None, None)
-    if start.teacher and teacher is None:
-        teacher = teacher_for(recipe, load_again(start.teacher, start.teacher_sha256, "teacher"), tokenizer)
+    """The teachers and the critic that the run began with."""
+    teachers, critic = (made.teachers, made.critic) if made else (None, None)
+    if teachers is None:
+        masters = [load_again(kept["path"], kept["sha256"], "teacher") for kept in start.teachers]
+        teachers = tuple(Teacher(master, tokenizer, recipe.tokenizer.ids) for master in masters)
     if start.critic and critic is None:
         critic = Critic.load(start.critic)
         if critic.sha256 != start.critic_sha256:
             raise UsageError(f"{start.critic} has changed since this run began with it as critic: put it back")
         critic.to(PartialState().device)
-    return Helpers(teacher, critic, progress)
+    return Helpers(teachers, critic, progress)
 
 
 def this_process() -> PartialState:

@@ -40,6 +40,7 @@ POSITIVE = (
     "step_epochs",
     "beam",
     "temperature",
+    "top_k",
 )
 SHARES = ("label_smoothing", "dropout", "ema", "teacher_share")  # in [0, 1)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -47,7 +47,7 @@ def train(
     *,
     resume: bool = False,
     init: Path | None = None,
-    teacher: Path | None = None,
+    teachers: Sequence[Path] = (),
     critic: str | None = None,
     progress: Progress = lambda phase, done, total: None,
     say: Callable[[str], None] = lambda line: None,
@@ -55,7 +55,7 @@ def train(
     """Train a captioner; returns the checkpoint directory and its metrics.
 
     init: a checkpoint whose model, weights and tokenizer the run starts from, whatever the recipe says of them.
-    teacher: a checkpoint that the stages with objective "distill" learn from. critic: a retrieval checkpoint or a CLIP
+    teachers: checkpoints that the stages with objective "distill" learn from. critic: a retrieval checkpoint or a CLIP
     that judges how captions fit their photos, for the stages with objective "guided" and in every validation.
     With `resume` the run in `out` (or the newest under runs/) goes on by its own recipe. Raises UsageError for bad
     data, recipes and folders. Where several processes train, the first decides, writes and tells.
@@ -68,7 +68,7 @@ def train(
             data = open_dataset(recipe.data.spec, skip_bad=recipe.data.skip_bad)
         if main:
             _tell_data(data, say)
-        given = {"resume": resume, "init": init, "teacher": teacher, "critic": critic, "progress": progress}
+        given = {"resume": resume, "init": init, "teachers": teachers, "critic": critic, "progress": progress}
         made = Made()
         begun, recipe = _from_main(lambda: open_run(recipe, data, out, made=made, **given))
         tokenizer, start = Tokenizer.load(out / TOKENIZER).inner, read_start(out)

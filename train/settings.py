@@ -156,7 +156,8 @@ class Stage:
     samples: int = 5  # scst: captions sampled per photo
     teacher_share: float = 0.7  # distill: of the loss that is the teacher's; the captions have the rest
     temperature: float = 2.0  # distill: softens both distributions
-    match: float = 0.0  # distill: weight of seeing the photo as the teacher does, for encoders that learn
+    top_k: int = 32  # distill: words of a teacher that are kept for each word of a caption; all others count as one
+    match: float = 0.0  # distill: weight of seeing the photo as the one teacher does, for encoders that learn
     alignment: float = 0.0  # guided: weight of what is said lying near its photo in the critic's space
     contrast: float = 0.0  # guided: weight of its lying nearer to its own photo than to the batch's others
     diversity: float = 0.0  # guided: weight of the captions of different photos lying apart

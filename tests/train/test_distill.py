@@ -1,0 +1,296 @@
+"""Distillation word by word: the loss against plain PyTorch, several teachers, what is kept on disk, the refusals."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from edgecap.benchmarks.datasets import open_dataset
+from edgecap.runtime.errors import UsageError
+from edgecap.runtime.tokenizer import Tokenizer
+from edgecap.train import cache, loop
+from edgecap.train.batches import Batch, Photos, encode_captions
+from edgecap.train.cache import load_pixels
+from edgecap.train.checkpoint import WEIGHTS, Checkpoint, load_checkpoint, preprocess_for
+from edgecap.train.distill import divergence
+from edgecap.train.objectives import OBJECTIVES
+from edgecap.train.recipe import recipe_from_dict
+from edgecap.train.run import train
+from edgecap.train.settings import Stage, TokenizerSettings
+from edgecap.train.start import START, Helpers, Start, read_start
+from edgecap.train.teachers import Taught, Teacher
+from edgecap.train.tokenizer import caption_text, token_ids, train_tokenizer
+
+from .tiny import ENCODER, SIZE, tiny_model, tiny_recipe
+
+ONE = {"epochs": 1, "batch_size": 16, "lr": 1e-3}
+DISTILL = {**ONE, "objective": "distill", "epochs": 2, "temperature": 2.0, "top_k": 6}
+FEW = "scenes:train=32,val=4,test=4,size=64"
+CPU = torch.device("cpu")
+WORDS = TokenizerSettings(min_count=1)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGECAP_CACHE", str(tmp_path / "cache"))
+
+
+def quiet(phase: str, done: int, total: int) -> None:
+    pass
+
+
+def as_checkpoint(model: torch.nn.Module, tokenizer: Any, *, size: int = SIZE, name: str = "teacher") -> Checkpoint:
+    recipe = tiny_recipe(image_size=size)
+    return Checkpoint(
+        Path(name), recipe, model, Tokenizer(tokenizer), token_ids(tokenizer), preprocess_for(recipe), {}, name
+    )
+
+
+def awake(model: torch.nn.Module, pixels: torch.Tensor) -> torch.nn.Module:
+    """The model with statistics of these photos in its normalizations: without any, it sees next to nothing."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = 1.0
+    with torch.no_grad():
+        model.encoder.train()(pixels)
+    return model.eval()
+
+
+def reference(teacher: Teacher, examples: list[Any], ids: torch.Tensor, *, flip: bool = False) -> torch.Tensor:
+    """The teacher's logits [K, V] for our words, uncached and whole."""
+    pixels = torch.from_numpy(load_pixels(examples, teacher.preprocess, flip=flip))
+    where = torch.from_numpy(teacher.ids)
+    with torch.no_grad():
+        logits = teacher.model(CPU)(where[ids[:, :, :-1].clamp(min=0)], pixels=pixels)[ids[:, :, 1:] >= 0]
+    return logits[:, where]
+
+
+def test_distillation_is_its_formula_over_our_words() -> None:
+    """With all words kept, against plain PyTorch: a teacher of more words in another order and one that sees photos in
+    another size and through another encoder, and what the first one's encoder sees."""
+    data = open_dataset("scenes:train=6,val=2,test=2,size=64")
+    examples = list(data.splits["train"])
+    captions = [caption_text(c) for e in examples for c in e.captions]
+    theirs, ours = (train_tokenizer(captions, dataclasses.replace(WORDS, min_count=count)) for count in (1, 6))
+    large, small = theirs.get_vocab_size(), ours.get_vocab_size()
+    assert small < large
+    recipe = tiny_recipe()
+    pixels = torch.from_numpy(load_pixels(examples, preprocess_for(recipe)))
+    first = awake(tiny_model("llama", vocab_size=large, seed=1), pixels)
+    first = Teacher(as_checkpoint(first, theirs), ours)
+    assert [theirs.id_to_token(i) for i in first.ids.tolist()] == [ours.id_to_token(i) for i in range(small)]
+    second = awake(tiny_model("gru", vocab_size=small, seed=2), pixels)
+    second = Teacher(as_checkpoint(second, ours, size=96, name="second"), ours)
+
+    photos = Photos(data, "train", recipe, preprocess_for(recipe))
+    plain, mirrored = (encode_captions(examples, ours, max_length=8, captions=3, mirrored=m) for m in (False, True))
+    ids = torch.from_numpy(np.stack([plain[0, :2], plain[1, [2, 0]], plain[2, :2], mirrored[3, 1:], plain[5, :2]]))
+    places, flipped = np.array([0, 1, 2, 3, 5]), np.array([False, False, False, True, False])
+    seen = pixels[places]
+    seen[3] = seen[3].flip(1)
+    model = awake(tiny_model("gru", vocab_size=small), pixels)
+    stage = Stage(objective="distill", teacher_share=0.6, temperature=3.0, match=0.5, label_smoothing=0.1)
+    keep = ids[:, :, 1:] >= 0
+    with torch.no_grad():
+        features, own = first.model(CPU).encoder(seen), model.encoder(seen)
+
+    def loss_by(*teachers: Teacher, top_k: int) -> tuple[torch.Tensor, dict[str, float]]:
+        rows = [
+            [
+                each.rows(photos, words, mirrored=bool(flip), temperature=3.0, top_k=top_k, device=CPU, progress=quiet)
+                for flip, words in enumerate((plain, mirrored))
+            ]
+            for each in teachers
+        ]
+        said = Taught((plain, mirrored), rows).of(ids.numpy(), places, flipped)
+        assert said["words"].shape == (len(teachers), int(keep.sum()), min(top_k, small))
+        objective = OBJECTIVES["distill"](recipe, stage, ours, examples, Helpers(teachers))
+        assert objective.count(ids) == int(keep.sum())
+        return objective.loss(model, model, Batch(ids, places, features=own, teacher=features, **said))
+
+    def wanted(teacher: Teacher) -> torch.Tensor:
+        shown = [
+            reference(teacher, [examples[place]], ids[i : i + 1], flip=bool(flipped[i]))
+            for i, place in enumerate(places)
+        ]
+        return F.softmax(torch.cat(shown) / 3, -1)
+
+    logits = model(ids[:, :, :-1].clamp(min=0), features=own)[keep]
+    captions_loss = F.cross_entropy(logits, ids[:, :, 1:][keep], label_smoothing=0.1)
+    q = F.log_softmax(logits / 3, -1)
+    memory = first.model(CPU).memory(features=features)
+    far = F.mse_loss(model.memory(features=own), memory) / memory.var()
+
+    one, two = wanted(first), wanted(second)
+    apart = (one * (one.log() - q)).sum(-1).mean() * 9
+    loss, figures = loss_by(first, top_k=small)
+    torch.testing.assert_close(loss / keep.sum(), 0.4 * captions_loss + 0.6 * apart + 0.5 * far, rtol=1e-3, atol=1e-3)
+    assert figures["divergence"] == pytest.approx(float(apart.detach()), rel=1e-3, abs=1e-3)
+    assert figures["distance"] == pytest.approx(float(far.detach()), rel=1e-3)
+
+    # Two teach what the mean of their probabilities teaches: up to what does not depend on the captioner.
+    mean = (one + two) / 2
+    apart = (mean * (mean.log() - q)).sum(-1).mean() * 9
+    spread = sum((p * (p.log() - mean.log())).sum(-1).mean() * 9 / 2 for p in (one, two))
+    loss, _ = loss_by(first, second, top_k=10_000)
+    expected = 0.4 * captions_loss + 0.6 * (apart + spread) + 0.5 * far
+    torch.testing.assert_close(loss / keep.sum(), expected, rtol=1e-3, atol=1e-3)
+    weights = model.decoder.start.weight, model.bridge.project.weight
+    for ours_, theirs_ in zip(
+        torch.autograd.grad(loss / keep.sum(), weights), torch.autograd.grad(expected, weights), strict=True
+    ):
+        assert theirs_.norm() > 0 and (ours_ - theirs_).norm() < 2e-3 * theirs_.norm()
+    assert all(not parameter.requires_grad for parameter in first.model(CPU).parameters())
+
+
+def test_words_that_are_not_kept_count_as_one() -> None:
+    generator = torch.Generator().manual_seed(0)
+    p, q = ((2 * torch.randn(7, 30, generator=generator)).softmax(-1) for _ in range(2))
+    taught, words = p.topk(4)
+    total = 0.0
+    for row in range(7):
+        rest = [i for i in range(30) if i not in words[row].tolist()]
+        theirs = torch.cat((taught[row], p[row, rest].sum(0, keepdim=True)))
+        ours = torch.cat((q[row, words[row]], q[row, rest].sum(0, keepdim=True)))
+        total += float((theirs * (theirs / ours).log()).sum())
+    assert float(divergence(q.log(), words[None], taught.log()[None])) == pytest.approx(total, rel=1e-5)
+    both = torch.stack((words, words)), torch.stack((taught, taught)).log()
+    assert float(divergence(q.log(), *both)) == pytest.approx(total, rel=1e-5)
+    # It is least where the captioner gives the kept words what the teacher does, and no figure is worse than all words.
+    assert float(divergence(p.log(), words[None], taught.log()[None])) == pytest.approx(0.0, abs=1e-5)
+    assert total <= float((p * (p / q).log()).sum())
+
+
+def test_words_that_a_teacher_does_not_know_get_nothing_from_it() -> None:
+    examples = list(open_dataset("scenes:train=6,val=2,test=2,size=64").splits["train"])
+    captions = [caption_text(c) for e in examples for c in e.captions]
+    theirs, ours = (train_tokenizer(more, WORDS) for more in (captions, [*captions, "zebra"]))
+    teacher = Teacher(as_checkpoint(tiny_model("gru", vocab_size=theirs.get_vocab_size()), theirs), ours)
+    assert teacher.missing == ["zebra"] and f"does not know 1 of {len(teacher.ids)} words" in teacher.line()
+    teacher.check(examples, 8)
+    ids = encode_captions(examples[:2], ours, max_length=8, captions=2)
+    ids[0, 0, 2] = zebra = ours.token_to_id("zebra")
+    data = dataclasses.replace(open_dataset("scenes:train=2,val=2,test=2,size=64"), splits={"train": examples[:2]})
+    photos = Photos(data, "train", tiny_recipe(), teacher.preprocess)
+    rows = teacher.rows(photos, ids, mirrored=False, temperature=1.0, top_k=999, device=CPU, progress=quiet)
+    keep = ids[:, :, 1:] >= 0
+    assert (rows["logp"][keep][rows["id"][keep] == zebra] == -np.inf).all()
+    np.testing.assert_allclose(np.exp(rows["logp"][keep].astype(np.float64)).sum(-1), 1, atol=5e-3)
+    said = Taught([ids], [[rows]]).of(ids, np.arange(2), np.zeros(2, bool))
+    soft = torch.randn(int(keep.sum()), len(teacher.ids)).log_softmax(-1)
+    assert torch.isfinite(divergence(soft, **said))
+
+    other = train_tokenizer(captions[:2], WORDS)
+    stranger = Teacher(as_checkpoint(tiny_model("gru", vocab_size=other.get_vocab_size()), other), ours)
+    with pytest.raises(UsageError, match=r"does not know '.*' and \d+ more .*% of what the captions say") as caught:
+        stranger.check(examples, 8)
+    assert "\n" not in caught.value.message
+
+
+def test_another_way_to_cut_text_is_refused() -> None:
+    captions = [
+        caption_text(c) for e in open_dataset("scenes:train=6,val=2,test=2").splits["train"] for c in e.captions
+    ]
+    words, pieces, fewer = (
+        train_tokenizer(captions, dataclasses.replace(WORDS, kind=kind, vocab_size=size))
+        for kind, size in (("word", 999), ("bpe", 400), ("bpe", 300))
+    )
+    for theirs, ours in ((pieces, words), (words, pieces)):
+        with pytest.raises(UsageError, match="cuts text into other words .* by its captions") as caught:
+            Teacher(as_checkpoint(tiny_model("gru", vocab_size=theirs.get_vocab_size()), theirs), ours)
+        assert "\n" not in caught.value.message
+    Teacher(as_checkpoint(tiny_model("gru", vocab_size=400), pieces), pieces)
+    examples = list(open_dataset("scenes:train=6,val=2,test=2").splits["train"])
+    with pytest.raises(UsageError, match="cuts text into other words"):
+        Teacher(as_checkpoint(tiny_model("gru", vocab_size=fewer.get_vocab_size()), fewer), pieces).check(examples, 8)
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing catches it."""
+
+
+def test_teachers_speak_once_and_a_killed_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two teachers of other sizes, another encoder and photo size; killed while they speak, and in every epoch."""
+    one, _ = train(tiny_recipe(ONE, decoder="llama", image_size=96, spec=FEW), tmp_path / "one")
+    wide = {"kind": "mobilenet_v2", "config": {**ENCODER["config"], "depth_multiplier": 0.5}}
+    tree = tiny_recipe(ONE, decoder="transformer", spec=FEW).to_dict()
+    two, _ = train(recipe_from_dict({**tree, "name": "wide", "encoder": wide}), tmp_path / "two")
+    recipe = tiny_recipe(DISTILL, flip=True, spec=FEW)
+
+    logits, said = Teacher.logits, []
+
+    def counted(self: Teacher, model: Any, memory: torch.Tensor, ids: np.ndarray) -> torch.Tensor:
+        said.append(self.path.name)
+        return logits(self, model, memory, ids)
+
+    monkeypatch.setattr(Teacher, "logits", counted)
+    lines: list[str] = []
+    first, metrics = train(recipe, tmp_path / "first", teachers=[one, two], say=lines.append)
+    # 32 photos in parts of 16, as they are and mirrored, and one caption to see that it can.
+    assert said == ["one", "two", *["one"] * 4, *["two"] * 4]
+    parts = [load_checkpoint(path) for path in (one, two)]
+    assert metrics["teachers"] == [
+        {
+            "path": str(each.path), "sha256": each.sha256, "recipe": each.recipe.name,
+            "parameters": sum(p.numel() for p in each.model.parameters()), "cider": each.metrics["best"]["cider"],
+        }
+        for each in parts
+    ]  # fmt: skip
+    assert [line.split(",")[0] for line in lines if line.startswith("teacher ")] == [
+        f"teacher {one}: tiny", f"teacher {two}: wide",
+    ]  # fmt: skip
+
+    # The same teachers again: nothing is computed, and the run is the same.
+    said.clear()
+    again, _ = train(recipe, tmp_path / "again", teachers=[one, two])
+    assert said == ["one", "two"]
+    assert (again / WEIGHTS).read_bytes() == (first / WEIGHTS).read_bytes()
+
+    # Without a cache, killed in the middle of the first teacher's words, then before any step and in an epoch.
+    monkeypatch.setenv("EDGECAP_CACHE", str(tmp_path / "another"))
+    monkeypatch.setattr(cache, "FLUSH", 16)
+    monkeypatch.setattr(loop, "SAVE_EVERY_S", 0.0)
+    step, left = loop.Trainer._step, [0]
+
+    def mortal(self: Any, *args: Any) -> Any:
+        if left[0] == 0:
+            raise Killed
+        left[0] -= 1
+        return step(self, *args)
+
+    def interrupted(self: Teacher, model: Any, memory: torch.Tensor, ids: np.ndarray) -> torch.Tensor:
+        if len(said) == 5:
+            raise Killed
+        return counted(self, model, memory, ids)
+
+    said.clear()
+    out = tmp_path / "killed"
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Teacher, "logits", interrupted)
+        train(recipe, out, teachers=[one, two])
+    assert said == ["one", "two", "one", "one", "one"]
+    monkeypatch.setattr(loop.Trainer, "_step", mortal)
+    for left[0] in (0, 1, 99):
+        try:
+            _, metrics = train(None, out, resume=True)
+        except Killed:
+            continue
+    assert said == ["one", "two", *["one"] * 4, *["two"] * 4] and metrics["finished"]
+    assert (out / WEIGHTS).read_bytes() == (first / WEIGHTS).read_bytes()
+    assert [each["sha256"] for each in metrics["teachers"]] == [each.sha256 for each in parts]
+
+
+def test_a_start_with_one_teacher_of_before_still_loads(tmp_path: Path) -> None:
+    old = {"init": "", "sha256": "", "teacher": "/a", "teacher_sha256": "0", "pruned": [], "critic": "c"}
+    (tmp_path / START).parent.mkdir()
+    (tmp_path / START).write_text(json.dumps(old))
+    assert read_start(tmp_path) == Start(critic="c", teachers=[{"path": "/a", "sha256": "0"}])
+    (tmp_path / START).write_text(json.dumps({**old, "teacher": "", "teacher_sha256": ""}))
+    assert read_start(tmp_path) == Start(critic="c")
