@@ -159,7 +159,7 @@ class Teacher:
             encoder = self.model(device).encoder
             known = photos.known(encoder_digest(encoder, self.recipe.encoder.kind), view=view)
             if known is not None:  # another captioner with this encoder has looked already
-                return lambda part: torch.from_numpy(known[part]).to(device)
+                return lambda part: torch.from_numpy(np.array(known[part])).to(device)
             pixels = lambda part: torch.from_numpy(photos.load(part, view)).to(device)  # noqa: E731
             sees = (
                 quick(encoder, encoder, pixels(slice(0, 2))) if device.type == "cpu" and len(ids) >= MANY else encoder
