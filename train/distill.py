@@ -17,6 +17,8 @@ from .objective import Objective
 from .settings import Recipe, Stage
 from .start import Helpers
 
+NOTHING = 1e-6  # a rest of probability below this is rounding
+
 
 def divergence(soft: Tensor, words: Tensor, taught: Tensor) -> Tensor:
     """Kullback-Leibler divergence from the teachers' words in nats, summed over K targets, averaged over teachers.
@@ -29,15 +31,14 @@ def divergence(soft: Tensor, words: Tensor, taught: Tensor) -> Tensor:
     said: on Flickr8k at a temperature of 2, where 27% lie outside the likeliest 32, the gradient is off by 32% so, by
     2.4% spread evenly, by 1.7% as one word.
     """
-    total = soft.new_zeros(())
-    for ids, logp in zip(words, taught, strict=True):
-        p = logp.exp()  # [K, k]
-        total = total - torch.special.entr(p).sum() - (p * soft.gather(1, ids)).sum()
-        if ids.shape[1] < soft.shape[1]:
-            rest = (1 - p.sum(1)).clamp(min=0)  # [K]
-            left = soft.scatter(1, ids, -torch.inf).logsumexp(1)
-            total = total - torch.special.entr(rest).sum() - (rest * left).sum()
-    return total / len(words)
+    ids, p = words.transpose(0, 1), taught.transpose(0, 1).exp()  # [K, teachers, k]
+    q = soft.gather(1, ids.flatten(1)).view_as(p)
+    apart = -torch.special.entr(p).sum() - (p * q).sum()
+    if p.shape[2] < soft.shape[1]:
+        rest = (1 - p.sum(2)).clamp(min=0)  # [K, teachers]
+        left = torch.log1p(-q.exp().sum(2).clamp(max=1 - NOTHING))
+        apart = apart - torch.special.entr(rest).sum() - (rest * left).sum()
+    return apart / len(words)
 
 
 class Distillation(Objective):
