@@ -29,7 +29,7 @@ from .cache import cache_key, cached_rows, load_pixels
 from .checkpoint import Checkpoint
 from .lora import count_parameters
 from .models import CaptionModel
-from .quick import quick
+from .quick import Eyes
 from .start import load_again
 from .tokenizer import caption_text, token_ids
 
@@ -154,22 +154,19 @@ class Teacher:
         dtype = np.dtype([("id", "<u2" if len(self.ids) <= 2**16 else "<u4"), ("logp", "<f2")])
 
         @functools.cache
-        def look() -> Callable[[slice], Tensor]:
-            """What its encoder gives of a part of the photos."""
+        def look() -> Callable[[slice], np.ndarray]:
+            """What its encoder gives of a part of the photos: float16 [n, L, dim]."""
             encoder = self.model(device).encoder
             known = photos.known(encoder_digest(encoder, self.recipe.encoder.kind), view=view)
             if known is not None:  # another captioner with this encoder has looked already
-                return lambda part: torch.from_numpy(np.array(known[part])).to(device)
-            pixels = lambda part: torch.from_numpy(photos.load(part, view)).to(device)  # noqa: E731
-            sees = (
-                quick(encoder, encoder, pixels(slice(0, 2))) if device.type == "cpu" and len(ids) >= MANY else encoder
-            )
-            return lambda part: sees(pixels(part)).half()
+                return lambda part: np.array(known[part])
+            eyes = Eyes(encoder, encoder)
+            return lambda part: eyes(photos.load(part, view), many=len(ids) >= MANY)
 
         @torch.inference_mode()
         def compute(part: slice) -> np.ndarray:
-            model, features = self.model(device), look()(part).float()
-            logits = self.logits(model, model.memory(features=features), ids[part])
+            model, features = self.model(device), torch.from_numpy(look()(part)).to(device)
+            logits = self.logits(model, model.memory(features=features.float()), ids[part])
             logp, words = (logits / temperature).log_softmax(-1).topk(shape[-1])  # [K, k]
             rows, keep = np.zeros((len(ids[part]), *shape), dtype), ids[part][:, :, 1:] >= 0
             rows["id"][keep], rows["logp"][keep] = words.cpu().numpy(), logp.cpu().numpy()
