@@ -46,10 +46,9 @@ def _need_train(command: str) -> None:
 @click.option(
     "--teacher",
     "teachers",
-    metavar="CHECKPOINT",
-    type=click.Path(path_type=Path),
+    metavar="CHECKPOINT_OR_CAPTIONER",
     multiple=True,
-    help="For stages that distill; repeatable: several teach at once.",
+    help="For stages that distill, or learn captions: a run, a bundle, SmolVLM, BLIP, GIT; repeatable.",
 )
 @click.option(
     "--critic", metavar="CHECKPOINT_OR_CLIP", help="Judges how captions fit their photos: a retrieval run, CLIP."
@@ -79,7 +78,7 @@ def train(
     max_seq_len: int | None,
     out: Path | None,
     init: Path | None,
-    teachers: tuple[Path, ...],
+    teachers: tuple[str, ...],
     critic: str | None,
     check: bool,
     overrides: tuple[str, ...],
@@ -103,6 +102,7 @@ def train(
       edgecap train --data folder:my-photos --set stages.0.epochs=20
       edgecap train --init runs/mobilenetv2-gru --data folder:my-photos
       edgecap train smolvlm-lora --vlm HuggingFaceTB/SmolVLM-256M-Instruct --data coco:DIR
+      edgecap train mobilenetv2-gru --teacher Salesforce/blip-image-captioning-base --set stages.0.teacher_captions=3
       edgecap train moda --from-scratch --check
       edgecap train --resume
     """

@@ -109,7 +109,8 @@ def _probe(base: type) -> Any:
             self.began = time.monotonic()
             try:
                 self.model.to(device)
-                self._stage(dataclasses.replace(stage, epochs=STEPS, validate_every=STEPS + 1), None)
+                short = {"epochs": STEPS, "validate_every": STEPS + 1, "teacher_captions": 0}
+                self._stage(dataclasses.replace(stage, **short), None)
             except (torch.OutOfMemoryError, MemoryError):
                 return (
                     f"it does not fit: stage {stage.name} runs out of memory; "

@@ -30,6 +30,7 @@ from .optim import WeightAverage, frozen_blocks, lr_factor, make_optimizer, set_
 from .quick import Eyes
 from .report import TrainingLog
 from .settings import Recipe, Stage
+from .speakers import only_speaking
 from .start import ALONE, Helpers, Start
 from .state import (
     load_model_tensors,
@@ -42,6 +43,7 @@ from .state import (
     write_json,
     write_weights,
 )
+from .teacher_captions import taught, taught_line
 from .teachers import Taught
 from .validate import caption_rows, score_captions
 
@@ -81,18 +83,23 @@ class Trainer:
         self.val = Photos(data, "val", recipe, self.preprocess, limit=recipe.data.val_photos)
         self.views = views_of(recipe)
         self.mirrored = np.array([view.mirrored for view in self.views])
-        self.ids = [self.texts(self.train.examples, mirrored) for mirrored in (False, True)[: 1 + self.mirrored.any()]]
+        self.own = self.all_texts(self.train.examples)
         self.trunk = frozen_blocks(model.encoder, recipe.stages)
         self.state: dict[str, Any] = {
             "stage": 0, "epoch": 0, "batch": 0, "loss": 0.0, "count": 0, "best": None, "waits": 0, "plateau": 1.0,
             "plateau_waits": 0, "history": [], "seconds": 0.0, "finished": False, "data": data.fingerprint,
+            "teacher_captions": {},
         }  # fmt: skip
 
-    def texts(self, examples: Sequence[Example], mirrored: bool) -> np.ndarray:
-        """What is learnt of each photo's captions: int64 [N, C, T] token ids, -1 behind the end."""
-        most = max(len(example.captions) for example in examples)
+    def all_texts(self, examples: Sequence[Example], most: int = MOST_CAPTIONS) -> list[np.ndarray]:
+        """`texts` of the photos as they are and, where they are seen so, mirrored."""
+        return [self.texts(examples, mirrored, most) for mirrored in (False, True)[: 1 + self.mirrored.any()]]
+
+    def texts(self, examples: Sequence[Example], mirrored: bool, most: int) -> np.ndarray:
+        """What is learnt of each photo's captions, of at most so many: int64 [N, C, T] token ids, -1 behind the end."""
+        most = min(most, max(len(example.captions) for example in examples))
         return encode_captions(
-            examples, self.tokenizer, max_length=self.recipe.tokenizer.max_length, captions=min(most, MOST_CAPTIONS),
+            examples, self.tokenizer, max_length=self.recipe.tokenizer.max_length, captions=most,
             ids=self.recipe.tokenizer.ids, mirrored=mirrored, sides=self.recipe.augment.sides,
         )  # fmt: skip
 
@@ -112,7 +119,7 @@ class Trainer:
             self.state |= state
         self.began = time.monotonic() - self.state["seconds"]
         self.log.resume(self.state["history"])
-        for teacher in self.helpers.teachers:
+        for teacher in (*self.helpers.teachers, *only_speaking(self.helpers)):
             self.log.line(teacher.line())
         while self.state["stage"] < len(self.recipe.stages):
             self._stage(self.recipe.stages[self.state["stage"]], tensors)
@@ -128,6 +135,7 @@ class Trainer:
         self.average = WeightAverage(self.model, stage.ema) if stage.ema else None
         if tensors is not None:
             restore(tensors, self.state, self.model, optimizer, self.average)
+        self.ids = self._open_captions(stage)
         self._open_data(stage)
         objective = OBJECTIVES[stage.objective]
         self.objective = objective(self.recipe, stage, self.tokenizer, self.train.examples, self.helpers)
@@ -244,6 +252,19 @@ class Trainer:
         return batch.to(self.accelerator.device)
 
     # --- data, validation, saving ------------------------------------------------------------------------------
+
+    def _open_captions(self, stage: Stage) -> list[np.ndarray]:
+        """What the stage learns to say, as `all_texts` gives it: the photos' own captions, and its teachers'."""
+        if not stage.teacher_captions:
+            return self.own
+        device = self.accelerator.device
+        with self.accelerator.main_process_first():
+            more, figures = taught(self.train, self.helpers.speakers, stage, device=device, progress=self.progress)
+        self.state["teacher_captions"][str(self.state["stage"])] = {"stage": stage.name, **figures}
+        self.log.line(f"stage {stage.name}: {taught_line(figures)}")
+        pairs = zip(self.train.examples, more, strict=True)
+        both = [Example(example.id, (*example.captions[:MOST_CAPTIONS], *texts)) for example, texts in pairs]
+        return self.all_texts(both, MOST_CAPTIONS + max(map(len, more)))
 
     def _open_data(self, stage: Stage) -> None:
         """What of the photos can be computed once: the whole encoder where it is frozen, or its lower blocks that no
@@ -398,8 +419,10 @@ class Trainer:
                 "base": {"checkpoint": self.start.init, "sha256": self.start.sha256},
                 "adapter_parameters": sum(tensor.numel() for tensor in model_tensors(self.model).values()),
             }
-        if self.helpers.teachers:
-            metrics["teachers"] = [teacher.told() for teacher in self.helpers.teachers]
+        if teachers := [*self.helpers.teachers, *only_speaking(self.helpers)]:
+            metrics["teachers"] = [teacher.told() for teacher in teachers]
+        if self.state["teacher_captions"]:
+            metrics["teacher_captions"] = list(self.state["teacher_captions"].values())
         if self.start.pruned:
             metrics["pruned"] = self.start.pruned  # tells how to load what follows
         return metrics

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import tokenizers
 import torch
@@ -21,6 +21,7 @@ from .checkpoint import (
     PROGRESS,
     RECIPE,
     TOKENIZER,
+    Checkpoint,
     base_model,
     load_checkpoint,
     model_for,
@@ -35,6 +36,7 @@ from .pretrained import open_tokenizer, resolve
 from .settings import Recipe
 from .shapes import shrink_to
 from .smolvlm import around_photo, check_length, with_frames
+from .speakers import Speaker, open_speaker, speaker_of
 from .start import (
     START,
     Helpers,
@@ -72,12 +74,16 @@ class Task:
 TASKS = {"caption": Task(open_captions, Trainer), "retrieval": Task(open_texts, TowersTrainer)}
 
 
+Opened: TypeAlias = tuple[Checkpoint | None, Speaker | None]  # a teacher of words, and of captions
+
+
 @dataclass
 class Made:
     """What a process made to see that a run can begin, so that it is not made twice."""
 
     model: Any = None
     teachers: tuple[Teacher, ...] | None = None
+    speakers: tuple[Speaker, ...] = ()
     critic: Critic | None = None
 
 
@@ -88,7 +94,7 @@ def open_run(
     *,
     resume: bool = False,
     init: Path | None = None,
-    teachers: Sequence[Path] = (),
+    teachers: Sequence[str | Path] = (),
     critic: str | None = None,
     trains: bool = True,
     progress: Progress = QUIET,
@@ -111,7 +117,7 @@ def open_run(
     if recipe.lora.rank:
         check_base(recipe, init, trained=trains)
     first = None if init is None else load_checkpoint(init)
-    masters = [require_captioner(load_checkpoint(teacher)) for teacher in teachers]
+    opened = _open_teachers(recipe, teachers)
     judge = None if critic is None else Critic.load(critic).to(PartialState().device)
     base = ""
     if first is not None:
@@ -134,7 +140,7 @@ def open_run(
         add_adapters(model, recipe.lora, seed=recipe.seed)
     made = made or Made()
     made.model, made.critic = model, judge
-    made.teachers = tuple(Teacher(master, tokenizer, recipe.tokenizer.ids) for master in masters)
+    made.teachers, made.speakers = _as_helpers(opened, recipe, tokenizer)
     if trains:
         _refuse_too_large(recipe, model)
         for teacher in made.teachers:
@@ -142,7 +148,8 @@ def open_run(
         if judge is not None and any(stage.objective == "guided" for stage in recipe.stages):
             judge.check_knows(data.splits["train"], progress)
     # In this order: a folder with a recipe can be resumed, one with less is free.
-    write_start(out, first, masters, None if judge is None else (_place(critic), judge.sha256), base)
+    places = [(_place(source), either.sha256) for source, either in zip(teachers, map(_either, opened), strict=True)]
+    write_start(out, first, places, None if judge is None else (_place(critic), judge.sha256), base)
     write_bytes(out / TOKENIZER, file)
     write_bytes(out / RECIPE, recipe.to_toml().encode())
     return False, read_recipe(out)
@@ -178,16 +185,48 @@ def open_helpers(
     made: Made | None = None,
 ) -> Helpers:
     """The teachers and the critic that the run began with."""
-    teachers, critic = (made.teachers, made.critic) if made else (None, None)
+    teachers, speakers, critic = (made.teachers, made.speakers, made.critic) if made else (None, (), None)
     if teachers is None:
-        masters = [load_again(kept["path"], kept["sha256"], "teacher") for kept in start.teachers]
-        teachers = tuple(Teacher(master, tokenizer, recipe.tokenizer.ids) for master in masters)
+        opened = _open_teachers(recipe, [kept["path"] for kept in start.teachers])
+        for kept, either in zip(start.teachers, map(_either, opened), strict=True):
+            if either.sha256 != kept["sha256"]:
+                raise UsageError(f"{kept['path']} has changed since this run began with it as teacher: put it back")
+        teachers, speakers = _as_helpers(opened, recipe, tokenizer)
     if start.critic and critic is None:
         critic = Critic.load(start.critic)
         if critic.sha256 != start.critic_sha256:
             raise UsageError(f"{start.critic} has changed since this run began with it as critic: put it back")
         critic.to(PartialState().device)
-    return Helpers(teachers, critic, progress)
+    return Helpers(teachers, critic, progress, speakers)
+
+
+def _open_teachers(recipe: Recipe, sources: Sequence[str | Path]) -> list[Opened]:
+    """Each source as what the recipe's stages need: one checkpoint is both, often. UsageError where none can teach."""
+    words = any(stage.objective == "distill" for stage in recipe.stages)
+    listens = any(stage.teacher_captions for stage in recipe.stages)
+    ours = [(Path(source) / RECIPE).is_file() for source in sources]
+    if words and sources and not (any(ours) if listens else all(ours)):
+        raise UsageError(
+            f"the teacher {sources[ours.index(False)]} is not a checkpoint: objective = distill needs one; "
+            "another captioner teaches by its captions alone (teacher_captions)"
+        )
+    opened: list[Opened] = []
+    for source, own in zip(sources, ours, strict=True):
+        loaded = require_captioner(load_checkpoint(source)) if words and own else None
+        speaker = (open_speaker(source) if loaded is None else speaker_of(loaded)) if listens else None
+        opened.append((loaded, speaker))
+    return opened
+
+
+def _either(opened: Opened) -> Checkpoint | Speaker:
+    return opened[0] or opened[1]
+
+
+def _as_helpers(
+    opened: Sequence[Opened], recipe: Recipe, tokenizer: tokenizers.Tokenizer
+) -> tuple[tuple[Teacher, ...], tuple[Speaker, ...]]:
+    teachers = tuple(Teacher(loaded, tokenizer, recipe.tokenizer.ids) for loaded, _ in opened if loaded is not None)
+    return teachers, tuple(speaker for _, speaker in opened if speaker is not None)
 
 
 def this_process() -> PartialState:
@@ -219,5 +258,5 @@ def _refuse_too_large(recipe: Recipe, model: Any) -> None:
             raise EdgecapError(refusal)
 
 
-def _place(critic: str | None) -> str:
-    return str(Path(critic).resolve()) if Path(critic).exists() else critic  # or a hub id
+def _place(source: str | Path) -> str:
+    return str(Path(source).resolve()) if Path(source).exists() else str(source)  # or a hub id

@@ -41,6 +41,8 @@ POSITIVE = (
     "beam",
     "temperature",
     "top_k",
+    "teacher_beam",
+    "teacher_keep",
 )
 SHARES = ("label_smoothing", "dropout", "ema", "teacher_share")  # in [0, 1)
 
@@ -87,6 +89,14 @@ def recipe_from_dict(tree: dict[str, Any], *, where: str = "recipe", overrides: 
             raise UsageError(f"{where}: stages.{i}.objective = {stage.objective} is not for task = {recipe.task}")
         if stage.objective == "guided" and not (stage.alignment or stage.contrast or stage.diversity):
             raise UsageError(f"{where}: stages.{i}: guided needs alignment, contrast or diversity of a weight above 0")
+        if stage.teacher_captions and stage.objective not in ("xe", "distill", "guided"):
+            raise UsageError(f"{where}: stages.{i}.teacher_captions: objective = {stage.objective} learns no captions")
+        if stage.teacher_captions > stage.teacher_beam:
+            raise UsageError(
+                f"{where}: stages.{i}.teacher_captions = {stage.teacher_captions} is more than teacher_beam"
+            )
+        if stage.teacher_keep > 1:
+            raise UsageError(f"{where}: stages.{i}.teacher_keep = {stage.teacher_keep} is out of range: it is a share")
     if not recipe.augment.crop <= 1 or not recipe.augment.light < 1 or not recipe.augment.crop:
         raise UsageError(f"{where}: [augment] crop is a share above 0 and at most 1, light one below 1")
     if recipe.watch and recipe.task == "retrieval":

@@ -157,6 +157,9 @@ class Stage:
     teacher_share: float = 0.7  # distill: of the loss that is the teacher's; the captions have the rest
     temperature: float = 2.0  # distill: softens both distributions
     top_k: int = 32  # distill: words of a teacher that are kept for each word of a caption; all others count as one
+    teacher_captions: int = 0  # learnt beside a photo's own: the best so many of each --teacher's beam; 0 = off
+    teacher_beam: int = 5  # captions that a teacher gives of a photo to choose from
+    teacher_keep: float = 0.5  # share of the teachers' captions that are learnt, the best by CIDEr-D
     match: float = 0.0  # distill: weight of seeing the photo as the one teacher does, for encoders that learn
     alignment: float = 0.0  # guided: weight of what is said lying near its photo in the critic's space
     contrast: float = 0.0  # guided: weight of its lying nearer to its own photo than to the batch's others

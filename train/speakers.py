@@ -26,6 +26,7 @@ from .models.hub import pretrained, read_config, reading
 from .models.siglip import VLMS
 from .settings import Data, Prompt, Recipe, TokenizerSettings
 from .smolvlm import with_vlm
+from .start import Helpers
 from .state import fingerprint, model_tensors
 from .tokenizer import token_ids
 
@@ -55,8 +56,36 @@ class Speaker(Protocol):
     def to(self, device: torch.device | str) -> None:
         """Compute there from now on."""
 
+    def told(self) -> dict[str, Any]:
+        """What a run's metrics say of it; recipe and cider, of its own validation, where it is a checkpoint."""
 
-class SessionSpeaker:
+    def line(self) -> str:
+        """The same for people."""
+
+
+class Told:
+    """What is told of any teacher of captions."""
+
+    name: str
+    sha256: str
+    parameters: int | None
+    recipe: str | None = None
+    cider: float | None = None
+
+    def told(self) -> dict[str, Any]:
+        """See Speaker.told."""
+        path = str(Path(self.name).resolve()) if Path(self.name).exists() else self.name  # or a hub id
+        known = {name: getattr(self, name) for name in ("sha256", "recipe", "parameters", "cider")}
+        return {"path": path, **known}
+
+    def line(self) -> str:
+        """See Speaker.line."""
+        size = "" if self.parameters is None else f", {self.parameters / 1e6:,.2f} M parameters"
+        scored = "" if self.cider is None else f", validation CIDEr {self.cider:.4f}"
+        return f"teacher {self.name}: {self.recipe or 'by its captions'}{size}{scored}"
+
+
+class SessionSpeaker(Told):
     """Whatever opens a decoding session: a checkpoint's model, or the engine of a bundle (`model` None)."""
 
     def __init__(
@@ -96,7 +125,7 @@ class SessionSpeaker:
             self.model.to(device)
 
 
-class HubSpeaker:
+class HubSpeaker(Told):
     """A captioner of transformers, of the types in HUB, with transformers' own beam search and settings."""
 
     def __init__(self, source: str, kind: str) -> None:
@@ -174,7 +203,7 @@ def open_speaker(source: str | Path) -> Speaker:
 def speaker_of(loaded: Checkpoint) -> SessionSpeaker:
     """A loaded checkpoint as a teacher of captions; UsageError for a retrieval model."""
     require_captioner(loaded)
-    return SessionSpeaker(
+    speaker = SessionSpeaker(
         str(loaded.path),
         loaded.sha256,
         loaded.model.session,
@@ -184,6 +213,14 @@ def speaker_of(loaded: Checkpoint) -> SessionSpeaker:
         DecodeOptions(**asdict(loaded.recipe.decoding)),
         loaded.model.requires_grad_(False),
     )
+    speaker.recipe, speaker.cider = loaded.recipe.name, (loaded.metrics.get("best") or {}).get("cider")
+    return speaker
+
+
+def only_speaking(helpers: Helpers) -> list[Speaker]:
+    """The teachers that teach by their captions alone."""
+    others = {teacher.sha256 for teacher in helpers.teachers}
+    return [speaker for speaker in helpers.speakers if speaker.sha256 not in others]
 
 
 def _of_bundle(folder: Path) -> SessionSpeaker:

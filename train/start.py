@@ -17,6 +17,7 @@ from .state import write_json
 
 if TYPE_CHECKING:
     from .critic import Critic
+    from .speakers import Speaker
     from .teachers import Teacher
 
 START = PROGRESS.parent / "start.json"
@@ -42,13 +43,17 @@ class Helpers:
     teachers: tuple[Teacher, ...] = ()
     critic: Critic | None = None
     progress: Progress = lambda phase, done, total: None  # of what is computed before they can help
+    speakers: tuple[Speaker, ...] = ()  # teachers of captions
 
 
 ALONE = Helpers()
 
 
-def check_helpers(recipe: Recipe, teachers: Sequence[Path], critic: str | None) -> None:
+def check_helpers(recipe: Recipe, teachers: Sequence[str | Path], critic: str | None) -> None:
     """UsageError where a stage needs a teacher or a critic and there is none, or the other way round."""
+    listening = [i for i, stage in enumerate(recipe.stages) if stage.teacher_captions]
+    if listening and not teachers:
+        raise UsageError(f"stages.{listening[0]}.teacher_captions needs --teacher CHECKPOINT_OR_CAPTIONER")
     for name, given, objective in (("teacher", teachers or None, "distill"), ("critic", critic, "guided")):
         learning = [i for i, stage in enumerate(recipe.stages) if stage.objective == objective]
         watched = name == "critic" and recipe.watch == "alignment"
@@ -56,8 +61,10 @@ def check_helpers(recipe: Recipe, teachers: Sequence[Path], critic: str | None) 
             raise UsageError(f"stages.{learning[0]}.objective = {objective} needs --{name} CHECKPOINT")
         if watched and given is None:
             raise UsageError("watch = alignment needs --critic CHECKPOINT")
-        if given is not None and not learning and name == "teacher":
-            raise UsageError(f"--{name}: no stage learns from it; add --set stages.0.objective={objective}")
+        if given is not None and not learning and not listening and name == "teacher":
+            raise UsageError(
+                f"--{name}: no stage learns from it; add --set stages.0.objective={objective}, or teacher_captions=3"
+            )
     matched = [i for i, stage in enumerate(recipe.stages) if stage.objective == "distill" and stage.match]
     if matched and len(teachers) > 1:
         raise UsageError(f"stages.{matched[0]}.match is of one teacher and there are {len(teachers)}: leave it at 0")
@@ -79,11 +86,12 @@ def with_parts(recipe: Recipe, init: Checkpoint) -> Recipe:
 def write_start(
     out: Path,
     init: Checkpoint | None,
-    teachers: Sequence[Checkpoint],
+    teachers: Sequence[tuple[str, str]],
     critic: tuple[str, str] | None = None,
     base: str = "",
 ) -> None:
-    """critic: its path or hub id, and its hash. base: hash of what adapters are put on where that is no checkpoint."""
+    """teachers, critic: path or hub id, and hash, of each. base: hash of what adapters are put on where that is no
+    checkpoint."""
     if init is None and not teachers and critic is None and not base:
         (out / START).unlink(missing_ok=True)
         return
@@ -92,7 +100,7 @@ def write_start(
         init.sha256 if init else base,
         list(init.metrics.get("pruned", [])) if init else [],
         *(critic or ("", "")),
-        [{"path": str(teacher.path.resolve()), "sha256": teacher.sha256} for teacher in teachers],
+        [{"path": place, "sha256": digest} for place, digest in teachers],
     )
     write_json(out / START, dataclasses.asdict(start))
 

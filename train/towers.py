@@ -49,10 +49,10 @@ class TowersTrainer(Trainer):
         order = np.empty(len(self.lines) + 1, np.int64)
         order[[self.place[text] for text in self.lines]] = np.arange(len(self.lines))
         order[-1] = -1
-        self.ids = [order[ids] for ids in self.ids]
+        self.own = [order[ids] for ids in self.own]
 
-    def texts(self, examples: Sequence[Example], mirrored: bool) -> np.ndarray:
-        """int64 [N, C, 1]: numbers of captions, -1 where a photo has no more."""
+    def texts(self, examples: Sequence[Example], mirrored: bool, most: int) -> np.ndarray:
+        """int64 [N, C, 1]: numbers of all captions, -1 where a photo has no more."""
         lines = [[_seen(caption, mirrored) for caption in captions] for captions in captions_of(examples)]
         numbers = np.full((len(lines), max(map(len, lines)), 1), -1, np.int64)
         for row, captions in enumerate(lines):
