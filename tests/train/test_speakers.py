@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from edgecap.benchmarks.datasets import Example, open_dataset
+from edgecap.runtime import Captioner
 from edgecap.runtime.decode import never_said
 from edgecap.runtime.errors import UsageError
 from edgecap.runtime.tokenizer import Tokenizer
@@ -24,6 +25,7 @@ from edgecap.train.speakers import CHAT, HUB, open_speaker, speaker_of
 from edgecap.train.tokenizer import caption_text, token_ids, train_tokenizer
 from edgecap.train.validate import caption_rows
 
+from ..runtime.graphs import write_gru_bundle
 from .captioners import let_end, pixels, save_captioner
 from .tiny import tiny_model, tiny_recipe
 from .vlms import NATIVE, SPECIAL, expected, load_vlm, pictures, save_vlm
@@ -117,6 +119,21 @@ def test_a_checkpoint_says_what_it_says_elsewhere() -> None:
         assert captions[0][0] == best
         logprobs = [logprob for _, logprob in captions]
         assert logprobs == sorted(logprobs, reverse=True) and len(best.split()) >= 2
+
+
+def test_a_bundle_says_what_the_runtime_says(tmp_path: Path) -> None:
+    bundle = write_gru_bundle(tmp_path / "tiny.edgecap", seed=11)
+    examples = photos(tmp_path / "photos", pictures(4, 60))
+    speaker = open_speaker(bundle.path)
+    assert (speaker.sha256, speaker.parameters) == (bundle.sha256, None)
+    with Captioner.load(bundle.path) as captioner:
+        found = captioner([example.path for example in examples], beam=3)
+    limit = bundle.manifest["decoding"]["max_length"]
+    plain = [[c for c in (best, *best.alternatives) if len(c.token_ids) < limit] for best in found]
+    assert any(plain)
+    speaker.to("cpu")
+    said = speaker.captions(examples, 3)
+    assert [[text for text, _ in captions] for captions in said] == [[c.text for c in captions] for captions in plain]
 
 
 def test_what_cannot_speak_is_refused_in_one_line(tmp_path: Path) -> None:
