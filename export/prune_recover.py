@@ -41,6 +41,7 @@ def recovery_stages(recipe: Recipe, epochs: int, *, taught: bool, encoder_lr: fl
         dropout=not taught,
         ema=min(words.ema, 0.99),
         patience=0,
+        curriculum=0,
     )
     if not later or critic is None:
         return (first,)

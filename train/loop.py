@@ -23,6 +23,7 @@ from ..runtime.errors import UsageError
 from .augment import PLAIN, View, views_of
 from .batches import Batch, EpochPlan, Photos, Progress, encode_captions, encoder_digest
 from .checkpoint import METRICS, PROGRESS, RECIPE, TOKENIZER, preprocess_for
+from .curriculum import Curriculum
 from .lora import count_parameters
 from .models import CaptionModel
 from .objectives import OBJECTIVES
@@ -45,10 +46,12 @@ from .state import (
 )
 from .teacher_captions import taught, taught_line
 from .teachers import Taught
+from .tokenizer import token_ids
 from .validate import caption_rows, score_captions
 
 SAVE_EVERY_S = 120.0  # within long epochs
 MOST_CAPTIONS = 16  # of one photo
+UNTIMED = {"step_seconds": 0.0, "reward_seconds": 0.0}  # of the epoch so far
 
 
 class Trainer:
@@ -87,8 +90,8 @@ class Trainer:
         self.trunk = frozen_blocks(model.encoder, recipe.stages)
         self.state: dict[str, Any] = {
             "stage": 0, "epoch": 0, "batch": 0, "loss": 0.0, "count": 0, "best": None, "waits": 0, "plateau": 1.0,
-            "plateau_waits": 0, "history": [], "seconds": 0.0, "finished": False, "data": data.fingerprint,
             "teacher_captions": {},
+            "plateau_waits": 0, "history": [], "seconds": 0.0, **UNTIMED, "finished": False, "data": data.fingerprint,
         }  # fmt: skip
 
     def all_texts(self, examples: Sequence[Example], most: int = MOST_CAPTIONS) -> list[np.ndarray]:
@@ -142,6 +145,7 @@ class Trainer:
         self.accelerator.free_memory()  # else the last stage's optimizer, too, would unscale the gradients
         forward, self.optimizer = self.accelerator.prepare(self.model, optimizer)
         self.plan = EpochPlan(len(self.train), stage.batch_size, (self.recipe.seed, number), views=len(self.views))
+        self.curriculum = self._curriculum(stage)
         if tensors is None:
             self._save()  # before the best weights can change, which are this stage's start
         if self.start.sha256 and not self.state["history"] and not self.state["batch"]:
@@ -157,7 +161,7 @@ class Trainer:
                 record = self._validate(stage)
             if stage.keep_every and self.state["epoch"] % stage.keep_every == 0:
                 self._keep(stage, record)
-            self.state.update(batch=0, loss=0.0, count=0)
+            self.state.update(batch=0, loss=0.0, count=0, **UNTIMED)
             self._save()
         if self.state["epoch"] < stage.epochs:
             self.log.line(
@@ -179,11 +183,17 @@ class Trainer:
             if index < self.state["batch"]:
                 continue
             step = epoch * self.plan.batches + index
+            begun, rewarding = time.perf_counter(), self.objective.reward_seconds
             loss, count, figures = self._step(stage, forward, step, places, views)
+            seconds = time.perf_counter() - begun
             self.state["loss"] += loss
             self.state["count"] += count
             self.state["batch"] = index + 1
-            rewards += [figures["reward"]] if "reward" in figures else []
+            self.state["step_seconds"] += seconds
+            self.state["reward_seconds"] += self.objective.reward_seconds - rewarding
+            if "reward" in figures:
+                rewards.append(figures["reward"])
+                figures["captions_per_second"] = count / seconds
             self.log.step(self.state["stage"], step, loss / count, self.optimizer.param_groups[-1]["lr"], figures)
             self.progress(phase, step + 1, stage.epochs * self.plan.batches)
             if time.monotonic() - saved > SAVE_EVERY_S:
@@ -202,6 +212,8 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
         shown = np.where(self.mirrored[views][:, None, None], self.ids[-1][places], self.ids[0][places])
+        if self.curriculum:
+            shown = self.curriculum.show(shown, step)
         ids = torch.from_numpy(self._draw_captions(shown, step))
         count = self.objective.count(ids)
         mine = np.array_split(np.arange(len(places)), world)[rank]
@@ -232,12 +244,19 @@ class Trainer:
 
     def _draw_captions(self, ids: np.ndarray, step: int) -> np.ndarray:
         """[N, all, T] → [N, C, T]: as many captions of each photo as the recipe says, others in another step."""
-        wanted, there = self.recipe.data.captions_per_photo, (ids[:, :, 0] >= 0).sum(1)  # a photo's captions come first
-        if ids.shape[1] <= wanted:
+        wanted, empty = self.recipe.data.captions_per_photo, ids[:, :, 0] < 0
+        if ids.shape[1] <= wanted and (empty[:, :-1] <= empty[:, 1:]).all():  # a photo's captions come first
             return ids
         order = np.random.default_rng([self.recipe.seed, self.state["stage"], step]).random(ids.shape[:2])
-        order[np.arange(ids.shape[1]) >= there[:, None]] = 2.0  # empty rows last
+        order[empty] = 2.0  # empty rows last
         return np.take_along_axis(ids, order.argsort(1)[:, :wanted, None], 1)
+
+    def _curriculum(self, stage: Stage) -> Curriculum | None:
+        if not stage.curriculum:
+            return None
+        special = token_ids(self.tokenizer, self.recipe.tokenizer.ids)
+        steps = stage.curriculum * self.plan.batches
+        return Curriculum(self.ids[0], steps, eos=special["eos"], unk=special["unk"])
 
     def _batch(self, ids: torch.Tensor, places: np.ndarray, views: np.ndarray) -> Batch:
         def seen(rows: list[np.ndarray]) -> torch.Tensor:
@@ -317,9 +336,14 @@ class Trainer:
             "stage": stage.name,
             "epoch": state["epoch"],
             "loss": state["loss"] / state["count"] if state["count"] else None,  # None: before the first step
+            "step_seconds": round(state["step_seconds"], 2),  # of the epoch's optimizer steps
         }
         if self.reward is not None:
-            record["reward"] = self.reward
+            record |= {
+                "reward": self.reward,
+                "reward_seconds": round(state["reward_seconds"], 2),
+                "captions_per_second": round(state["count"] / state["step_seconds"], 1),
+            }
         if self.accelerator.is_main_process:
             with self._kept_weights():
                 record |= self.score()

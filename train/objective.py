@@ -25,6 +25,7 @@ class Objective:
         helpers: Helpers = ALONE,
     ) -> None:
         self.smoothing = stage.label_smoothing
+        self.reward_seconds = 0.0  # spent on rewards so far
 
     def count(self, ids: Tensor) -> int:
         """What the loss of a batch with ids [N, C, T] is divided by: its target words."""

@@ -45,6 +45,7 @@ POSITIVE = (
     "teacher_keep",
 )
 SHARES = ("label_smoothing", "dropout", "ema", "teacher_share")  # in [0, 1)
+NO_WORDS = ("scst", "infonce")  # objectives that do not learn a caption word by word
 
 
 def recipe_names() -> list[str]:
@@ -97,6 +98,10 @@ def recipe_from_dict(tree: dict[str, Any], *, where: str = "recipe", overrides: 
             )
         if stage.teacher_keep > 1:
             raise UsageError(f"{where}: stages.{i}.teacher_keep = {stage.teacher_keep} is out of range: it is a share")
+        if stage.curriculum and stage.objective in NO_WORDS:
+            raise UsageError(f"{where}: stages.{i}.curriculum is of captions to learn: {stage.objective} learns none")
+        if not stage.bleu <= 1 or (stage.bleu and stage.objective != "scst"):
+            raise UsageError(f"{where}: stages.{i}.bleu = {stage.bleu} must be in [0, 1], with objective = scst")
     if not recipe.augment.crop <= 1 or not recipe.augment.light < 1 or not recipe.augment.crop:
         raise UsageError(f"{where}: [augment] crop is a share above 0 and at most 1, light one below 1")
     if recipe.watch and recipe.task == "retrieval":

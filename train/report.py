@@ -8,7 +8,8 @@ from typing import Any
 
 from .state import replacing
 
-NOT_FIGURES = ("stage", "epoch", "loss", "reward", "seconds")  # of a validation's record
+# Of a validation's record.
+NOT_FIGURES = ("stage", "epoch", "loss", "step_seconds", "reward", "reward_seconds", "captions_per_second", "seconds")
 # The figures that a line tells, by their names for people and their format.
 TOLD = {
     "cider": ("CIDEr", ".4f"),
@@ -65,7 +66,9 @@ class TrainingLog:
         for name, value in figures.items():
             self.writer.add_scalar(f"validation {stage + 1}/{name}", value, step)
         self.writer.flush()
-        reward = f"  reward {record['reward']:.3f}" if "reward" in record else ""
+        reward = ""
+        if "reward" in record:
+            reward = f"  reward {record['reward']:.3f} at {record['captions_per_second']:,.0f} captions/s"
         loss = "" if record["loss"] is None else f"loss {record['loss']:.3f}"
         self.line(
             f"{record['stage']} epoch {record['epoch']}: {loss}{reward}  "

@@ -132,7 +132,7 @@ class Stage:
     """One stretch of training. Stages follow each other, each starting from the best weights so far."""
 
     name: str = "words"
-    objective: str = "xe"  # cross-entropy; scst (reward CIDEr-D); distill (--teacher); guided (--critic); infonce
+    objective: str = "xe"  # cross-entropy; scst (reward: CIDEr-D); distill (--teacher); guided (--critic); infonce
     epochs: int = 10
     batch_size: int = 64  # photos for each optimizer step, over all processes
     accumulate: int = 1  # split the batch into this many pieces
@@ -153,7 +153,9 @@ class Stage:
     patience: int = 0  # early stopping: validations without a better watched figure; 0 = off
     validate_every: int = 1
     keep_every: int = 0  # epochs between checkpoints that are kept under kept/; 0 = only the best and the last
+    curriculum: int = 0  # epochs in which learning goes from the simplest captions to all; 0 = all from the start
     samples: int = 5  # scst: captions sampled per photo
+    bleu: float = 0.0  # scst: weight of the sentence's BLEU-4 (on CIDEr's scale, 0 to 10) beside CIDEr-D's 1
     teacher_share: float = 0.7  # distill: of the loss that is the teacher's; the captions have the rest
     temperature: float = 2.0  # distill: softens both distributions
     top_k: int = 32  # distill: words of a teacher that are kept for each word of a caption; all others count as one

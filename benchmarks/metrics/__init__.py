@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .bleu import sentence_bleu
 from .bootstrap import Interval, bootstrap_mean, paired_bootstrap
 from .captions import CaptionScores, caption_metrics
 from .cider import CiderD
@@ -15,4 +16,5 @@ __all__ = [
     "caption_metrics",
     "paired_bootstrap",
     "ptb_tokenize",
+    "sentence_bleu",
 ]

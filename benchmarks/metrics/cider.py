@@ -9,7 +9,7 @@ number, and the paper's unclipped CIDEr is not computed. As there, words are not
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from math import exp, log, sqrt
 
 import numpy as np
@@ -88,6 +88,11 @@ class CiderD:
 
     def __len__(self) -> int:
         return len(self._photos)
+
+    def references(self, photo: int) -> tuple[Mapping[tuple, Occurrences], Sequence[int]]:
+        """Where the n-grams of a photo's references occur, and how many tokens those have."""
+        occurrences, lengths, _ = self._photos[photo]
+        return occurrences, lengths
 
     def score(self, photos: Iterable[int], candidates: Iterable[Tokens]) -> np.ndarray:
         """CIDEr-D (0 to 10) of each candidate against the references of the photo beside it in `photos`.

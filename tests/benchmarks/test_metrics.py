@@ -18,6 +18,7 @@ from edgecap.benchmarks.metrics import (
     caption_metrics,
     paired_bootstrap,
     ptb_tokenize,
+    sentence_bleu,
 )
 from edgecap.benchmarks.metrics.bleu import bleu
 from edgecap.benchmarks.metrics.cider import cider
@@ -121,6 +122,17 @@ def test_the_end_of_sentence_counts_where_it_is_given() -> None:
     references = [[[5, 6, 7, 8, end]], [[9, 10, end]], [[11, 12, 13, end]]]
     whole, cut = CiderD(references).score([0, 0], [[5, 6, 7, 8, end], [5, 6, 7, 8]])
     assert whole == pytest.approx(10.0) and cut < whole
+
+
+def test_sentences_have_a_smoothed_bleu_of_their_own() -> None:
+    corpus = CiderD([["a b c d e".split(), "a b".split()], ["x y z z".split()]])
+    said = ["a b c d e", "a b x d e", "a b c", "q", "z z z", ""]
+    scores = sentence_bleu(corpus, [0, 0, 0, 0, 1, 1], [text.split() for text in said])
+    # 4 words of 5, 2 pairs of 4, none of 3 triples and 2 quadruples, with 1 added to all but the first.
+    some = (4 / 5 * 3 / 5 * 1 / 4 * 1 / 3) ** 0.25
+    # 3 words are as near to 2 as to 4: no penalty beside the shorter one. Of "z z z" the third z has no match.
+    short, repeated = 1.0, np.exp(1 - 4 / 3) * (2 / 3 * 2 / 3 * 1 / 2 * 1) ** 0.25
+    np.testing.assert_allclose(scores, [1, some, short, 0, repeated, 0], rtol=1e-12)
 
 
 def test_the_reward_refuses_an_empty_corpus() -> None:

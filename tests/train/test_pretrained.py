@@ -19,10 +19,10 @@ from edgecap.train.batches import Batch, encode_captions
 from edgecap.train.checkpoint import TOKENIZER, WEIGHTS, load_checkpoint, model_for
 from edgecap.train.models import DECODERS, build_model
 from edgecap.train.models.language_model import PHOTO
-from edgecap.train.objectives import SelfCritical
 from edgecap.train.pretrained import open_tokenizer, resolve
 from edgecap.train.recipe import recipe_from_dict
 from edgecap.train.run import train
+from edgecap.train.scst import SelfCritical
 from edgecap.train.settings import Recipe, Stage
 from edgecap.train.tokenizer import token_ids
 
@@ -288,7 +288,7 @@ def test_self_critical_training_lets_captions_end_where_all_special_tokens_are_o
         model.decoder.lm.transformer.ln_f.bias.copy_(model.decoder.embedding.weight[tokens["eos"]] * 100)
     ids = encode_captions(examples, tokenizer, max_length=8, captions=2, ids=recipe.tokenizer.ids)
     pixels = torch.zeros(2, SIZE, SIZE, 3, dtype=torch.uint8)
-    sampled, words = objective.sample(model, Batch(torch.from_numpy(ids), np.arange(2), pixels=pixels))
+    sampled, words, _ = objective.sample(model, Batch(torch.from_numpy(ids), np.arange(2), pixels=pixels))
     assert (sampled[:, :, 1] == tokens["eos"]).all() and (sampled[:, :, 2:] == -1).all()
     assert words == [["</s>"]] * 8
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 
+from edgecap.benchmarks.datasets import open_dataset
+from edgecap.train.batches import Batch, encode_captions
 from edgecap.train.models import CaptionModel, build_model
 from edgecap.train.recipe import recipe_from_dict
-from edgecap.train.settings import Recipe
+from edgecap.train.settings import Recipe, Stage
+from edgecap.train.tokenizer import caption_text, train_tokenizer
 
 SIZE = 64
 DECODERS: dict[str, dict[str, Any]] = {
@@ -65,3 +69,15 @@ def tiny_recipe(*stages: dict[str, Any], decoder: str = "gru", **data: Any) -> R
             "stages": list(stages) or [{"epochs": 2, "batch_size": 16, "lr": 3e-3, "encoder_lr": 3e-3}],
         }
     )
+
+
+def tiny_world(samples: int = 4, decoder: str = "gru", **stage: Any) -> tuple[Any, ...]:
+    """Six scenes: recipe, stage, tokenizer, examples, a model, and a batch of them all."""
+    recipe = tiny_recipe()
+    examples = list(open_dataset("scenes:train=6,val=2,test=2,size=64").splits["train"])
+    tokenizer = train_tokenizer([caption_text(c) for e in examples for c in e.captions], recipe.tokenizer)
+    ids = encode_captions(examples, tokenizer, max_length=12, captions=3)
+    model = tiny_model(decoder, vocab_size=tokenizer.get_vocab_size())
+    pixels = torch.randint(0, 256, (6, SIZE, SIZE, 3), dtype=torch.uint8)
+    batch = Batch(torch.from_numpy(ids), np.arange(6), pixels=pixels)
+    return recipe, Stage(samples=samples, label_smoothing=0.1, **stage), tokenizer, examples, model, batch

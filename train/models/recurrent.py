@@ -141,6 +141,19 @@ class RecurrentDecoder(nn.Module):
         logits, after = self.step(ids.unsqueeze(1), photo["grid"][index], before)
         return logits.squeeze(1), {name: each.squeeze(1) for name, each in zip(self.states, after, strict=True)}
 
+    def advance_rows(
+        self, ids: Tensor, rows: Tensor, photo: dict[str, Tensor], state: dict[str, Tensor], *, captions: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """As `advance` for some `rows` [B] of `captions` rows a photo, numbered photo by photo. The grid is copied for
+        none of them: cheap where a gradient flows through every step."""
+        grid, before = photo["grid"], tuple(state[name] for name in self.states)
+        word = self.dropout(self.embedding(ids))
+        everyone = before[0].new_zeros(len(grid) * captions, self.hidden).index_copy(0, rows, before[0])
+        context = self.attend(everyone.view(len(grid), captions, -1), grid).flatten(0, 1)[rows]  # [B, D]
+        after = self.cell(self.from_word(word), context, before)
+        logits = self.logits(torch.cat((after[0], context, word), dim=-1))
+        return logits, dict(zip(self.states, after, strict=True))
+
     # --- what pruning needs to know ----------------------------------------------------------------------------
 
     vocab_rows = ("embedding.weight", "out_bias")
