@@ -14,6 +14,7 @@ ROOMS = {
     "train": ("train.commands", "train", "Train a captioner into a checkpoint folder."),
     "eval": ("train.commands", "evaluate", "Score a checkpoint in torch."),
     "merge": ("train.commands", "merge", "Bake an adapter into its base, with proof."),
+    "prune": ("export.commands", "prune", "Make a smaller checkpoint: widths, layers, vocabulary."),
     "export": ("export.commands", "export", "Turn a checkpoint into a bundle, and measure what that cost."),
     "targets": ("export.commands", "targets", "List what can be exported to, and which captioners fit."),
     "caption": ("runtime.commands", "caption", "Caption photos with a bundle."),

@@ -1,4 +1,4 @@
-"""`edgecap export`."""
+"""`edgecap export`, `prune` and `targets`."""
 
 from __future__ import annotations
 
@@ -131,6 +131,65 @@ def export(
         show(result)
     if result.path is None:
         raise EdgecapError(f"no bundle written: {result.gate.reason} (or --force)")
+
+
+@click.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("items", nargs=-1, required=True, metavar="KEY=VALUE...")
+@click.option("--data", metavar="SPEC", help="Photos and captions to judge by; default: what it was trained on.")
+@click.option("--skip-bad", is_flag=True, help="Leave bad examples out; always so where the recipe did.")
+@click.option(
+    "--calibration", type=click.IntRange(1), default=128, show_default=True, help="Training photos to judge by."
+)
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Its folder; default: under CHECKPOINT/pruned.")
+@click.option("--unfinished-ok", is_flag=True, help="Take a run whose training has not finished.")
+@click.option("--json", "as_json", is_flag=True, help="Print what was taken out as JSON.")
+def prune(
+    checkpoint: Path,
+    items: tuple[str, ...],
+    data: str | None,
+    skip_bad: bool,
+    calibration: int,
+    out: Path | None,
+    unfinished_ok: bool,
+    as_json: bool,
+) -> None:
+    """Make a smaller checkpoint of a checkpoint, to train on or to export.
+
+    Items as for edgecap export --prune, which takes the one in CHECKPOINT/pruned again.
+
+    \b
+    Examples:
+      edgecap prune runs/a vocab=used
+      edgecap prune runs/a vocab=5 layers=1 -o runs/small && edgecap train --init runs/small --teacher runs/a
+    """
+    for module in ("torch", "transformers", "accelerate", "onnx", "onnxscript"):
+        need(module, extra="export", command="edgecap prune")
+    from ..benchmarks.progress import PhaseBars
+    from .pipeline import prune as run_prune
+    from .smaller import Smaller
+
+    with PhaseBars() as bars:
+        made = run_prune(
+            checkpoint,
+            Smaller(items, out=out),
+            data=data,
+            skip_bad=skip_bad,
+            calibration=calibration,
+            unfinished_ok=unfinished_ok,
+            progress=bars,
+            say=lambda line: click.echo(line, err=True),
+        )
+    record = made.metrics["pruned"][-1]
+    if as_json:
+        click.echo(json.dumps({"path": str(made.path), **record}, indent=1))
+        return
+    before, after = record["before"], record["after"]
+    sizes = [sum(cost["parameters"].values()) / 1e6 for cost in (before, after)]
+    click.echo(
+        f"{made.path}: {sizes[0]:,.2f} → {sizes[1]:,.2f} M parameters, "
+        f"{before['bytes'] / 1e6:,.1f} → {after['bytes'] / 1e6:,.1f} MB"
+    )
 
 
 @click.command()

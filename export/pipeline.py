@@ -173,6 +173,28 @@ def export(
         return Exported(out, job.name, target, result, tuple(notes))
 
 
+def prune(
+    checkpoint: Path | None,
+    smaller: Smaller,
+    *,
+    data: str | None = None,
+    skip_bad: bool = False,
+    calibration: int = 128,
+    unfinished_ok: bool = False,
+    progress: Progress = lambda phase, done, total: None,
+    say: Callable[[str], None] = lambda line: None,
+) -> Checkpoint:
+    """The pruned checkpoint of a checkpoint (default: the newest finished run), as `export` would make it first."""
+    smaller.check()
+    run = _find(checkpoint, unfinished_ok)
+    refuse_adapter(run)
+    whole = require_captioner(load_checkpoint(run, unfinished_ok=unfinished_ok))
+    learnt = whole.recipe.data
+    dataset = open_dataset(data or learnt.spec, skip_bad=skip_bad or learnt.skip_bad)
+    looked_at = _calibration(whole, dataset, max(calibration, PRUNING_PHOTOS), progress)
+    return make_smaller(whole, smaller, dataset, looked_at, progress, say, skip_bad=skip_bad)
+
+
 @dataclass
 class Job:
     """One export under way: what is built is written to `scratch`, loaded as a device would, and compared.

@@ -1,4 +1,5 @@
-"""`--prune` and `--finetune`: the checkpoint that is exported instead, kept in the run, so that it is made once."""
+"""`edgecap prune`, and `--prune` and `--finetune`: the checkpoint that is exported instead, kept in the run, so that
+it is made once."""
 
 from __future__ import annotations
 
@@ -24,12 +25,14 @@ if TYPE_CHECKING:
 class Smaller:
     """items: what to prune (see prune.py). epochs: of fine-tuning afterwards, taught by the unpruned model; 0 = none.
 
-    encoder_lr: learning rate of the encoder while fine-tuning, 0 = it stays as pruned.
+    encoder_lr: learning rate of the encoder while fine-tuning, 0 = it stays as pruned. out: where the pruned checkpoint
+    goes, None = a folder of its own in the run.
     """
 
     items: Sequence[str] = field(default_factory=tuple)
     epochs: int = 0
     encoder_lr: float = 0.0
+    out: Path | None = None
 
     def check(self) -> None:
         """Raises UsageError for items that mean nothing, or options without the one they go with."""
@@ -42,8 +45,9 @@ class Smaller:
 
 
 def folder_for(run: Path, smaller: Smaller) -> Path:
-    """Where a pruned checkpoint lies: inside the run (beside it, it would be the newest run), named after the items."""
-    return run / "pruned" / re.sub(r"[^a-z0-9.]+", "-", ",".join(smaller.items).lower().replace("=", ""))
+    """Where a pruned checkpoint lies, if not where the user says: inside the run (beside it, it would be the newest
+    run), named after the items."""
+    return smaller.out or run / "pruned" / re.sub(r"[^a-z0-9.]+", "-", ",".join(smaller.items).lower().replace("=", ""))
 
 
 def make_smaller(
@@ -74,7 +78,7 @@ def make_smaller(
                 f"{folder} was pruned by other photos: remove it, or use the --data and --calibration of then"
             )
     else:
-        for left in (WEIGHTS, TOKENIZER, METRICS):  # by an export that was killed
+        for left in () if smaller.out else (WEIGHTS, TOKENIZER, METRICS):  # by an export that was killed
             (folder / left).unlink(missing_ok=True)
         corpus = [caption_text(text) for example in dataset.splits["train"] for text in example.captions]
         prune_checkpoint(

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 
 from edgecap.benchmarks.datasets import open_dataset
+from edgecap.cli import cli
 from edgecap.export.prune import prune_checkpoint
 from edgecap.train.checkpoint import METRICS, RECIPE, TOKENIZER, WEIGHTS, Checkpoint, load_checkpoint, model_for
 from edgecap.train.opening import open_captions
@@ -99,3 +102,23 @@ def test_any_text_can_still_be_said(small: None, tmp_path: Path, name: str) -> N
     assert few.tokens["vocab_size"] < whole.tokens["vocab_size"]
     for text in [*FOREIGN, *corpus()[:5]]:
         assert few.tokenizer.decode(few.tokenizer.encode(text)).strip() == text
+
+
+def test_the_command_makes_a_checkpoint_to_train_on(small: None, tmp_path: Path) -> None:
+    whole = save_untrained(tmp_path, "gpt2")
+    out = tmp_path / "small"
+    done = CliRunner().invoke(cli, ["prune", str(whole.path), "vocab=used", "-o", str(out), "--json"])
+    assert done.exit_code == 0, done.output
+    told = json.loads(done.stdout)
+    assert told["path"] == str(out) and told["from"] == whole.sha256 and told["items"] == ["vocab=used"]
+    assert told["after"]["bytes"] < told["before"]["bytes"]
+    first = load_checkpoint(out).sha256
+    line = CliRunner().invoke(cli, ["prune", str(whole.path), "vocab=used"])
+    assert line.exit_code == 0 and "M parameters" in line.stdout
+    assert load_checkpoint(whole.path / "pruned" / "vocabused").sha256 == first
+    again = CliRunner().invoke(cli, ["prune", str(whole.path), "vocab=3", "-o", str(out)])
+    assert again.exception is not None and "was pruned from other weights" in str(again.exception)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / TOKENIZER).write_text("mine")
+    kept = CliRunner().invoke(cli, ["prune", str(whole.path), "vocab=3", "-o", str(tmp_path / "other")])
+    assert "not an empty folder" in str(kept.exception) and (tmp_path / "other" / TOKENIZER).read_text() == "mine"
