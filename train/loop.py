@@ -6,7 +6,6 @@ All randomness is a function of (seed, stage, epoch, step): nothing of a random 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -17,18 +16,16 @@ import torch
 from accelerate import Accelerator
 from tokenizers import Tokenizer
 
-from ..benchmarks.datasets import Dataset, Example
+from ..benchmarks.datasets import Dataset
 from ..runtime.decode import DecodeOptions
 from ..runtime.errors import UsageError
-from .augment import PLAIN, View, views_of
-from .batches import Batch, EpochPlan, Photos, Progress, encode_captions, encoder_digest
-from .checkpoint import METRICS, PROGRESS, RECIPE, TOKENIZER, preprocess_for
-from .curriculum import Curriculum
+from .batches import EpochPlan, Progress
+from .checkpoint import METRICS, PROGRESS, RECIPE, TOKENIZER
 from .lora import count_parameters
+from .material import Material
 from .models import CaptionModel
 from .objectives import OBJECTIVES
-from .optim import WeightAverage, frozen_blocks, lr_factor, make_optimizer, set_modes
-from .quick import Eyes
+from .optim import WeightAverage, lr_factor, make_optimizer, set_modes
 from .report import TrainingLog
 from .settings import Recipe, Stage
 from .speakers import only_speaking
@@ -44,17 +41,13 @@ from .state import (
     write_json,
     write_weights,
 )
-from .teacher_captions import taught, taught_line
-from .teachers import Taught
-from .tokenizer import token_ids
 from .validate import caption_rows, score_captions
 
 SAVE_EVERY_S = 120.0  # within long epochs
-MOST_CAPTIONS = 16  # of one photo
 UNTIMED = {"step_seconds": 0.0, "reward_seconds": 0.0}  # of the epoch so far
 
 
-class Trainer:
+class Trainer(Material):
     """Trains `model` by `recipe` on `data` into the checkpoint directory `out`.
 
     For another task than captions, `metric`, `texts` and `score` say what is learnt and how it is judged; what else of
@@ -77,34 +70,14 @@ class Trainer:
         start: Start | None = None,
         helpers: Helpers = ALONE,
     ) -> None:
-        self.start, self.helpers = start or Start(), helpers
+        super().__init__(recipe, model, tokenizer, data, accelerator, progress, log, helpers)
+        self.start, self.out = start or Start(), out
         self.metric = recipe.watch or self.metric
-        self.recipe, self.model, self.tokenizer, self.out = recipe, model, tokenizer, out
-        self.accelerator, self.progress, self.log = accelerator, progress, log
-        self.preprocess = preprocess_for(recipe)
-        self.train = Photos(data, "train", recipe, self.preprocess)
-        self.val = Photos(data, "val", recipe, self.preprocess, limit=recipe.data.val_photos)
-        self.views = views_of(recipe)
-        self.mirrored = np.array([view.mirrored for view in self.views])
-        self.own = self.all_texts(self.train.examples)
-        self.trunk = frozen_blocks(model.encoder, recipe.stages)
         self.state: dict[str, Any] = {
             "stage": 0, "epoch": 0, "batch": 0, "loss": 0.0, "count": 0, "best": None, "waits": 0, "plateau": 1.0,
-            "teacher_captions": {},
             "plateau_waits": 0, "history": [], "seconds": 0.0, **UNTIMED, "finished": False, "data": data.fingerprint,
+            "teacher_captions": {},
         }  # fmt: skip
-
-    def all_texts(self, examples: Sequence[Example], most: int = MOST_CAPTIONS) -> list[np.ndarray]:
-        """`texts` of the photos as they are and, where they are seen so, mirrored."""
-        return [self.texts(examples, mirrored, most) for mirrored in (False, True)[: 1 + self.mirrored.any()]]
-
-    def texts(self, examples: Sequence[Example], mirrored: bool, most: int) -> np.ndarray:
-        """What is learnt of each photo's captions, of at most so many: int64 [N, C, T] token ids, -1 behind the end."""
-        most = min(most, max(len(example.captions) for example in examples))
-        return encode_captions(
-            examples, self.tokenizer, max_length=self.recipe.tokenizer.max_length, captions=most,
-            ids=self.recipe.tokenizer.ids, mirrored=mirrored, sides=self.recipe.augment.sides,
-        )  # fmt: skip
 
     # --- the whole run -----------------------------------------------------------------------------------------
 
@@ -242,92 +215,7 @@ class Trainer:
             self.average.update(self.model)
         return float(self.accelerator.reduce(total, "sum")), count, figures
 
-    def _draw_captions(self, ids: np.ndarray, step: int) -> np.ndarray:
-        """[N, all, T] → [N, C, T]: as many captions of each photo as the recipe says, others in another step."""
-        wanted, empty = self.recipe.data.captions_per_photo, ids[:, :, 0] < 0
-        if ids.shape[1] <= wanted and (empty[:, :-1] <= empty[:, 1:]).all():  # a photo's captions come first
-            return ids
-        order = np.random.default_rng([self.recipe.seed, self.state["stage"], step]).random(ids.shape[:2])
-        order[empty] = 2.0  # empty rows last
-        return np.take_along_axis(ids, order.argsort(1)[:, :wanted, None], 1)
-
-    def _curriculum(self, stage: Stage) -> Curriculum | None:
-        if not stage.curriculum:
-            return None
-        special = token_ids(self.tokenizer, self.recipe.tokenizer.ids)
-        steps = stage.curriculum * self.plan.batches
-        return Curriculum(self.ids[0], steps, eos=special["eos"], unk=special["unk"])
-
-    def _batch(self, ids: torch.Tensor, places: np.ndarray, views: np.ndarray) -> Batch:
-        def seen(rows: list[np.ndarray]) -> torch.Tensor:
-            tensor = torch.from_numpy(np.stack([rows[view][place] for view, place in zip(views, places, strict=True)]))
-            return tensor.float() if tensor.is_floating_point() else tensor
-
-        photos = {self.sees: seen(self.rows)}
-        teacher = seen(self.teacher_rows) if self.teacher_rows else None
-        mirrored = self.mirrored[views]
-        said = self.taught.of(ids.numpy(), places, mirrored) if self.taught else {}
-        batch = Batch(ids, places, teacher=teacher, mirrored=mirrored, **photos, **said)
-        return batch.to(self.accelerator.device)
-
-    # --- data, validation, saving ------------------------------------------------------------------------------
-
-    def _open_captions(self, stage: Stage) -> list[np.ndarray]:
-        """What the stage learns to say, as `all_texts` gives it: the photos' own captions, and its teachers'."""
-        if not stage.teacher_captions:
-            return self.own
-        device = self.accelerator.device
-        with self.accelerator.main_process_first():
-            more, figures = taught(self.train, self.helpers.speakers, stage, device=device, progress=self.progress)
-        self.state["teacher_captions"][str(self.state["stage"])] = {"stage": stage.name, **figures}
-        self.log.line(f"stage {stage.name}: {taught_line(figures)}")
-        pairs = zip(self.train.examples, more, strict=True)
-        both = [Example(example.id, (*example.captions[:MOST_CAPTIONS], *texts)) for example, texts in pairs]
-        return self.all_texts(both, MOST_CAPTIONS + max(map(len, more)))
-
-    def _open_data(self, stage: Stage) -> None:
-        """What of the photos can be computed once: the whole encoder where it is frozen, or its lower blocks that no
-        stage trains, else the pixels. The first process fills the cache, the rest wait."""
-        encoder, kind = self.model.encoder.eval(), self.recipe.encoder.kind
-        self.sees = "trunk" if self.trunk else "pixels" if stage.encoder_lr else "features"
-        by, part = (encoder.lower, encoder.chain[: self.trunk]) if self.trunk else (encoder, encoder)
-        encoder.trunk, eyes = self.trunk, Eyes(by, encoder)
-        key = encoder_digest(encoder, kind, torch.nn.ModuleList(part) if self.trunk else encoder)
-
-        def rows(photos: Photos, view: View = PLAIN) -> np.ndarray:
-            if self.sees == "pixels":
-                return photos.pixels(view=view, progress=self.progress)
-            return photos.seen(eyes, key, view=view, progress=self.progress)
-
-        with self.accelerator.main_process_first():
-            self.rows = [rows(self.train, view) for view in self.views]
-            self.val_rows = rows(self.val)
-            self.taught = self._ask_teachers(stage) if stage.objective == "distill" else None
-            self.teacher_rows = self._teacher_features() if self.taught and stage.match else []
-        if not self.teacher_rows:
-            for teacher in self.helpers.teachers:
-                teacher.forget()
-
-    def _ask_teachers(self, stage: Stage) -> Taught:
-        """What the teachers say of all captions, of the photos as they are and mirrored."""
-        rows = [
-            [
-                teacher.rows(
-                    self.train, ids, mirrored=bool(mirrored), temperature=stage.temperature, top_k=stage.top_k,
-                    device=self.accelerator.device, progress=self.progress,
-                )
-                for mirrored, ids in enumerate(self.ids)
-            ]
-            for teacher in self.helpers.teachers
-        ]  # fmt: skip
-        return Taught(self.ids, rows)
-
-    def _teacher_features(self) -> list[np.ndarray]:
-        """What the one teacher sees in each view, for a captioner that learns to see so."""
-        (teacher,) = self.helpers.teachers
-        seer, photos = teacher.model(self.accelerator.device).encoder, self.train.shown_in(teacher.preprocess)
-        key, eyes = encoder_digest(seer, teacher.recipe.encoder.kind), Eyes(seer, seer)
-        return [photos.seen(eyes, key, view=view, progress=self.progress) for view in self.views]
+    # --- validation, saving ------------------------------------------------------------------------------------
 
     def _validate(self, stage: Stage) -> dict[str, Any]:
         """Score what has been learnt so far, and keep the weights where they are the best; returns the record."""
