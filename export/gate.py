@@ -14,7 +14,7 @@ from ..benchmarks.metrics import CaptionScores, Interval, caption_metrics, paire
 from ..runtime import Captioner
 from ..runtime.preprocess import Preprocess
 from ..runtime.verify import teacher_forced
-from ..train.cache import load_pixels
+from ..train.data.cache import load_pixels
 from ..train.validate import caption_rows
 from .golden import reference_logits
 

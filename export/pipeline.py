@@ -16,8 +16,8 @@ from ..runtime.bundle import check_place, folder_beside
 from ..runtime.errors import EdgecapError, UsageError
 from ..runtime.fused import FusedCaptioner, check_fused
 from ..runtime.verify import verify_golden
-from ..train.cache import load_pixels
 from ..train.checkpoint import Checkpoint, load_checkpoint, require_captioner
+from ..train.data.cache import load_pixels
 from ..train.lora import refuse_adapter
 from ..train.run import RUNS, latest_run
 from ..train.tokenizer import caption_text

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..runtime.errors import UsageError
-from ..train.batches import Batch
+from ..train.data.batches import Batch
 from ..train.models import CaptionModel
 from ..train.models.widths import Width, drop
 from .prune_reconstruct import elimination, kept, moments, refit

@@ -21,8 +21,8 @@ from ..benchmarks.datasets import Dataset, Example
 from ..benchmarks.metrics import bootstrap_mean
 from ..runtime.errors import UsageError
 from ..runtime.preprocess import Preprocess
-from .batches import Progress
-from .cache import cache_key, cached_rows, load_pixels
+from .data.batches import Progress
+from .data.cache import cache_key, cached_rows, load_pixels
 from .state import fingerprint
 from .tokenizer import caption_text
 from .validate import most_frequent_caption

@@ -9,9 +9,9 @@ from typing import Any
 from ..benchmarks.datasets import Example, open_dataset
 from ..runtime.decode import DecodeOptions
 from ..runtime.errors import UsageError
-from .batches import Progress
-from .cache import load_pixels
 from .checkpoint import Checkpoint, load_checkpoint
+from .data.batches import Progress
+from .data.cache import load_pixels
 from .lora import refuse_adapter, require_adapter, switch_off
 from .run import RUNS, latest_run
 from .validate import caption_rows, most_frequent_caption, score_captions

@@ -19,16 +19,15 @@ from tokenizers import Tokenizer
 from ..benchmarks.datasets import Dataset
 from ..runtime.decode import DecodeOptions
 from ..runtime.errors import UsageError
-from .batches import EpochPlan, Progress
 from .checkpoint import METRICS, PROGRESS, RECIPE, TOKENIZER
+from .data.batches import EpochPlan, Progress
+from .data.material import Material
 from .lora import count_parameters
-from .material import Material
 from .models import CaptionModel
 from .objectives import OBJECTIVES
 from .optim import WeightAverage, lr_factor, make_optimizer, set_modes
 from .report import TrainingLog
 from .settings import Recipe, Stage
-from .speakers import only_speaking
 from .start import ALONE, Helpers, Start
 from .state import (
     load_model_tensors,
@@ -41,6 +40,7 @@ from .state import (
     write_json,
     write_weights,
 )
+from .teachers.speakers import only_speaking
 from .validate import caption_rows, score_captions
 
 SAVE_EVERY_S = 120.0  # within long epochs

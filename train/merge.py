@@ -13,9 +13,9 @@ import torch
 from ..benchmarks.datasets import Example, open_dataset
 from ..runtime.bundle import folder_beside
 from ..runtime.errors import EdgecapError, UsageError
-from .batches import Batch, Progress, encode_captions
-from .cache import load_pixels
 from .checkpoint import METRICS, RECIPE, TOKENIZER, Checkpoint, load_checkpoint, read_metrics, read_recipe
+from .data.batches import Batch, Progress, encode_captions
+from .data.cache import load_pixels
 from .lora import merged_tensors, take_off
 from .models import CaptionModel
 from .settings import Lora

@@ -16,7 +16,6 @@ from accelerate import PartialState
 
 from ..benchmarks.datasets import Dataset
 from ..runtime.errors import EdgecapError, UsageError
-from .batches import Progress
 from .checkpoint import (
     PROGRESS,
     RECIPE,
@@ -29,6 +28,7 @@ from .checkpoint import (
     require_captioner,
 )
 from .critic import Critic
+from .data.batches import Progress
 from .loop import Trainer
 from .lora import add_adapters, check_base, refuse_adapter
 from .memory import free_memory, too_large
@@ -36,7 +36,6 @@ from .pretrained import open_tokenizer, resolve
 from .settings import Recipe
 from .shapes import shrink_to
 from .smolvlm import around_photo, check_length, with_frames
-from .speakers import Speaker, open_speaker, speaker_of
 from .start import (
     START,
     Helpers,
@@ -48,7 +47,8 @@ from .start import (
     write_start,
 )
 from .state import load_progress, write_bytes
-from .teachers import Teacher
+from .teachers.speakers import Speaker, open_speaker, speaker_of
+from .teachers.words import Teacher
 from .tokenizer import caption_text, token_ids
 from .towers import TowersTrainer, open_texts
 

@@ -20,8 +20,8 @@ def make_optimizer(model: CaptionModel, stage: Stage) -> torch.optim.AdamW:
     Freezes the encoder when its rate is 0, so that the optimizer sees nothing of it, nor of `model.frozen_parts`.
     """
     model.encoder.requires_grad_(stage.encoder_lr > 0)
-    if stage.encoder_lr and stage.thaw:
-        model.encoder.below(stage.thaw).requires_grad_(False)
+    if stage.encoder_lr and stage.unfreeze_blocks:
+        model.encoder.below(stage.unfreeze_blocks).requires_grad_(False)
     groups = []
     for name, module in model.parts().items():
         rate = stage.encoder_lr if name == "encoder" else stage.lr
@@ -39,9 +39,9 @@ def make_optimizer(model: CaptionModel, stage: Stage) -> torch.optim.AdamW:
 def frozen_blocks(encoder: Any, stages: Sequence[Stage]) -> int:
     """How many links of the encoder's chain no stage trains, though one trains those above: what they give of a photo
     is computed once. 0 where all learn, none do, or the encoder is no chain."""
-    learning = [stage.thaw for stage in stages if stage.encoder_lr]
-    for thaw in filter(None, learning):
-        encoder.below(thaw)  # so that a stage that asks for too many is refused before the first begins
+    learning = [stage.unfreeze_blocks for stage in stages if stage.encoder_lr]
+    for blocks in filter(None, learning):
+        encoder.below(blocks)  # so that a stage that asks for too many is refused before the first begins
     if not learning or not all(learning) or not encoder.chain:
         return 0
     return encoder.links_below(max(learning))

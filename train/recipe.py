@@ -102,8 +102,8 @@ def recipe_from_dict(tree: dict[str, Any], *, where: str = "recipe", overrides: 
             raise UsageError(f"{where}: stages.{i}.curriculum is of captions to learn: {stage.objective} learns none")
         if not stage.bleu <= 1 or (stage.bleu and stage.objective != "scst"):
             raise UsageError(f"{where}: stages.{i}.bleu = {stage.bleu} must be in [0, 1], with objective = scst")
-    if not recipe.augment.crop <= 1 or not recipe.augment.light < 1 or not recipe.augment.crop:
-        raise UsageError(f"{where}: [augment] crop is a share above 0 and at most 1, light one below 1")
+    if not recipe.augment.crop <= 1 or not recipe.augment.color_jitter < 1 or not recipe.augment.crop:
+        raise UsageError(f"{where}: [augment] crop is a share above 0 and at most 1, color_jitter one below 1")
     if recipe.watch and recipe.task == "retrieval":
         raise UsageError(f"{where}: watch = {recipe.watch} is of captions: task = retrieval watches its recall")
     for part in ("bridge", "decoder"):

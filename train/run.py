@@ -13,8 +13,8 @@ from accelerate.utils import broadcast_object_list
 from ..benchmarks.datasets import Dataset, open_dataset
 from ..runtime.errors import EdgecapError, UsageError
 from ..runtime.tokenizer import Tokenizer
-from .batches import Progress
 from .checkpoint import PROGRESS, RECIPE, TOKENIZER, read_metrics, read_recipe
+from .data.batches import Progress
 from .opening import TASKS, Made, open_helpers, open_model, open_run, precision, this_process
 from .report import TrainingLog
 from .settings import Recipe

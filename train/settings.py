@@ -28,15 +28,15 @@ class Augment:
     """Varied views of each training photo, drawn once and cached; in every epoch a photo is seen in one view of all.
 
     views: how many are drawn beside the photo as it is (and mirrored, with data.flip, which mirrors every second one).
-    crop: least share of the area that a view shows, 1 = all. rotate: degrees it is turned by at most. light: how much
-    brightness, contrast and colour change at most (0.2: by 20%). sides: of the captions of a mirrored photo, "left" and
-    "right" are swapped, or those captions that say so dropped.
+    crop: least share of the area that a view shows, 1 = all. rotate: degrees it is turned by at most. color_jitter: how
+    much brightness, contrast and colour change at most (0.2: by 20%). sides: in the captions of a mirrored photo "left"
+    and "right" are swapped, or captions that say so are dropped.
     """
 
     views: int = 0
     crop: float = 0.5
     rotate: float = 8.0
-    light: float = 0.25
+    color_jitter: float = 0.25
     sides: str = "swap"
 
 
@@ -138,7 +138,7 @@ class Stage:
     accumulate: int = 1  # split the batch into this many pieces
     lr: float = 1e-3
     encoder_lr: float = 0.0  # 0 = frozen encoder: its features are computed once and cached
-    thaw: int = 0  # with encoder_lr: of the encoder only this many blocks, from the top, learn; 0 = all
+    unfreeze_blocks: int = 0  # with encoder_lr: of the encoder only this many blocks, from the top, learn; 0 = all
     batchnorm: str = "auto"  # train, frozen, or auto: trained only where the encoder starts from scratch
     schedule: str = "cosine"  # constant, cosine, step, plateau
     warmup: int = 0  # optimizer steps from 0 to lr

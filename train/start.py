@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..runtime.errors import EdgecapError, UsageError
-from .batches import Progress
 from .checkpoint import PROGRESS, Checkpoint, load_checkpoint
+from .data.batches import Progress
 from .settings import Recipe
 from .state import write_json
 
 if TYPE_CHECKING:
     from .critic import Critic
-    from .speakers import Speaker
-    from .teachers import Teacher
+    from .teachers.speakers import Speaker
+    from .teachers.words import Teacher
 
 START = PROGRESS.parent / "start.json"
 

@@ -15,10 +15,10 @@ from ..benchmarks.datasets import Example
 from ..benchmarks.retrieval import KS, WAYS, RetrievalScores
 from ..benchmarks.retrieval import score_retrieval as rank
 from ..runtime.errors import UsageError
-from .augment import mirrored_text
-from .batches import Batch, Progress
-from .cache import cache_key, cached_rows, load_pixels
 from .checkpoint import Checkpoint
+from .data.augment import mirrored_text
+from .data.batches import Batch, Progress
+from .data.cache import cache_key, cached_rows, load_pixels
 from .loop import Trainer
 from .models.hub import reading
 from .models.towers import TwoTowers

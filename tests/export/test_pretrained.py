@@ -18,8 +18,8 @@ from edgecap.runtime import Captioner, verify_golden
 from edgecap.runtime.decode import DecodeOptions, decode, never_said
 from edgecap.runtime.errors import UsageError
 from edgecap.runtime.fused import FusedCaptioner
-from edgecap.train.cache import load_pixels
 from edgecap.train.checkpoint import WEIGHTS, Checkpoint, load_checkpoint
+from edgecap.train.data.cache import load_pixels
 from edgecap.train.models.language_model import PHOTO
 from edgecap.train.recipe import recipe_from_dict
 from edgecap.train.run import train

@@ -19,8 +19,8 @@ from edgecap.export.prune_vocab import shrink_vocab
 from edgecap.export.trunk import to_onnx
 from edgecap.runtime.errors import UsageError
 from edgecap.train import loop
-from edgecap.train.batches import Batch
 from edgecap.train.checkpoint import METRICS, WEIGHTS, Checkpoint, load_checkpoint
+from edgecap.train.data.batches import Batch
 from edgecap.train.models import build_model
 from edgecap.train.models.encoders import Encoder
 from edgecap.train.run import train

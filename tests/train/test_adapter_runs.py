@@ -18,8 +18,8 @@ from edgecap.export.pipeline import export
 from edgecap.runtime import Captioner
 from edgecap.runtime.errors import EdgecapError, UsageError
 from edgecap.train import checkpoint, commands, loop, lora, merge
-from edgecap.train.cache import load_pixels
 from edgecap.train.checkpoint import METRICS, PROGRESS, load_checkpoint
+from edgecap.train.data.cache import load_pixels
 from edgecap.train.evaluate import evaluate
 from edgecap.train.fit import check_fit
 from edgecap.train.merge import merge_adapter

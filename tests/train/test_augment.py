@@ -13,12 +13,12 @@ from PIL import Image
 from edgecap.benchmarks.datasets import Example, open_dataset
 from edgecap.runtime.errors import UsageError
 from edgecap.train import loop
-from edgecap.train.augment import vary, views_of
-from edgecap.train.batches import Photos, encode_captions
 from edgecap.train.checkpoint import WEIGHTS, load_checkpoint, preprocess_for
+from edgecap.train.data.augment import vary, views_of
+from edgecap.train.data.batches import Photos, encode_captions
+from edgecap.train.data.features import quick
 from edgecap.train.models.captioner import build_encoder
 from edgecap.train.optim import frozen_blocks, make_optimizer
-from edgecap.train.quick import quick
 from edgecap.train.recipe import recipe_from_dict
 from edgecap.train.run import train
 from edgecap.train.settings import Augment, Recipe, Stage
@@ -29,8 +29,24 @@ from .tiny import SCENES, SIZE, tiny_model, tiny_recipe
 QUIET = lambda phase, done, total: None  # noqa: E731
 STAGES = (
     {"name": "words", "epochs": 1, "batch_size": 16, "lr": 3e-3, "keep_every": 1},
-    {"name": "top", "epochs": 2, "keep_every": 1, "batch_size": 16, "lr": 1e-3, "encoder_lr": 1e-3, "thaw": 2},
-    {"name": "more", "epochs": 1, "keep_every": 1, "batch_size": 16, "lr": 1e-3, "encoder_lr": 1e-3, "thaw": 5},
+    {
+        "name": "top",
+        "epochs": 2,
+        "keep_every": 1,
+        "batch_size": 16,
+        "lr": 1e-3,
+        "encoder_lr": 1e-3,
+        "unfreeze_blocks": 2,
+    },
+    {
+        "name": "more",
+        "epochs": 1,
+        "keep_every": 1,
+        "batch_size": 16,
+        "lr": 1e-3,
+        "encoder_lr": 1e-3,
+        "unfreeze_blocks": 5,
+    },
 )
 
 
@@ -51,13 +67,13 @@ def photo(side: int = 80) -> Image.Image:
 def test_a_view_is_drawn_from_its_number_alone() -> None:
     draw = lambda seed, **how: vary(photo(), Augment(**how), np.random.default_rng(seed))  # noqa: E731
     assert np.array_equal(draw(1), draw(1)) and draw(1).size != draw(2).size
-    assert np.array_equal(draw(1, crop=1.0, rotate=0.0, light=0.0), photo())
-    areas = [np.prod(draw(seed, crop=0.4, rotate=0.0, light=0.0).size) / (80 * 100) for seed in range(40)]
+    assert np.array_equal(draw(1, crop=1.0, rotate=0.0, color_jitter=0.0), photo())
+    areas = [np.prod(draw(seed, crop=0.4, rotate=0.0, color_jitter=0.0).size) / (80 * 100) for seed in range(40)]
     assert 0.38 < min(areas) < 0.55 and 0.85 < max(areas) <= 1.01
-    light = [np.asarray(draw(seed, crop=1.0, rotate=0.0, light=0.3)).mean() for seed in range(20)]
+    light = [np.asarray(draw(seed, crop=1.0, rotate=0.0, color_jitter=0.3)).mean() for seed in range(20)]
     plain = np.asarray(photo()).mean()
     assert min(light) < 0.85 * plain and 1.1 * plain < max(light)
-    turned = draw(3, crop=1.0, light=0.0, rotate=10.0)
+    turned = draw(3, crop=1.0, color_jitter=0.0, rotate=10.0)
     assert turned.size == photo().size and not np.array_equal(turned, photo())
 
 
@@ -90,7 +106,9 @@ def test_captions_that_name_a_side_can_be_dropped() -> None:
     assert texts == [["a dog", "", ""], ["a bird on the right", "", ""]]
 
 
-@pytest.mark.parametrize("bad", [{"crop": 0.0}, {"crop": 1.5}, {"light": 1.0}, {"sides": "mirror"}, {"views": -1}])
+@pytest.mark.parametrize(
+    "bad", [{"crop": 0.0}, {"crop": 1.5}, {"color_jitter": 1.0}, {"sides": "mirror"}, {"views": -1}]
+)
 def test_impossible_views_are_refused(bad: dict[str, object]) -> None:
     with pytest.raises(UsageError, match="augment"):
         recipe_from_dict({"augment": bad})
@@ -157,29 +175,29 @@ def test_only_the_upper_blocks_learn_and_the_others_are_computed_once(
     assert begun and (tmp_path / "b" / WEIGHTS).read_bytes() == (out / WEIGHTS).read_bytes()
 
 
-def test_an_encoder_that_is_no_chain_thaws_from_the_top_too() -> None:
+def test_an_encoder_that_is_no_chain_unfreezes_from_the_top_too() -> None:
     vit = {"kind": "vit", "config": {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2,
                                      "intermediate_size": 48, "image_size": SIZE, "patch_size": 16}}  # fmt: skip
     model = tiny_model("gru")
     model.encoder = build_encoder(vit)
-    stage = Stage(encoder_lr=1e-4, thaw=1)
+    stage = Stage(encoder_lr=1e-4, unfreeze_blocks=1)
     assert frozen_blocks(model.encoder, [stage]) == 0  # its pixels are seen
     make_optimizer(model, stage)
     learning = {name for name, parameter in model.encoder.body.named_parameters() if parameter.requires_grad}
     assert learning and all(".2." in name or "layernorm" in name for name in learning)
-    make_optimizer(model, dataclasses.replace(stage, thaw=0))
+    make_optimizer(model, dataclasses.replace(stage, unfreeze_blocks=0))
     assert all(parameter.requires_grad for parameter in model.encoder.parameters())
 
 
 def test_the_trunk_is_what_no_stage_trains() -> None:
     encoder = tiny_model("gru").encoder
     blocks, frozen = len(encoder.blocks()), Stage()
-    some, more, whole = (Stage(encoder_lr=1e-4, thaw=thaw) for thaw in (2, 4, 0))
+    some, more, whole = (Stage(encoder_lr=1e-4, unfreeze_blocks=blocks) for blocks in (2, 4, 0))
     assert frozen_blocks(encoder, [frozen]) == frozen_blocks(encoder, [frozen, some, whole]) == 0
     assert frozen_blocks(encoder, [frozen, some]) == 1 + blocks - 2
     assert frozen_blocks(encoder, [some, frozen, more]) == 1 + blocks - 4
-    with pytest.raises(UsageError, match=f"thaw = {blocks + 1}: the encoder has {blocks} blocks"):
-        frozen_blocks(encoder, [Stage(encoder_lr=1e-4, thaw=blocks + 1)])
+    with pytest.raises(UsageError, match=f"unfreeze_blocks = {blocks + 1}: the encoder has {blocks} blocks"):
+        frozen_blocks(encoder, [Stage(encoder_lr=1e-4, unfreeze_blocks=blocks + 1)])
 
 
 def test_many_photos_are_seen_by_a_faster_engine_that_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,6 +212,8 @@ def test_many_photos_are_seen_by_a_faster_engine_that_gives_the_same(monkeypatch
     # What cannot be exported, or comes out otherwise, stays with torch.
     broken = lambda photos: photos * 2.0 if int(photos.sum()) % 2 else photos * 1.0  # noqa: E731
     assert quick(broken, encoder, pixels) is broken
-    monkeypatch.setattr("edgecap.train.quick._engine", lambda module, photos: lambda seen: encoder.lower(seen) + 1)
+    monkeypatch.setattr(
+        "edgecap.train.data.features._engine", lambda module, photos: lambda seen: encoder.lower(seen) + 1
+    )
     look = encoder.lower
     assert quick(look, encoder, pixels) is look

@@ -9,9 +9,9 @@ import pytest
 
 from edgecap.runtime.errors import UsageError
 from edgecap.train import loop
-from edgecap.train.batches import Batch
 from edgecap.train.checkpoint import WEIGHTS
-from edgecap.train.curriculum import START, Curriculum
+from edgecap.train.data.batches import Batch
+from edgecap.train.data.curriculum import START, Curriculum
 from edgecap.train.recipe import recipe_from_dict
 from edgecap.train.run import train
 

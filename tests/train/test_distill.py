@@ -15,17 +15,18 @@ import torch.nn.functional as F
 from edgecap.benchmarks.datasets import open_dataset
 from edgecap.runtime.errors import UsageError
 from edgecap.runtime.tokenizer import Tokenizer
-from edgecap.train import cache, loop
-from edgecap.train.batches import Batch, Photos, encode_captions
-from edgecap.train.cache import load_pixels
+from edgecap.train import loop
 from edgecap.train.checkpoint import WEIGHTS, Checkpoint, load_checkpoint, preprocess_for
-from edgecap.train.distill import divergence
+from edgecap.train.data import cache
+from edgecap.train.data.batches import Batch, Photos, encode_captions
+from edgecap.train.data.cache import load_pixels
 from edgecap.train.objectives import OBJECTIVES
+from edgecap.train.objectives.distill import divergence
 from edgecap.train.recipe import recipe_from_dict
 from edgecap.train.run import train
 from edgecap.train.settings import Stage, TokenizerSettings
 from edgecap.train.start import START, Helpers, Start, read_start
-from edgecap.train.teachers import Taught, Teacher
+from edgecap.train.teachers.words import Taught, Teacher
 from edgecap.train.tokenizer import caption_text, token_ids, train_tokenizer
 
 from .tiny import ENCODER, SIZE, tiny_model, tiny_recipe

@@ -16,11 +16,11 @@ from tokenizers import processors
 from edgecap.benchmarks.datasets import open_dataset
 from edgecap.runtime.errors import UsageError
 from edgecap.train import loop
-from edgecap.train.batches import Batch, encode_captions
 from edgecap.train.checkpoint import load_checkpoint
 from edgecap.train.critic import Critic
+from edgecap.train.data.batches import Batch, encode_captions
 from edgecap.train.evaluate import evaluate, score_lines
-from edgecap.train.guided import Guided, alignment_loss, contrast_loss, diversity_loss
+from edgecap.train.objectives.guided import Guided, alignment_loss, contrast_loss, diversity_loss
 from edgecap.train.prepare import prepare_recipe
 from edgecap.train.recipe import recipe_from_dict
 from edgecap.train.run import train
@@ -173,7 +173,7 @@ def test_half_precision_leaves_the_contrast_alone() -> None:
 
 
 def test_a_weight_of_zero_computes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    import edgecap.train.guided as guided
+    import edgecap.train.objectives.guided as guided
 
     objective, model, batch = world(contrast=0.5)
     for name in ("alignment_loss", "diversity_loss"):

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from edgecap.benchmarks.datasets import open_dataset
-from edgecap.train.batches import EpochPlan, encode_captions
+from edgecap.train.data.batches import EpochPlan, encode_captions
 from edgecap.train.objectives import CrossEntropy
 from edgecap.train.tokenizer import caption_text, train_tokenizer
 

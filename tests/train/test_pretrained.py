@@ -15,14 +15,14 @@ import torch
 from edgecap.runtime.errors import UsageError
 from edgecap.runtime.tokenizer import Tokenizer
 from edgecap.train import loop
-from edgecap.train.batches import Batch, encode_captions
 from edgecap.train.checkpoint import TOKENIZER, WEIGHTS, load_checkpoint, model_for
+from edgecap.train.data.batches import Batch, encode_captions
 from edgecap.train.models import DECODERS, build_model
 from edgecap.train.models.language_model import PHOTO
+from edgecap.train.objectives.scst import SelfCritical
 from edgecap.train.pretrained import open_tokenizer, resolve
 from edgecap.train.recipe import recipe_from_dict
 from edgecap.train.run import train
-from edgecap.train.scst import SelfCritical
 from edgecap.train.settings import Recipe, Stage
 from edgecap.train.tokenizer import token_ids
 

@@ -19,8 +19,8 @@ from PIL import Image
 
 from edgecap.runtime.errors import EdgecapError, UsageError
 from edgecap.train import loop, opening, run
-from edgecap.train.cache import cached_rows
 from edgecap.train.checkpoint import PROGRESS, RECIPE, TOKENIZER, WEIGHTS, load_checkpoint
+from edgecap.train.data.cache import cached_rows
 from edgecap.train.models import build_model
 from edgecap.train.prepare import prepare_recipe
 from edgecap.train.recipe import recipe_from_dict

@@ -12,11 +12,11 @@ from torch import nn
 
 from edgecap.benchmarks.metrics import sentence_bleu
 from edgecap.runtime.errors import UsageError
-from edgecap.train.augment import mirrored_text
-from edgecap.train.batches import Batch
+from edgecap.train.data.augment import mirrored_text
+from edgecap.train.data.batches import Batch
+from edgecap.train.objectives.scst import END, SelfCritical, draw
 from edgecap.train.recipe import recipe_from_dict
 from edgecap.train.run import train
-from edgecap.train.scst import END, SelfCritical, draw
 from edgecap.train.tokenizer import caption_text
 
 from .tiny import tiny_recipe, tiny_world

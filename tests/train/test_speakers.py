@@ -17,11 +17,11 @@ from edgecap.runtime import Captioner
 from edgecap.runtime.decode import never_said
 from edgecap.runtime.errors import UsageError
 from edgecap.runtime.tokenizer import Tokenizer
-from edgecap.train import speakers
-from edgecap.train.cache import load_pixels
 from edgecap.train.checkpoint import Checkpoint, preprocess_for
+from edgecap.train.data.cache import load_pixels
 from edgecap.train.settings import Decoding
-from edgecap.train.speakers import CHAT, HUB, open_speaker, speaker_of
+from edgecap.train.teachers import speakers
+from edgecap.train.teachers.speakers import CHAT, HUB, open_speaker, speaker_of
 from edgecap.train.tokenizer import caption_text, token_ids, train_tokenizer
 from edgecap.train.validate import caption_rows
 

@@ -13,13 +13,14 @@ import torch
 from edgecap.benchmarks.datasets import Example, open_dataset
 from edgecap.benchmarks.metrics import CiderD
 from edgecap.runtime.errors import EdgecapError, UsageError
-from edgecap.train import loop, opening, speakers
-from edgecap.train.batches import Photos
+from edgecap.train import loop, opening
 from edgecap.train.checkpoint import WEIGHTS, preprocess_for
+from edgecap.train.data.batches import Photos
 from edgecap.train.run import train
 from edgecap.train.settings import Decoding, Recipe, TokenizerSettings
-from edgecap.train.speakers import Said, Told
-from edgecap.train.teacher_captions import best_captions, spoken
+from edgecap.train.teachers import speakers
+from edgecap.train.teachers.captions import best_captions, spoken
+from edgecap.train.teachers.speakers import Said, Told
 
 from .captioners import save_captioner
 from .tiny import tiny_recipe

@@ -18,12 +18,12 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from edgecap.benchmarks.datasets import open_dataset
 from edgecap.runtime.errors import UsageError
 from edgecap.train import loop
-from edgecap.train.batches import Batch
 from edgecap.train.checkpoint import load_checkpoint
+from edgecap.train.data.batches import Batch
 from edgecap.train.evaluate import evaluate, score_lines
-from edgecap.train.infonce import InfoNCE, contrast
 from edgecap.train.models.query import QueryBridge
 from edgecap.train.models.towers import Head, build_towers
+from edgecap.train.objectives.infonce import InfoNCE, contrast
 from edgecap.train.optim import make_optimizer
 from edgecap.train.recipe import load_recipe, recipe_from_dict
 from edgecap.train.run import train

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from edgecap.benchmarks.datasets import open_dataset
-from edgecap.train.batches import Batch, encode_captions
+from edgecap.train.data.batches import Batch, encode_captions
 from edgecap.train.models import CaptionModel, build_model
 from edgecap.train.recipe import recipe_from_dict
 from edgecap.train.settings import Recipe, Stage

@@ -105,7 +105,9 @@ class Encoder(nn.Module):
     def below(self, blocks: int) -> nn.ParameterList:
         """The parameters below the top `blocks` blocks and what lies above those. UsageError where there are fewer."""
         if blocks > len(self.blocks()):
-            raise UsageError(f"thaw = {blocks}: the encoder has {len(self.blocks())} blocks; 0 lets all of it learn")
+            raise UsageError(
+                f"unfreeze_blocks = {blocks}: the encoder has {len(self.blocks())} blocks; 0 lets all of it learn"
+            )
         lowest = next(self.blocks()[-blocks].parameters())
         parameters = list(self.body.parameters())  # in the order in which they are applied
         place = next(i for i, parameter in enumerate(parameters) if parameter is lowest)

@@ -15,15 +15,15 @@ from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from ..benchmarks.datasets import Dataset, Example
-from ..runtime.errors import EdgecapError
-from ..runtime.preprocess import Preprocess
+from ...benchmarks.datasets import Dataset, Example
+from ...runtime.errors import EdgecapError
+from ...runtime.preprocess import Preprocess
+from ..settings import Recipe
+from ..state import digest, model_tensors
+from ..tokenizer import caption_text, token_ids
 from .augment import PLAIN, View, mirrored_text, names_a_side, vary, view_key
 from .cache import cache_key, cached_rows, load_pixels, whole_rows
-from .quick import Eyes
-from .settings import Recipe
-from .state import digest, model_tensors
-from .tokenizer import caption_text, token_ids
+from .features import FeatureExtractor
 
 Progress = Callable[[str, int, int], None]  # (phase, done, total)
 MANY = 512  # photos for which a faster engine is worth its loading
@@ -131,15 +131,15 @@ class Photos:
             self._key("pixels", view), len(self), shape, np.uint8, lambda part: self.load(part, view), report=report
         )
 
-    def seen(self, eyes: Eyes, key: str, *, view: View = PLAIN, progress: Progress) -> np.ndarray:
+    def seen(self, extractor: FeatureExtractor, key: str, *, view: View = PLAIN, progress: Progress) -> np.ndarray:
         """What a frozen encoder, or its frozen lower blocks, gives of the photos: float16 [N, ...], memory-mapped.
 
-        key: names the eyes, with their weights, for the cache.
+        key: names the extractor, with their weights, for the cache.
         """
-        shape = tuple(eyes(self.load(slice(0, 1), view)).shape[1:])
+        shape = tuple(extractor(self.load(slice(0, 1), view)).shape[1:])
         report = lambda done: progress(f"features of {self.split}{view}", done, len(self))  # noqa: E731
         key = self._key("features", view, encoder=key)
-        compute = lambda part: eyes(self.load(part, view), many=len(self) - part.start >= MANY)  # noqa: E731
+        compute = lambda part: extractor(self.load(part, view), many=len(self) - part.start >= MANY)  # noqa: E731
         return cached_rows(key, len(self), shape, np.float16, compute, report=report)
 
     def known(self, key: str, *, view: View = PLAIN) -> np.ndarray | None:

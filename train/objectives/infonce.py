@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .batches import Batch
-from .models.towers import TwoTowers
-from .objective import Objective
+from ..data.batches import Batch
+from ..models.towers import TwoTowers
+from .base import Objective
 
 
 class InfoNCE(Objective):

@@ -7,12 +7,12 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .batches import Batch
+from ..data.batches import Batch
+from ..models import CaptionModel
+from .base import Objective
 from .distill import Distillation
 from .guided import Guided
 from .infonce import InfoNCE
-from .models import CaptionModel
-from .objective import Objective
 from .scst import SelfCritical
 
 

@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..benchmarks.datasets import Example
-from ..benchmarks.datasets.streamed import cache_folder
-from ..benchmarks.metrics import CiderD
-from ..runtime.errors import EdgecapError
-from .batches import Photos, Progress
-from .cache import CHUNK, cache_key
-from .settings import Stage
+from ...benchmarks.datasets import Example
+from ...benchmarks.datasets.streamed import cache_folder
+from ...benchmarks.metrics import CiderD
+from ...runtime.errors import EdgecapError
+from ..data.batches import Photos, Progress
+from ..data.cache import CHUNK, cache_key
+from ..settings import Stage
+from ..tokenizer import caption_text
 from .speakers import Said, Speaker
-from .tokenizer import caption_text
 
 
 def taught(

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageEnhance
 
-from .settings import Augment, Recipe
+from ..settings import Augment, Recipe
 
 LIGHT = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
 SQUEEZE = 0.2  # log of how much a crop's aspect ratio may differ from the photo's
@@ -60,9 +60,9 @@ def vary(image: Image.Image, augment: Augment, rng: np.random.Generator) -> Imag
         part = (max(1, part[0]), max(1, part[1]))
         left, top = rng.integers(0, width - part[0] + 1), rng.integers(0, height - part[1] + 1)
         image = image.crop((left, top, left + part[0], top + part[1]))
-    if augment.light:
+    if augment.color_jitter:
         for enhance in LIGHT:
-            image = enhance(image).enhance(rng.uniform(1 - augment.light, 1 + augment.light))
+            image = enhance(image).enhance(rng.uniform(1 - augment.color_jitter, 1 + augment.color_jitter))
     return image
 
 

@@ -21,17 +21,17 @@ import tokenizers
 import torch
 from torch import Tensor
 
-from ..benchmarks.datasets import Example
-from ..runtime.errors import UsageError
-from .augment import View
-from .batches import MANY, Photos, Progress, encode_captions, encoder_digest
-from .cache import cache_key, cached_rows, load_pixels
-from .checkpoint import Checkpoint
-from .lora import count_parameters
-from .models import CaptionModel
-from .quick import Eyes
-from .start import load_again
-from .tokenizer import caption_text, token_ids
+from ...benchmarks.datasets import Example
+from ...runtime.errors import UsageError
+from ..checkpoint import Checkpoint
+from ..data.augment import View
+from ..data.batches import MANY, Photos, Progress, encode_captions, encoder_digest
+from ..data.cache import cache_key, cached_rows, load_pixels
+from ..data.features import FeatureExtractor
+from ..lora import count_parameters
+from ..models import CaptionModel
+from ..start import load_again
+from ..tokenizer import caption_text, token_ids
 
 KNOWN = 0.95  # least share of the captions' words that a teacher must know
 CUTS = ("normalizer", "pre_tokenizer", "decoder")  # with the model's type: how a tokenizer cuts text
@@ -160,8 +160,8 @@ class Teacher:
             known = photos.known(encoder_digest(encoder, self.recipe.encoder.kind), view=view)
             if known is not None:  # another captioner with this encoder has looked already
                 return lambda part: np.array(known[part])
-            eyes = Eyes(encoder, encoder)
-            return lambda part: eyes(photos.load(part, view), many=len(ids) >= MANY)
+            extractor = FeatureExtractor(encoder, encoder)
+            return lambda part: extractor(photos.load(part, view), many=len(ids) >= MANY)
 
         @torch.inference_mode()
         def compute(part: slice) -> np.ndarray:

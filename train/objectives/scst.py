@@ -10,16 +10,16 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from ..benchmarks.datasets import Example
-from ..benchmarks.metrics import CiderD, sentence_bleu
-from ..runtime.decode import never_said
-from .augment import mirrored_text
-from .batches import Batch
-from .models import CaptionModel
-from .objective import Objective
-from .settings import Recipe, Stage
-from .start import ALONE, Helpers
-from .tokenizer import caption_text, token_ids
+from ...benchmarks.datasets import Example
+from ...benchmarks.metrics import CiderD, sentence_bleu
+from ...runtime.decode import never_said
+from ..data.augment import mirrored_text
+from ..data.batches import Batch
+from ..models import CaptionModel
+from ..settings import Recipe, Stage
+from ..start import ALONE, Helpers
+from ..tokenizer import caption_text, token_ids
+from .base import Objective
 
 END = "</s>"  # the end of a sentence is a word of the reward's n-grams, or captions learn to stop anywhere
 NEVER = -1e9  # logit of what is never said

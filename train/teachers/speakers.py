@@ -12,23 +12,23 @@ from typing import Any, Protocol, TypeAlias
 
 import torch
 
-from ..benchmarks.datasets import Example
-from ..runtime.bundle import MANIFEST
-from ..runtime.decode import DecodeOptions, decode, never_said
-from ..runtime.errors import UsageError
-from ..runtime.preprocess import MAX_SIDE, Preprocess
-from ..runtime.session import Session
-from ..runtime.tokenizer import Tokenizer
-from .cache import load_pixels
-from .checkpoint import RECIPE, Checkpoint, load_checkpoint, model_for, preprocess_for, require_captioner
-from .lora import count_parameters
-from .models.hub import pretrained, read_config, reading
-from .models.siglip import VLMS
-from .settings import Data, Prompt, Recipe, TokenizerSettings
-from .smolvlm import with_vlm
-from .start import Helpers
-from .state import fingerprint, model_tensors
-from .tokenizer import token_ids
+from ...benchmarks.datasets import Example
+from ...runtime.bundle import MANIFEST
+from ...runtime.decode import DecodeOptions, decode, never_said
+from ...runtime.errors import UsageError
+from ...runtime.preprocess import MAX_SIDE, Preprocess
+from ...runtime.session import Session
+from ...runtime.tokenizer import Tokenizer
+from ..checkpoint import RECIPE, Checkpoint, load_checkpoint, model_for, preprocess_for, require_captioner
+from ..data.cache import load_pixels
+from ..lora import count_parameters
+from ..models.hub import pretrained, read_config, reading
+from ..models.siglip import VLMS
+from ..settings import Data, Prompt, Recipe, TokenizerSettings
+from ..smolvlm import with_vlm
+from ..start import Helpers
+from ..state import fingerprint, model_tensors
+from ..tokenizer import token_ids
 
 MAX_TOKENS = 40  # of a caption by a captioner that names no limit of its own
 CHAT = "Describe this image in one short sentence."  # what a model that follows instructions is told
@@ -131,7 +131,7 @@ class HubSpeaker(Told):
     def __init__(self, source: str, kind: str) -> None:
         import transformers
 
-        from .pretrained import load_tokenizer
+        from ..pretrained import load_tokenizer
 
         self.model = pretrained(getattr(transformers, HUB[kind]), source, role="teacher").eval().requires_grad_(False)
         self.tokenizer = load_tokenizer(source)
@@ -224,7 +224,7 @@ def only_speaking(helpers: Helpers) -> list[Speaker]:
 
 
 def _of_bundle(folder: Path) -> SessionSpeaker:
-    from ..runtime import Captioner
+    from ...runtime import Captioner
 
     opened = Captioner.load(folder)
     decoding = DecodeOptions.from_dict(opened.bundle.manifest["decoding"])
@@ -235,7 +235,7 @@ def _of_bundle(folder: Path) -> SessionSpeaker:
 
 def _of_vlm(source: str) -> SessionSpeaker:
     """A SmolVLM or Idefics3 in the grid's parts, its photos whole at the size it is made for."""
-    from .opening import open_captions
+    from ..opening import open_captions
 
     recipe = with_vlm(
         Recipe(

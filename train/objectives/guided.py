@@ -15,15 +15,15 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from ..benchmarks.datasets import Example
-from ..runtime.decode import never_said
-from ..runtime.errors import UsageError
-from .batches import Batch
-from .models import CaptionModel
-from .objective import Objective
-from .settings import Recipe, Stage
-from .start import Helpers
-from .tokenizer import token_ids
+from ...benchmarks.datasets import Example
+from ...runtime.decode import never_said
+from ...runtime.errors import UsageError
+from ..data.batches import Batch
+from ..models import CaptionModel
+from ..settings import Recipe, Stage
+from ..start import Helpers
+from ..tokenizer import token_ids
+from .base import Objective
 
 SPREAD = 2.0  # t of the uniformity loss, as its authors chose
 

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from ..benchmarks.datasets import Example
-from .batches import Batch
-from .settings import Recipe, Stage
-from .start import ALONE, Helpers
+from ...benchmarks.datasets import Example
+from ..data.batches import Batch
+from ..settings import Recipe, Stage
+from ..start import ALONE, Helpers
 
 
 class Objective:

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..benchmarks.datasets import Example
-from ..benchmarks.datasets.streamed import cache_folder
-from ..runtime.errors import EdgecapError
-from ..runtime.preprocess import Preprocess, load_image
+from ...benchmarks.datasets import Example
+from ...benchmarks.datasets.streamed import cache_folder
+from ...runtime.errors import EdgecapError
+from ...runtime.preprocess import Preprocess, load_image
 
 CHUNK = 16  # rows computed together: larger batches fall out of the processor's caches
 FLUSH = 512  # rows between two flushes to the disk

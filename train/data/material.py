@@ -10,20 +10,20 @@ import torch
 from accelerate import Accelerator
 from tokenizers import Tokenizer
 
-from ..benchmarks.datasets import Dataset, Example
+from ...benchmarks.datasets import Dataset, Example
+from ..checkpoint import preprocess_for
+from ..models import CaptionModel
+from ..optim import frozen_blocks
+from ..report import TrainingLog
+from ..settings import Recipe, Stage
+from ..start import Helpers
+from ..teachers.captions import taught, taught_line
+from ..teachers.words import Taught
+from ..tokenizer import token_ids
 from .augment import PLAIN, View, views_of
 from .batches import Batch, Photos, Progress, encode_captions, encoder_digest
-from .checkpoint import preprocess_for
 from .curriculum import Curriculum
-from .models import CaptionModel
-from .optim import frozen_blocks
-from .quick import Eyes
-from .report import TrainingLog
-from .settings import Recipe, Stage
-from .start import Helpers
-from .teacher_captions import taught, taught_line
-from .teachers import Taught
-from .tokenizer import token_ids
+from .features import FeatureExtractor
 
 MOST_CAPTIONS = 16  # of one photo
 
@@ -85,13 +85,13 @@ class Material:
         encoder, kind = self.model.encoder.eval(), self.recipe.encoder.kind
         self.sees = "trunk" if self.trunk else "pixels" if stage.encoder_lr else "features"
         by, part = (encoder.lower, encoder.chain[: self.trunk]) if self.trunk else (encoder, encoder)
-        encoder.trunk, eyes = self.trunk, Eyes(by, encoder)
+        encoder.trunk, extractor = self.trunk, FeatureExtractor(by, encoder)
         key = encoder_digest(encoder, kind, torch.nn.ModuleList(part) if self.trunk else encoder)
 
         def rows(photos: Photos, view: View = PLAIN) -> np.ndarray:
             if self.sees == "pixels":
                 return photos.pixels(view=view, progress=self.progress)
-            return photos.seen(eyes, key, view=view, progress=self.progress)
+            return photos.seen(extractor, key, view=view, progress=self.progress)
 
         with self.accelerator.main_process_first():
             self.rows = [rows(self.train, view) for view in self.views]
@@ -120,8 +120,8 @@ class Material:
         """What the one teacher sees in each view, for a captioner that learns to see so."""
         (teacher,) = self.helpers.teachers
         seer, photos = teacher.model(self.accelerator.device).encoder, self.train.shown_in(teacher.preprocess)
-        key, eyes = encoder_digest(seer, teacher.recipe.encoder.kind), Eyes(seer, seer)
-        return [photos.seen(eyes, key, view=view, progress=self.progress) for view in self.views]
+        key, extractor = encoder_digest(seer, teacher.recipe.encoder.kind), FeatureExtractor(seer, seer)
+        return [photos.seen(extractor, key, view=view, progress=self.progress) for view in self.views]
 
     def _draw_captions(self, ids: np.ndarray, step: int) -> np.ndarray:
         """[N, all, T] → [N, C, T]: as many captions of each photo as the recipe says, others in another step."""

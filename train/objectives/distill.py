@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from ..benchmarks.datasets import Example
-from ..runtime.errors import UsageError
-from .batches import Batch
-from .models import CaptionModel
-from .objective import Objective
-from .settings import Recipe, Stage
-from .start import Helpers
+from ...benchmarks.datasets import Example
+from ...runtime.errors import UsageError
+from ..data.batches import Batch
+from ..models import CaptionModel
+from ..settings import Recipe, Stage
+from ..start import Helpers
+from .base import Objective
 
 NOTHING = 1e-6  # a rest of probability below this is rounding
 

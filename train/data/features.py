@@ -30,7 +30,7 @@ class Applied(nn.Module):
         return self.look(pixels)
 
 
-class Eyes:
+class FeatureExtractor:
     """What looks at photos: `look`, of pixels uint8 [N, H, W, 3] on the device of the frozen module `owner`."""
 
     def __init__(self, look: Look, owner: nn.Module) -> None:
