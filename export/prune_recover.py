@@ -42,6 +42,7 @@ def recovery_stages(recipe: Recipe, epochs: int, *, taught: bool, encoder_lr: fl
         ema=min(words.ema, 0.99),
         patience=0,
         curriculum=0,
+        teacher_captions=0,  # recovering is taught by words, or not at all
     )
     if not later or critic is None:
         return (first,)

@@ -261,9 +261,10 @@ def test_recovery_learns_from_the_teacher_and_survives_kills(
 
 
 def test_recovery_learns_the_teachers_words_or_does_what_the_recipe_did() -> None:
-    recipe = tiny_recipe({"epochs": 3, "lr": 2e-3}, {"objective": "scst", "lr": 1e-4})
+    recipe = tiny_recipe({"epochs": 3, "lr": 2e-3, "teacher_captions": 2}, {"objective": "scst", "lr": 1e-4})
     words, critic = recovery_stages(recipe, 5, taught=False)
     assert (words.objective, words.epochs, words.lr) == ("xe", 3, 1e-3)
+    assert not words.teacher_captions
     assert (critic.objective, critic.epochs, critic.lr) == ("scst", 2, 1e-4)
     (only,) = recovery_stages(recipe, 5, taught=True)
     assert (only.objective, only.epochs, only.encoder_lr, only.match) == ("distill", 5, 0.0, 0.0)
