@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import tomllib
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..runtime.errors import EdgecapError, UsageError
 from ..runtime.preprocess import Preprocess
@@ -16,22 +16,23 @@ from .models import CaptionModel, build_model
 from .models.towers import build_towers
 from .prepare import with_places
 from .recipe import recipe_from_dict
-from .settings import Recipe
+from .settings import Recipe, plain
 from .shapes import shrink_to
 from .state import ADAPTER, WEIGHTS, fingerprint, load_model_tensors, model_tensors, read_weights
 from .tokenizer import token_ids
 
 RECIPE, TOKENIZER, METRICS = "recipe.toml", "tokenizer.json", "metrics.json"
 PROGRESS = Path("last") / "progress.safetensors"
+C = TypeVar("C", bound="CheckpointInfo")
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """A loaded checkpoint. `tokens`: ids of bos, eos, pad, unk and vocab_size; `sha256`: of the weights file."""
+class CheckpointInfo:
+    """A checkpoint without its model. `tokens`: ids of bos, eos, pad, unk and vocab_size; `sha256`: of the weights
+    file."""
 
     path: Path
     recipe: Recipe
-    model: CaptionModel
     tokenizer: Tokenizer
     tokens: dict[str, int]
     preprocess: Preprocess
@@ -41,6 +42,13 @@ class Checkpoint:
     @property
     def finished(self) -> bool:
         return bool(self.metrics.get("finished"))
+
+
+@dataclass(frozen=True)
+class Checkpoint(CheckpointInfo):
+    """A loaded checkpoint."""
+
+    model: CaptionModel
 
 
 def load_checkpoint(
@@ -58,13 +66,34 @@ def load_checkpoint(
     on pretrained parts, their directory; full_precision: not in 4 bits, also where the adapter learnt so; moved: how
     the user can say where a base is that is gone; on: the base, where it has been loaded already.
     """
+    info = read_checkpoint(path, unfinished_ok=unfinished_ok)
+    path, recipe, tokens = info.path, info.recipe, info.tokens
+    tensors = read_weights(path)
+    if recipe.lora.rank:
+        from .lora import add_adapters
+
+        model = on if on is not None else _base(path, recipe, tokens, info.metrics, base, moved)
+        add_adapters(model, replace(recipe.lora, bits=0) if full_precision else recipe.lora)
+        model.eval()
+    else:
+        model = model_for(recipe, tokens, load_weights=False)
+        if info.metrics.get("pruned"):
+            shrink_to(model, tensors)
+    load_model_tensors(model, tensors, f"{_weights_file(path)}")
+    if recipe.task == "retrieval":
+        model.read_with(info.tokenizer.inner)
+    return Checkpoint(**vars(info), model=model)
+
+
+def read_checkpoint(path: str | Path, *, unfinished_ok: bool = False) -> CheckpointInfo:
+    """What a checkpoint directory says of itself, its weights hashed but not loaded; raises as `load_checkpoint`."""
     path = Path(path)
     for name in (RECIPE, TOKENIZER):
         if not (path / name).is_file():
             raise UsageError(f"{path} is not a checkpoint: {name} is missing (edgecap train makes one)")
     metrics = read_metrics(path)
     again = f"continue it with: edgecap train --resume --out {path}"
-    weights = path / (ADAPTER if (path / ADAPTER).is_file() else WEIGHTS)
+    weights = _weights_file(path)
     if not weights.is_file():
         raise UsageError(f"{path} has no weights yet, its training stopped before the first validation; {again}")
     if not metrics.get("finished") and not unfinished_ok:
@@ -72,22 +101,28 @@ def load_checkpoint(
     recipe = read_recipe(path)
     tokenizer = Tokenizer.load(path / TOKENIZER)
     tokens = token_ids(tokenizer.inner, recipe.tokenizer.ids)
-    tensors = read_weights(path)
-    if recipe.lora.rank:
-        from .lora import add_adapters
+    with open(weights, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return CheckpointInfo(path, recipe, tokenizer, tokens, preprocess_for(recipe), metrics, digest)
 
-        model = on if on is not None else _base(path, recipe, tokens, metrics, base, moved)
-        add_adapters(model, replace(recipe.lora, bits=0) if full_precision else recipe.lora)
-        model.eval()
-    else:
-        model = model_for(recipe, tokens, load_weights=False)
-        if metrics.get("pruned"):
-            shrink_to(model, tensors)
-    load_model_tensors(model, tensors, f"{weights}")
-    if recipe.task == "retrieval":
-        model.read_with(tokenizer.inner)
-    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
-    return Checkpoint(path, recipe, model, tokenizer, tokens, preprocess_for(recipe), metrics, digest)
+
+def identity(info: CheckpointInfo) -> dict[str, Any]:
+    """All that what a captioner says depends on, its search aside: the key of caches that hold it."""
+    recipe = info.recipe
+    parts = plain({name: getattr(recipe, name) for name in ("bridge", "decoder")})
+    parts |= {name: asdict(getattr(recipe, name)) for name in ("encoder", "lora")}
+    return {
+        "weights": info.sha256,
+        "base": (info.metrics.get("base") or {}).get("sha256"),  # of adapters
+        "parts": {name: {k: v for k, v in part.items() if k != "source"} for name, part in parts.items()},
+        "tokens": info.tokens,
+        "tokenizer": info.tokenizer.inner.to_str(),
+        "preprocess": info.preprocess.to_dict(),
+    }
+
+
+def _weights_file(path: Path) -> Path:
+    return path / (ADAPTER if (path / ADAPTER).is_file() else WEIGHTS)
 
 
 def _base(
@@ -136,7 +171,7 @@ def base_model(
     return model, digest
 
 
-def require_captioner(loaded: Checkpoint) -> Checkpoint:
+def require_captioner(loaded: C) -> C:
     """The checkpoint, where it says captions; UsageError for a retrieval model."""
     if loaded.recipe.task != "caption":
         raise UsageError(f"{loaded.path} is a retrieval model and says no captions: edgecap eval tells what it finds")

@@ -40,7 +40,7 @@ from .state import (
     write_json,
     write_weights,
 )
-from .teachers.speakers import only_speaking
+from .teachers.captions import with_captions
 from .validate import caption_rows, score_captions
 
 SAVE_EVERY_S = 120.0  # within long epochs
@@ -95,7 +95,7 @@ class Trainer(Material):
             self.state |= state
         self.began = time.monotonic() - self.state["seconds"]
         self.log.resume(self.state["history"])
-        for teacher in (*self.helpers.teachers, *only_speaking(self.helpers)):
+        for teacher in self.helpers.all_teachers:
             self.log.line(teacher.line())
         while self.state["stage"] < len(self.recipe.stages):
             self._stage(self.recipe.stages[self.state["stage"]], tensors)
@@ -331,10 +331,12 @@ class Trainer(Material):
                 "base": {"checkpoint": self.start.init, "sha256": self.start.sha256},
                 "adapter_parameters": sum(tensor.numel() for tensor in model_tensors(self.model).values()),
             }
-        if teachers := [*self.helpers.teachers, *only_speaking(self.helpers)]:
-            metrics["teachers"] = [teacher.told() for teacher in teachers]
-        if self.state["teacher_captions"]:
-            metrics["teacher_captions"] = list(self.state["teacher_captions"].values())
+        if teachers := self.helpers.all_teachers:
+            metrics["teachers"] = [
+                with_captions(teacher.told(), self.state["teacher_captions"]) for teacher in teachers
+            ]
+        if learnt := self.state["teacher_captions"]:
+            metrics["teacher_captions"] = [{k: v for k, v in row.items() if k != "teachers"} for row in learnt.values()]
         if self.start.pruned:
             metrics["pruned"] = self.start.pruned  # tells how to load what follows
         return metrics

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import tokenizers
 import torch
@@ -20,22 +19,19 @@ from .checkpoint import (
     PROGRESS,
     RECIPE,
     TOKENIZER,
-    Checkpoint,
     base_model,
     load_checkpoint,
     model_for,
     read_recipe,
-    require_captioner,
 )
 from .critic import Critic
 from .data.batches import Progress
 from .loop import Trainer
 from .lora import add_adapters, check_base, refuse_adapter
 from .memory import free_memory, too_large
-from .pretrained import open_tokenizer, resolve
+from .pretrained import open_captions
 from .settings import Recipe
 from .shapes import shrink_to
-from .smolvlm import around_photo, check_length, with_frames
 from .start import (
     START,
     Helpers,
@@ -47,20 +43,12 @@ from .start import (
     write_start,
 )
 from .state import load_progress, write_bytes
-from .teachers.speakers import Speaker, open_speaker, speaker_of
-from .teachers.words import Teacher
+from .teachers.base import place
+from .teachers.given import Given, check_sources, check_teachers, open_teacher
 from .tokenizer import caption_text, token_ids
 from .towers import TowersTrainer, open_texts
 
 QUIET: Progress = lambda phase, done, total: None  # noqa: E731
-
-
-def open_captions(recipe: Recipe, captions: Iterable[str]) -> tuple[tokenizers.Tokenizer, Recipe]:
-    """The tokenizer of a captioner and its recipe with what its sources say: sizes, token ids and the prompt."""
-    recipe = resolve(with_frames(recipe))
-    tokenizer, recipe = open_tokenizer(recipe, captions, functools.partial(around_photo, recipe))
-    check_length(recipe)
-    return tokenizer, recipe
 
 
 @dataclass(frozen=True)
@@ -74,16 +62,12 @@ class Task:
 TASKS = {"caption": Task(open_captions, Trainer), "retrieval": Task(open_texts, TowersTrainer)}
 
 
-Opened: TypeAlias = tuple[Checkpoint | None, Speaker | None]  # a teacher of words, and of captions
-
-
 @dataclass
 class Made:
     """What a process made to see that a run can begin, so that it is not made twice."""
 
     model: Any = None
-    teachers: tuple[Teacher, ...] | None = None
-    speakers: tuple[Speaker, ...] = ()
+    teachers: list[Given] | None = None
     critic: Critic | None = None
 
 
@@ -112,12 +96,12 @@ def open_run(
         return False, recipe
     if trains:
         check_helpers(recipe, teachers, critic)
+        check_sources(recipe, teachers)
     if init is not None:
         refuse_adapter(init)
     if recipe.lora.rank:
         check_base(recipe, init, trained=trains)
     first = None if init is None else load_checkpoint(init)
-    opened = _open_teachers(recipe, teachers)
     judge = None if critic is None else Critic.load(critic).to(PartialState().device)
     base = ""
     if first is not None:
@@ -140,16 +124,15 @@ def open_run(
         add_adapters(model, recipe.lora, seed=recipe.seed)
     made = made or Made()
     made.model, made.critic = model, judge
-    made.teachers, made.speakers = _as_helpers(opened, recipe, tokenizer)
+    made.teachers = [open_teacher(source, recipe, tokenizer) for source in teachers]
     if trains:
         _refuse_too_large(recipe, model)
-        for teacher in made.teachers:
-            teacher.check(data.splits["train"], recipe.tokenizer.max_length)
+        check_teachers(made.teachers, recipe, data.splits["train"], model)
         if judge is not None and any(stage.objective == "guided" for stage in recipe.stages):
             judge.check_knows(data.splits["train"], progress)
     # In this order: a folder with a recipe can be resumed, one with less is free.
-    places = [(_place(source), either.sha256) for source, either in zip(teachers, map(_either, opened), strict=True)]
-    write_start(out, first, places, None if judge is None else (_place(critic), judge.sha256), base)
+    kept = [given.kept() for given in made.teachers]
+    write_start(out, first, kept, None if judge is None else (place(critic), judge.sha256), base)
     write_bytes(out / TOKENIZER, file)
     write_bytes(out / RECIPE, recipe.to_toml().encode())
     return False, read_recipe(out)
@@ -185,48 +168,20 @@ def open_helpers(
     made: Made | None = None,
 ) -> Helpers:
     """The teachers and the critic that the run began with."""
-    teachers, speakers, critic = (made.teachers, made.speakers, made.critic) if made else (None, (), None)
+    teachers, critic = (made.teachers, made.critic) if made else (None, None)
     if teachers is None:
-        opened = _open_teachers(recipe, [kept["path"] for kept in start.teachers])
-        for kept, either in zip(start.teachers, map(_either, opened), strict=True):
-            if either.sha256 != kept["sha256"]:
+        teachers = [open_teacher(kept["path"], recipe, tokenizer, kept) for kept in start.teachers]
+        for kept, given in zip(start.teachers, teachers, strict=True):
+            if given.either.sha256 != kept["sha256"]:
                 raise UsageError(f"{kept['path']} has changed since this run began with it as teacher: put it back")
-        teachers, speakers = _as_helpers(opened, recipe, tokenizer)
     if start.critic and critic is None:
         critic = Critic.load(start.critic)
         if critic.sha256 != start.critic_sha256:
             raise UsageError(f"{start.critic} has changed since this run began with it as critic: put it back")
         critic.to(PartialState().device)
-    return Helpers(teachers, critic, progress, speakers)
-
-
-def _open_teachers(recipe: Recipe, sources: Sequence[str | Path]) -> list[Opened]:
-    """Each source as what the recipe's stages need: one checkpoint is both, often. UsageError where none can teach."""
-    words = any(stage.objective == "distill" for stage in recipe.stages)
-    listens = any(stage.teacher_captions for stage in recipe.stages)
-    ours = [(Path(source) / RECIPE).is_file() for source in sources]
-    if words and sources and not (any(ours) if listens else all(ours)):
-        raise UsageError(
-            f"the teacher {sources[ours.index(False)]} is not a checkpoint: objective = distill needs one; "
-            "another captioner teaches by its captions alone (teacher_captions)"
-        )
-    opened: list[Opened] = []
-    for source, own in zip(sources, ours, strict=True):
-        loaded = require_captioner(load_checkpoint(source)) if words and own else None
-        speaker = (open_speaker(source) if loaded is None else speaker_of(loaded)) if listens else None
-        opened.append((loaded, speaker))
-    return opened
-
-
-def _either(opened: Opened) -> Checkpoint | Speaker:
-    return opened[0] or opened[1]
-
-
-def _as_helpers(
-    opened: Sequence[Opened], recipe: Recipe, tokenizer: tokenizers.Tokenizer
-) -> tuple[tuple[Teacher, ...], tuple[Speaker, ...]]:
-    teachers = tuple(Teacher(loaded, tokenizer, recipe.tokenizer.ids) for loaded, _ in opened if loaded is not None)
-    return teachers, tuple(speaker for _, speaker in opened if speaker is not None)
+    words = tuple(given.words for given in teachers if given.words is not None)
+    captioners = tuple(given.captions for given in teachers if given.captions is not None)
+    return Helpers(words, critic, progress, captioners)
 
 
 def this_process() -> PartialState:
@@ -256,7 +211,3 @@ def _refuse_too_large(recipe: Recipe, model: Any) -> None:
     for stage in recipe.stages:
         if refusal := too_large(model, stage, free):
             raise EdgecapError(refusal)
-
-
-def _place(source: str | Path) -> str:
-    return str(Path(source).resolve()) if Path(source).exists() else str(source)  # or a hub id

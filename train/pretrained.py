@@ -6,6 +6,7 @@ A resolved recipe holds sizes, ids and the prompt's tokens: its checkpoint is re
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Callable, Iterable
@@ -18,6 +19,7 @@ from .models.decoders import DECODERS
 from .models.hub import reading
 from .models.language_model import IMAGE, PHOTO, LanguageModelDecoder
 from .settings import Recipe
+from .smolvlm import around_photo, check_length, with_frames
 from .tokenizer import SPECIALS, named_tokens, token_ids, train_tokenizer
 
 # A prompt, and the tokenizer if it is a pretrained one → the prompt.
@@ -82,6 +84,14 @@ def open_tokenizer(
         recipe = dataclasses.replace(recipe, decoder={**recipe.decoder, "prompt": tokens})
     if ids != settings.ids:
         recipe = dataclasses.replace(recipe, tokenizer=dataclasses.replace(settings, ids=ids))
+    return tokenizer, recipe
+
+
+def open_captions(recipe: Recipe, captions: Iterable[str]) -> tuple[Tokenizer, Recipe]:
+    """The tokenizer of a captioner and its recipe with what its sources say: sizes, token ids and the prompt."""
+    recipe = resolve(with_frames(recipe))
+    tokenizer, recipe = open_tokenizer(recipe, captions, functools.partial(around_photo, recipe))
+    check_length(recipe)
     return tokenizer, recipe
 
 

@@ -55,9 +55,9 @@ def train(
     """Train a captioner; returns the checkpoint directory and its metrics.
 
     init: a checkpoint whose model, weights and tokenizer the run starts from, whatever the recipe says of them.
-    teachers: checkpoints that the stages with objective "distill" learn from, or any captioners (see `open_speaker`)
-    for those with teacher_captions. critic: a retrieval checkpoint or a CLIP that judges how captions fit their photos,
-    for the stages with objective "guided" and in every validation.
+    teachers: checkpoints that the stages with objective "distill" learn from, or any captioners (see
+    `open_caption_teacher`) for those with teacher_captions. critic: a retrieval checkpoint or a CLIP that judges how
+    captions fit their photos, for the stages with objective "guided" and in every validation.
     With `resume` the run in `out` (or the newest under runs/) goes on by its own recipe. Raises UsageError for bad
     data, recipes and folders. Where several processes train, the first decides, writes and tells.
     """

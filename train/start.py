@@ -17,8 +17,8 @@ from .state import write_json
 
 if TYPE_CHECKING:
     from .critic import Critic
-    from .teachers.speakers import Speaker
-    from .teachers.words import Teacher
+    from .teachers.captioners import CaptionTeacher
+    from .teachers.words import WordTeacher
 
 START = PROGRESS.parent / "start.json"
 
@@ -26,24 +26,30 @@ START = PROGRESS.parent / "start.json"
 @dataclass(frozen=True)
 class Start:
     """Kept beside the run's state, so that resuming finds the same files. `pruned`: what was pruned before; teachers:
-    `path` and `sha256` of each."""
+    `path`, `sha256` and what else was told of each (see teachers.given.Given.kept)."""
 
     init: str = ""
     sha256: str = ""
     pruned: list[dict[str, Any]] = field(default_factory=list)
     critic: str = ""
     critic_sha256: str = ""
-    teachers: list[dict[str, str]] = field(default_factory=list)
+    teachers: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Helpers:
     """Models that take part in training without learning themselves."""
 
-    teachers: tuple[Teacher, ...] = ()
+    teachers: tuple[WordTeacher, ...] = ()
     critic: Critic | None = None
     progress: Progress = lambda phase, done, total: None  # of what is computed before they can help
-    speakers: tuple[Speaker, ...] = ()  # teachers of captions
+    captioners: tuple[CaptionTeacher, ...] = ()  # teachers of captions
+
+    @property
+    def all_teachers(self) -> list[WordTeacher | CaptionTeacher]:
+        """Each once: those of words, and those of captions alone."""
+        names = {teacher.name for teacher in self.teachers}
+        return [*self.teachers, *(teacher for teacher in self.captioners if teacher.name not in names)]
 
 
 ALONE = Helpers()
@@ -63,11 +69,9 @@ def check_helpers(recipe: Recipe, teachers: Sequence[str | Path], critic: str | 
             raise UsageError("watch = alignment needs --critic CHECKPOINT")
         if given is not None and not learning and not listening and name == "teacher":
             raise UsageError(
-                f"--{name}: no stage learns from it; add --set stages.0.objective={objective}, or teacher_captions=3"
+                f"--{name}: no stage learns from it; add --set stages.0.objective={objective}, or "
+                "stages.0.teacher_captions=3"
             )
-    matched = [i for i, stage in enumerate(recipe.stages) if stage.objective == "distill" and stage.match]
-    if matched and len(teachers) > 1:
-        raise UsageError(f"stages.{matched[0]}.match is of one teacher and there are {len(teachers)}: leave it at 0")
 
 
 def with_parts(recipe: Recipe, init: Checkpoint) -> Recipe:
@@ -86,11 +90,11 @@ def with_parts(recipe: Recipe, init: Checkpoint) -> Recipe:
 def write_start(
     out: Path,
     init: Checkpoint | None,
-    teachers: Sequence[tuple[str, str]],
+    teachers: Sequence[dict[str, Any]],
     critic: tuple[str, str] | None = None,
     base: str = "",
 ) -> None:
-    """teachers, critic: path or hub id, and hash, of each. base: hash of what adapters are put on where that is no
+    """teachers: as of Start; critic: path or hub id, and hash. base: hash of what adapters are put on where that is no
     checkpoint."""
     if init is None and not teachers and critic is None and not base:
         (out / START).unlink(missing_ok=True)
@@ -100,7 +104,7 @@ def write_start(
         init.sha256 if init else base,
         list(init.metrics.get("pruned", [])) if init else [],
         *(critic or ("", "")),
-        [{"path": place, "sha256": digest} for place, digest in teachers],
+        list(teachers),
     )
     write_json(out / START, dataclasses.asdict(start))
 

@@ -15,7 +15,7 @@ from edgecap.benchmarks.datasets import open_dataset
 from edgecap.cli import cli
 from edgecap.export.prune import prune_checkpoint
 from edgecap.train.checkpoint import METRICS, RECIPE, TOKENIZER, WEIGHTS, Checkpoint, load_checkpoint, model_for
-from edgecap.train.opening import open_captions
+from edgecap.train.pretrained import open_captions
 from edgecap.train.recipe import recipe_from_dict
 from edgecap.train.state import model_tensors, write_bytes, write_json, write_tensors
 from edgecap.train.tokenizer import caption_text, token_ids

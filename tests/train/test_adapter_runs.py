@@ -18,7 +18,8 @@ from edgecap.export.pipeline import export
 from edgecap.runtime import Captioner
 from edgecap.runtime.errors import EdgecapError, UsageError
 from edgecap.train import checkpoint, commands, loop, lora, merge
-from edgecap.train.checkpoint import METRICS, PROGRESS, load_checkpoint
+from edgecap.train.checkpoint import METRICS, PROGRESS, identity, load_checkpoint, preprocess_for, read_checkpoint
+from edgecap.train.data.batches import Photos, encode_captions
 from edgecap.train.data.cache import load_pixels
 from edgecap.train.evaluate import evaluate
 from edgecap.train.fit import check_fit
@@ -27,6 +28,10 @@ from edgecap.train.models import CaptionModel
 from edgecap.train.run import train
 from edgecap.train.smolvlm import with_vlm
 from edgecap.train.state import ADAPTER, load_progress, model_tensors
+from edgecap.train.teachers.base import CPU, lazy_checkpoint
+from edgecap.train.teachers.captioners import of_checkpoint
+from edgecap.train.teachers.captions import generate
+from edgecap.train.teachers.words import WordTeacher
 
 from .adapter_parts import KINDS, LORA, adapter_recipe, base_recipe, needs_4_bits, save_base
 from .tiny import tiny_recipe
@@ -96,6 +101,34 @@ def test_an_adapter_changes_what_is_said_and_merging_and_exporting_keep_it(
     examples = list(open_dataset(loaded.recipe.data.spec).splits["test"])
     results = Captioner.load(exported.path).caption_arrays(load_pixels(examples, loaded.preprocess))
     assert [result.text for result in results] == said
+
+
+def test_an_adapter_run_teaches_as_what_is_merged_of_it(runs: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
+    base, run = runs["llama"]
+    out, _ = merge_adapter(run, tmp_path / "merged")
+    recipe = tiny_recipe({"epochs": 1, "objective": "distill", "batch_size": 24, "teacher_captions": 2})
+    for teacher in (run, out):
+        _, metrics = train(recipe, tmp_path / f"by {teacher.name}", teachers=[teacher])
+        assert metrics["teachers"][0]["captions"][0]["of"] > 0
+    data = open_dataset(recipe.data.spec)
+    photos, beams, rows = Photos(data, "train", recipe, preprocess_for(recipe)), [], []
+    for path in (run, out, base):
+        info = read_checkpoint(path)
+        model, words = lazy_checkpoint(info), info.tokenizer.inner
+        quiet = {"device": CPU, "progress": lambda phase, done, total: None}
+        beams.append([[text for text, _ in beam] for beam in generate(of_checkpoint(info, model), photos, 3, **quiet)])
+        ids = encode_captions(photos.examples, words, max_length=12, captions=2, ids=info.recipe.tokenizer.ids)
+        teacher = WordTeacher(info, model, words, info.recipe.tokenizer.ids)
+        rows.append(teacher.rows(photos, ids, mirrored=False, temperature=1.0, top_k=4, **quiet))
+    assert beams[0] == beams[1] != beams[2]
+    np.testing.assert_allclose(rows[0]["logp"], rows[1]["logp"], atol=2e-2)
+    assert not np.allclose(rows[0]["logp"], rows[2]["logp"], atol=0.5)
+    # The adapter's weights are not all that it says depends on.
+    info = read_checkpoint(run)
+    elsewhere = {**info.metrics, "base": {**info.metrics["base"], "sha256": "0"}}
+    stronger = dataclasses.replace(info.recipe, lora=dataclasses.replace(info.recipe.lora, alpha=1.0))
+    others = [dataclasses.replace(info, metrics=elsewhere), dataclasses.replace(info, recipe=stronger)]
+    assert len({json.dumps(identity(each), sort_keys=True) for each in (info, *others)}) == 3
 
 
 def test_an_adapter_run_goes_on_bit_by_bit(

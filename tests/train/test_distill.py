@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from edgecap.benchmarks.datasets import open_dataset
+from edgecap.export.prune_vocab import shrink_vocab
 from edgecap.runtime.errors import UsageError
 from edgecap.runtime.tokenizer import Tokenizer
 from edgecap.train import loop
@@ -26,7 +27,9 @@ from edgecap.train.recipe import recipe_from_dict
 from edgecap.train.run import train
 from edgecap.train.settings import Stage, TokenizerSettings
 from edgecap.train.start import START, Helpers, Start, read_start
-from edgecap.train.teachers.words import Taught, Teacher
+from edgecap.train.teachers import words
+from edgecap.train.teachers.base import Lazy
+from edgecap.train.teachers.words import TeacherTopK, WordTeacher
 from edgecap.train.tokenizer import caption_text, token_ids, train_tokenizer
 
 from .tiny import ENCODER, SIZE, tiny_model, tiny_recipe
@@ -50,8 +53,17 @@ def quiet(phase: str, done: int, total: int) -> None:
 def as_checkpoint(model: torch.nn.Module, tokenizer: Any, *, size: int = SIZE, name: str = "teacher") -> Checkpoint:
     recipe = tiny_recipe(image_size=size)
     return Checkpoint(
-        Path(name), recipe, model, Tokenizer(tokenizer), token_ids(tokenizer), preprocess_for(recipe), {}, name
+        Path(name), recipe, Tokenizer(tokenizer), token_ids(tokenizer), preprocess_for(recipe), {}, name, model
     )
+
+
+def word_teacher(model: torch.nn.Module, theirs: Any, ours: Any, **options: Any) -> WordTeacher:
+    loaded = as_checkpoint(model, theirs, **options)
+    return WordTeacher(loaded, Lazy(lambda: loaded.model), ours)
+
+
+def tiny_teacher(theirs: Any, ours: Any) -> WordTeacher:
+    return word_teacher(tiny_model("gru", vocab_size=theirs.get_vocab_size()), theirs, ours)
 
 
 def awake(model: torch.nn.Module, pixels: torch.Tensor) -> torch.nn.Module:
@@ -64,12 +76,12 @@ def awake(model: torch.nn.Module, pixels: torch.Tensor) -> torch.nn.Module:
     return model.eval()
 
 
-def reference(teacher: Teacher, examples: list[Any], ids: torch.Tensor, *, flip: bool = False) -> torch.Tensor:
+def reference(teacher: WordTeacher, examples: list[Any], ids: torch.Tensor, *, flip: bool = False) -> torch.Tensor:
     """The teacher's logits [K, V] for our words, uncached and whole."""
     pixels = torch.from_numpy(load_pixels(examples, teacher.preprocess, flip=flip))
     where = torch.from_numpy(teacher.ids)
     with torch.no_grad():
-        logits = teacher.model(CPU)(where[ids[:, :, :-1].clamp(min=0)], pixels=pixels)[ids[:, :, 1:] >= 0]
+        logits = teacher.model.get(CPU)(where[ids[:, :, :-1].clamp(min=0)], pixels=pixels)[ids[:, :, 1:] >= 0]
     return logits[:, where]
 
 
@@ -85,10 +97,10 @@ def test_distillation_is_its_formula_over_our_words() -> None:
     recipe = tiny_recipe()
     pixels = torch.from_numpy(load_pixels(examples, preprocess_for(recipe)))
     first = awake(tiny_model("llama", vocab_size=large, seed=1), pixels)
-    first = Teacher(as_checkpoint(first, theirs), ours)
+    first = word_teacher(first, theirs, ours)
     assert [theirs.id_to_token(i) for i in first.ids.tolist()] == [ours.id_to_token(i) for i in range(small)]
     second = awake(tiny_model("gru", vocab_size=small, seed=2), pixels)
-    second = Teacher(as_checkpoint(second, ours, size=96, name="second"), ours)
+    second = word_teacher(second, ours, ours, size=96, name="second")
 
     photos = Photos(data, "train", recipe, preprocess_for(recipe))
     plain, mirrored = (encode_captions(examples, ours, max_length=8, captions=3, mirrored=m) for m in (False, True))
@@ -100,9 +112,9 @@ def test_distillation_is_its_formula_over_our_words() -> None:
     stage = Stage(objective="distill", teacher_share=0.6, temperature=3.0, match=0.5, label_smoothing=0.1)
     keep = ids[:, :, 1:] >= 0
     with torch.no_grad():
-        features, own = first.model(CPU).encoder(seen), model.encoder(seen)
+        features, own = first.model.get(CPU).encoder(seen), model.encoder(seen)
 
-    def loss_by(*teachers: Teacher, top_k: int) -> tuple[torch.Tensor, dict[str, float]]:
+    def loss_by(*teachers: WordTeacher, top_k: int) -> tuple[torch.Tensor, dict[str, float]]:
         rows = [
             [
                 each.rows(photos, words, mirrored=bool(flip), temperature=3.0, top_k=top_k, device=CPU, progress=quiet)
@@ -110,13 +122,13 @@ def test_distillation_is_its_formula_over_our_words() -> None:
             ]
             for each in teachers
         ]
-        said = Taught((plain, mirrored), rows).of(ids.numpy(), places, flipped)
-        assert said["words"].shape == (len(teachers), int(keep.sum()), min(top_k, small))
+        said = TeacherTopK((plain, mirrored), rows).of(ids.numpy(), places, flipped)
+        assert said["teacher_ids"].shape == (len(teachers), int(keep.sum()), min(top_k, small))
         objective = OBJECTIVES["distill"](recipe, stage, ours, examples, Helpers(teachers))
         assert objective.count(ids) == int(keep.sum())
         return objective.loss(model, model, Batch(ids, places, features=own, teacher=features, **said))
 
-    def wanted(teacher: Teacher) -> torch.Tensor:
+    def wanted(teacher: WordTeacher) -> torch.Tensor:
         shown = [
             reference(teacher, [examples[place]], ids[i : i + 1], flip=bool(flipped[i]))
             for i, place in enumerate(places)
@@ -126,7 +138,7 @@ def test_distillation_is_its_formula_over_our_words() -> None:
     logits = model(ids[:, :, :-1].clamp(min=0), features=own)[keep]
     captions_loss = F.cross_entropy(logits, ids[:, :, 1:][keep], label_smoothing=0.1)
     q = F.log_softmax(logits / 3, -1)
-    memory = first.model(CPU).memory(features=features)
+    memory = first.model.get(CPU).memory(features=features)
     far = F.mse_loss(model.memory(features=own), memory) / memory.var()
 
     one, two = wanted(first), wanted(second)
@@ -148,32 +160,33 @@ def test_distillation_is_its_formula_over_our_words() -> None:
         torch.autograd.grad(loss / keep.sum(), weights), torch.autograd.grad(expected, weights), strict=True
     ):
         assert theirs_.norm() > 0 and (ours_ - theirs_).norm() < 2e-3 * theirs_.norm()
-    assert all(not parameter.requires_grad for parameter in first.model(CPU).parameters())
+    assert all(not parameter.requires_grad for parameter in first.model.get(CPU).parameters())
 
 
 def test_words_that_are_not_kept_count_as_one() -> None:
     generator = torch.Generator().manual_seed(0)
     p, q = ((2 * torch.randn(7, 30, generator=generator)).softmax(-1) for _ in range(2))
-    taught, words = p.topk(4)
+    likely, ids = p.topk(4)
     total = 0.0
     for row in range(7):
-        rest = [i for i in range(30) if i not in words[row].tolist()]
-        theirs = torch.cat((taught[row], p[row, rest].sum(0, keepdim=True)))
-        ours = torch.cat((q[row, words[row]], q[row, rest].sum(0, keepdim=True)))
+        rest = [i for i in range(30) if i not in ids[row].tolist()]
+        theirs = torch.cat((likely[row], p[row, rest].sum(0, keepdim=True)))
+        ours = torch.cat((q[row, ids[row]], q[row, rest].sum(0, keepdim=True)))
         total += float((theirs * (theirs / ours).log()).sum())
-    assert float(divergence(q.log(), words[None], taught.log()[None])) == pytest.approx(total, rel=1e-5)
-    both = torch.stack((words, words)), torch.stack((taught, taught)).log()
+    assert float(divergence(q.log(), ids[None], likely.log()[None])) == pytest.approx(total, rel=1e-5)
+    both = torch.stack((ids, ids)), torch.stack((likely, likely)).log()
     assert float(divergence(q.log(), *both)) == pytest.approx(total, rel=1e-5)
-    # It is least where the captioner gives the kept words what the teacher does, and no figure is worse than all words.
-    assert float(divergence(p.log(), words[None], taught.log()[None])) == pytest.approx(0.0, abs=1e-5)
-    assert total <= float((p * (p / q).log()).sum())
+    # It is least where the captioner gives the kept words what the teacher does.
+    assert float(divergence(p.log(), ids[None], likely.log()[None])) == pytest.approx(0.0, abs=1e-5)
 
 
-def test_words_that_a_teacher_does_not_know_get_nothing_from_it() -> None:
+def test_words_that_a_teacher_does_not_know_get_nothing_from_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     examples = list(open_dataset("scenes:train=6,val=2,test=2,size=64").splits["train"])
     captions = [caption_text(c) for e in examples for c in e.captions]
     theirs, ours = (train_tokenizer(more, WORDS) for more in (captions, [*captions, "zebra"]))
-    teacher = Teacher(as_checkpoint(tiny_model("gru", vocab_size=theirs.get_vocab_size()), theirs), ours)
+    teacher = tiny_teacher(theirs, ours)
     assert teacher.missing == ["zebra"] and f"does not know 1 of {len(teacher.ids)} words" in teacher.line()
     teacher.check(examples, 8)
     ids = encode_captions(examples[:2], ours, max_length=8, captions=2)
@@ -184,12 +197,17 @@ def test_words_that_a_teacher_does_not_know_get_nothing_from_it() -> None:
     keep = ids[:, :, 1:] >= 0
     assert (rows["logp"][keep][rows["id"][keep] == zebra] == -np.inf).all()
     np.testing.assert_allclose(np.exp(rows["logp"][keep].astype(np.float64)).sum(-1), 1, atol=5e-3)
-    said = Taught([ids], [[rows]]).of(ids, np.arange(2), np.zeros(2, bool))
+    said = TeacherTopK([ids], [[rows]]).of(ids, np.arange(2), np.zeros(2, bool))
     soft = torch.randn(int(keep.sum()), len(teacher.ids)).log_softmax(-1)
-    assert torch.isfinite(divergence(soft, **said))
+    assert torch.isfinite(divergence(soft, *said.values()))
+    monkeypatch.setenv("EDGECAP_CACHE", str(tmp_path / "another"))
+    monkeypatch.setattr(words, "MOST", 1)  # photo by photo it is the same
+    one = teacher.rows(photos, ids, mirrored=False, temperature=1.0, top_k=999, device=CPU, progress=quiet)
+    assert (one["id"][keep] == rows["id"][keep]).mean() > 0.99
+    np.testing.assert_allclose(one["logp"][keep], rows["logp"][keep], atol=1e-3)
 
     other = train_tokenizer(captions[:2], WORDS)
-    stranger = Teacher(as_checkpoint(tiny_model("gru", vocab_size=other.get_vocab_size()), other), ours)
+    stranger = tiny_teacher(other, ours)
     with pytest.raises(UsageError, match=r"does not know '.*' and \d+ more .*% of what the captions say") as caught:
         stranger.check(examples, 8)
     assert "\n" not in caught.value.message
@@ -199,18 +217,28 @@ def test_another_way_to_cut_text_is_refused() -> None:
     captions = [
         caption_text(c) for e in open_dataset("scenes:train=6,val=2,test=2").splits["train"] for c in e.captions
     ]
-    words, pieces, fewer = (
+    whole, pieces, fewer = (
         train_tokenizer(captions, dataclasses.replace(WORDS, kind=kind, vocab_size=size))
         for kind, size in (("word", 999), ("bpe", 400), ("bpe", 300))
     )
-    for theirs, ours in ((pieces, words), (words, pieces)):
+    for theirs, ours in ((pieces, whole), (whole, pieces)):
         with pytest.raises(UsageError, match="cuts text into other words .* by its captions") as caught:
-            Teacher(as_checkpoint(tiny_model("gru", vocab_size=theirs.get_vocab_size()), theirs), ours)
+            tiny_teacher(theirs, ours)
         assert "\n" not in caught.value.message
-    Teacher(as_checkpoint(tiny_model("gru", vocab_size=400), pieces), pieces)
+    tiny_teacher(pieces, pieces)
     examples = list(open_dataset("scenes:train=6,val=2,test=2").splits["train"])
     with pytest.raises(UsageError, match="cuts text into other words"):
-        Teacher(as_checkpoint(tiny_model("gru", vocab_size=fewer.get_vocab_size()), fewer), pieces).check(examples, 8)
+        tiny_teacher(fewer, pieces).check(examples, 8)
+    # The other way round the teacher has all pieces and other merges.
+    teacher = tiny_teacher(pieces, fewer)
+    assert not teacher.missing
+    with pytest.raises(UsageError, match="cuts text into other words"):
+        teacher.check(examples, 8)
+    # A pruned one cuts the captions it was pruned for as before.
+    larger = train_tokenizer([*captions, *["zebras cross boulevards"] * 99], dataclasses.replace(WORDS, kind="bpe"))
+    pruned, _ = shrink_vocab(larger, captions, 1)
+    assert pruned.get_vocab_size() < larger.get_vocab_size()
+    tiny_teacher(larger, pruned).check(examples, 8)
 
 
 class Killed(BaseException):
@@ -224,14 +252,17 @@ def test_teachers_speak_once_and_a_killed_run_goes_on(tmp_path: Path, monkeypatc
     tree = tiny_recipe(ONE, decoder="transformer", spec=FEW).to_dict()
     two, _ = train(recipe_from_dict({**tree, "name": "wide", "encoder": wide}), tmp_path / "two")
     recipe = tiny_recipe(DISTILL, flip=True, spec=FEW)
+    with pytest.raises(UsageError, match="match: the captioner sees a photo as 4 × 16 .* as 9 × 16: leave match at 0"):
+        train(tiny_recipe({**DISTILL, "match": 1.0}, spec=FEW), tmp_path / "match", teachers=[one])
+    assert not (tmp_path / "match").exists()
 
-    logits, said = Teacher.logits, []
+    logits, said = WordTeacher.logits, []
 
-    def counted(self: Teacher, model: Any, memory: torch.Tensor, ids: np.ndarray) -> torch.Tensor:
-        said.append(self.path.name)
+    def counted(self: WordTeacher, model: Any, memory: torch.Tensor, ids: np.ndarray) -> torch.Tensor:
+        said.append(Path(self.name).name)
         return logits(self, model, memory, ids)
 
-    monkeypatch.setattr(Teacher, "logits", counted)
+    monkeypatch.setattr(WordTeacher, "logits", counted)
     lines: list[str] = []
     first, metrics = train(recipe, tmp_path / "first", teachers=[one, two], say=lines.append)
     # 32 photos in parts of 16, as they are and mirrored, and one caption to see that it can.
@@ -266,7 +297,7 @@ def test_teachers_speak_once_and_a_killed_run_goes_on(tmp_path: Path, monkeypatc
         left[0] -= 1
         return step(self, *args)
 
-    def interrupted(self: Teacher, model: Any, memory: torch.Tensor, ids: np.ndarray) -> torch.Tensor:
+    def interrupted(self: WordTeacher, model: Any, memory: torch.Tensor, ids: np.ndarray) -> torch.Tensor:
         if len(said) == 5:
             raise Killed
         return counted(self, model, memory, ids)
@@ -274,7 +305,7 @@ def test_teachers_speak_once_and_a_killed_run_goes_on(tmp_path: Path, monkeypatc
     said.clear()
     out = tmp_path / "killed"
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(Teacher, "logits", interrupted)
+        patch.setattr(WordTeacher, "logits", interrupted)
         train(recipe, out, teachers=[one, two])
     assert said == ["one", "two", "one", "one", "one"]
     monkeypatch.setattr(loop.Trainer, "_step", mortal)

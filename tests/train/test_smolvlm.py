@@ -17,8 +17,8 @@ from edgecap.train.checkpoint import model_for
 from edgecap.train.models import CaptionModel
 from edgecap.train.models.language_model import PHOTO
 from edgecap.train.models.tiles import split
-from edgecap.train.opening import open_captions
 from edgecap.train.prepare import prepare_recipe, without_sources
+from edgecap.train.pretrained import open_captions
 from edgecap.train.settings import Recipe
 from edgecap.train.smolvlm import with_vlm
 from edgecap.train.tokenizer import token_ids

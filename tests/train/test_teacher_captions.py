@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,14 +15,16 @@ import torch
 from edgecap.benchmarks.datasets import Example, open_dataset
 from edgecap.benchmarks.metrics import CiderD
 from edgecap.runtime.errors import EdgecapError, UsageError
-from edgecap.train import loop, opening
-from edgecap.train.checkpoint import WEIGHTS, preprocess_for
+from edgecap.train import loop
+from edgecap.train.checkpoint import WEIGHTS, Checkpoint, preprocess_for
 from edgecap.train.data.batches import Photos
 from edgecap.train.run import train
-from edgecap.train.settings import Decoding, Recipe, TokenizerSettings
-from edgecap.train.teachers import speakers
-from edgecap.train.teachers.captions import best_captions, spoken
-from edgecap.train.teachers.speakers import Said, Told
+from edgecap.train.settings import Augment, Decoding, Recipe, TokenizerSettings
+from edgecap.train.start import read_start
+from edgecap.train.teachers import base, captioners, given
+from edgecap.train.teachers.base import Lazy, Teacher
+from edgecap.train.teachers.captioners import Hypotheses
+from edgecap.train.teachers.captions import best_captions, generate
 
 from .captioners import save_captioner
 from .tiny import tiny_recipe
@@ -39,16 +43,16 @@ class Killed(BaseException):
     """Stands for a kill: nothing catches it."""
 
 
-class Parrot(Told):
-    """Says a photo's own captions, and something else."""
+class Parrot(Teacher):
+    """Says the same of every photo."""
 
-    name, sha256, settings, parameters = "a/parrot", "0" * 64, {"length": 3}, None
-
-    def __init__(self, dies_at: str = "") -> None:
+    def __init__(self, dies_at: str = "", **settings: object) -> None:
+        super().__init__("a/parrot", "0" * 64, Lazy(lambda: None))
+        self.settings = {"length": 3, **settings}
         self.heard: list[str] = []
         self.dies_at = dies_at
 
-    def captions(self, examples: Sequence[Example], beam: int) -> list[Said]:
+    def captions(self, examples: Sequence[Example], beam: int, device: object = None) -> list[Hypotheses]:
         said = []
         for example in examples:
             if example.id == self.dies_at:
@@ -56,9 +60,6 @@ class Parrot(Told):
             self.heard.append(example.id)
             said.append([(f"A {word} circle is on the left.", -float(i)) for i, word in enumerate("abcde"[:beam])])
         return said
-
-    def to(self, device: object) -> None:
-        pass
 
 
 EXAMPLES = [
@@ -117,38 +118,51 @@ def test_the_best_captions_are_kept_by_their_scores() -> None:
     assert figures["cider_kept"] == pytest.approx(np.mean([scores[place, best[place]] for place in ranked]))
     assert figures["cider_kept"] > figures["cider_all"]
 
+    one, two = figures["teachers"]
+    assert (one["of"], two["of"]) == (3, 2) and one["kept"] + two["kept"] == 3
+    first = [judge.score([photo], [text.split()])[0] for photo, text in ((0, "a dog runs on the grass"),)]
+    assert one["cider_first"] == pytest.approx(
+        np.mean([*first, *judge.score([1, 2], [["a", "woman", "cooks"], []])])
+    )  # of an empty one, too
+
     kept, figures = best_captions([[[], [], []]], EXAMPLES, count=2, keep=0.5)
     assert kept == [(), (), ()] and figures["of"] == 0 == figures["cider_all"]
+    assert figures["teachers"] == [{"kept": 0, "of": 0, "cider_first": 0.0}]
 
 
 def test_a_teacher_speaks_once_and_goes_on_where_it_was_killed(own_cache: Path) -> None:
     recipe, data = tiny_recipe(), open_dataset("scenes:train=40,val=2,test=2,size=64")
     photos = Photos(data, "train", recipe, preprocess_for(recipe))
     with pytest.raises(Killed):
-        spoken(Parrot(dies_at=photos.examples[35].id), photos, 3, **QUIET)
+        generate(Parrot(dies_at=photos.examples[35].id), photos, 3, **QUIET)
     (file,) = own_cache.glob("*.jsonl")
     assert len(file.read_text().splitlines()) == 32
     file.write_bytes(file.read_bytes()[:-10])  # killed while it wrote
     second = Parrot()
-    said = spoken(second, photos, 3, **QUIET)
-    assert second.heard == [example.id for example in photos.examples[31:]]
+    said = generate(second, photos, 3, **QUIET)
+    assert second.heard == [example.id for example in photos.examples[16:]]  # whole batches
     third = Parrot()
-    assert spoken(third, photos, 3, **QUIET) == said == Parrot().captions(photos.examples, 3) and not third.heard
+    assert generate(third, photos, 3, **QUIET) == said == Parrot().captions(photos.examples, 3) and not third.heard
 
-    for change in ({"sha256": "1"}, {"settings": {"length": 4}}):  # another teacher, or another way to speak
-        other = Parrot()
-        vars(other).update(change)
-        spoken(other, photos, 3, **QUIET)
-        assert len(other.heard) == 40
-    assert len(spoken(third, photos, 2, **QUIET)[0]) == 2 and len(third.heard) == 40
+    other = Parrot(length=4)
+    generate(other, photos, 3, **QUIET)
+    assert len(other.heard) == 40
+    assert len(generate(third, photos, 2, **QUIET)[0]) == 2 and len(third.heard) == 40
+
+    corrected = [dataclasses.replace(example, captions=("another",)) for example in photos.examples]
+    same = Photos(dataclasses.replace(data, splits={"train": corrected}), "train", recipe, photos.preprocess)
+    assert generate(third, same, 2, **QUIET) and len(third.heard) == 40  # the photos are the same
+    others = open_dataset("scenes:train=40,val=2,test=2,size=64,seed=1")
+    generate(third, Photos(others, "train", recipe, photos.preprocess), 2, **QUIET)
+    assert len(third.heard) == 80
 
     for broken in (b"not json\n" * 40, b'[["a"]]\n', b"[]\n" * 41):
         file.write_bytes(broken)
-        assert spoken(Parrot(), photos, 3, **QUIET) == said
+        assert generate(Parrot(), photos, 3, **QUIET) == said
     (own_cache / "file").write_text("")
     with pytest.MonkeyPatch.context() as patch, pytest.raises(EdgecapError, match="set EDGECAP_CACHE"):
         patch.setenv("EDGECAP_CACHE", str(own_cache / "file"))
-        spoken(Parrot(), photos, 3, **QUIET)
+        generate(Parrot(), photos, 3, **QUIET)
 
 
 def test_mirrored_photos_have_their_teachers_captions_mirrored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,7 +174,7 @@ def test_mirrored_photos_have_their_teachers_captions_mirrored(tmp_path: Path, m
 
     monkeypatch.setattr(loop.Trainer, "_epoch", looks)
     monkeypatch.setattr(loop.Trainer, "score", lambda self: {"cider": 0.0})
-    monkeypatch.setattr(opening, "open_speaker", lambda source: Parrot())
+    monkeypatch.setattr(given, "open_caption_teacher", lambda source, parameters: Parrot())
     stages = ({**ONE, "epochs": 1, "teacher_captions": 2, "teacher_keep": 1.0}, {**ONE, "epochs": 1})
     train(tiny_recipe(*stages, flip=True), tmp_path / "out", teachers=["a/parrot"])
     (trainer, *taught), (_, *plain) = seen
@@ -200,7 +214,13 @@ def test_a_run_learns_a_blips_captions_and_resumes_to_the_same_bits(
         if self.state["epoch"]:
             raise Killed
 
-    monkeypatch.setattr(speakers.HubSpeaker, "captions", None)  # it has spoken
+    say = captioners.HubCaptionTeacher.captions
+
+    def tried(self: Teacher, examples: list[Example], *args: object) -> list[Hypotheses]:
+        assert len(examples) == 1, "it has spoken"
+        return say(self, examples, *args)
+
+    monkeypatch.setattr(captioners.HubCaptionTeacher, "captions", tried)
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(loop.Trainer, "_save", mortal)
         train(recipe, tmp_path / "killed", teachers=[blip])
@@ -221,17 +241,72 @@ def test_one_checkpoint_teaches_words_and_captions_beside_a_blip(tmp_path: Path)
     blip = save_captioner(tmp_path / "blip", "blip")
     recipe = tiny_recipe({**ONE, "objective": "distill", "teacher_captions": 3, "teacher_keep": 1.0})
     lines: list[str] = []
-    _, metrics = train(recipe, tmp_path / "both", teachers=[blip, teacher], say=lines.append)
-    assert metrics["teacher_captions"][0]["kept"] > 20
-    assert [told["path"] for told in metrics["teachers"]] == [str(teacher), str(blip)]  # by words, by captions alone
-    assert [told["cider"] for told in metrics["teachers"]] == [its["best"]["cider"], None]
+    pieces = dataclasses.replace(speaking_recipe(ONE), tokenizer=TokenizerSettings(kind="bpe", vocab_size=300))
+    other, _ = train(dataclasses.replace(pieces, name="pieces"), tmp_path / "other")
+    out, metrics = train(recipe, tmp_path / "both", teachers=[blip, teacher, other], say=lines.append)
+    (learnt,) = metrics["teacher_captions"]
+    assert learnt["kept"] == learnt["of"] > 20
+    # By words, by captions alone.
+    assert [told["path"] for told in metrics["teachers"]] == [str(teacher), str(blip), str(other)]
+    assert [told["cider"] for told in metrics["teachers"]][:2] == [its["best"]["cider"], None]
     assert all(told["parameters"] > 10_000 and len(told["sha256"]) == 64 for told in metrics["teachers"])
-    assert sum(line.startswith("teacher ") for line in lines) == 2
+    own = [told["captions"][0] for told in metrics["teachers"]]
+    assert sum(each["kept"] for each in own) == learnt["kept"] and all(each["stage"] == "words" for each in own)
+    assert all(f"first of its beams {each['cider_first']:.3f}" in "".join(lines) for each in own)
+    assert [each["of"] > 0 and each["cider_first"] > 0 for each in own[:2]] == [True, True]
+    told = [line for line in lines if line.startswith("teacher ")]
+    assert len(told) == 3 and ["by its captions alone, for it cuts" in line for line in told] == [False, False, True]
+    assert [bool(kept.get("aside")) for kept in read_start(out).teachers] == [False, False, True]
+    with pytest.raises(UsageError, match="other cuts text into other words"):
+        train(recipe, tmp_path / "none", teachers=[blip, other])
+    assert not (tmp_path / "none").exists()
     # Captions alone come from any other words and picture size.
     recipe = tiny_recipe({**ONE, "teacher_captions": 3}, image_size=96)
     recipe = dataclasses.replace(recipe, tokenizer=TokenizerSettings(kind="bpe", vocab_size=300, max_length=30))
     _, metrics = train(recipe, tmp_path / "captions", teachers=[teacher])
     assert metrics["teacher_captions"][0]["kept"] > 10
+
+
+def test_all_at_once_resumes_to_the_same_bits_and_keeps_no_teacher(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Words and captions of one teacher, mirrored photos whose sides are dropped, simple captions first."""
+    teacher, _ = train(speaking_recipe(ONE), tmp_path / "teacher")
+    stage = {**ONE, "objective": "distill", "curriculum": 1, "teacher_captions": 2, "teacher_keep": 1.0}
+    recipe = dataclasses.replace(tiny_recipe(stage, flip=True), augment=Augment(sides="drop"))
+    load, models = base.load_again, []
+
+    def seen(*args: str) -> Checkpoint:
+        loaded = load(*args)
+        models.append(weakref.ref(loaded.model))
+        return loaded
+
+    step, left = loop.Trainer._step, [99]
+
+    def mortal(self: loop.Trainer, *args: object) -> tuple[float, int, dict[str, float]]:
+        gc.collect()
+        assert not any(model() for model in models), "a teacher's model stays while the captioner learns"
+        if left[0] == 0:
+            raise Killed
+        left[0] -= 1
+        return step(self, *args)
+
+    monkeypatch.setattr(base, "load_again", seen)
+    monkeypatch.setattr(loop.Trainer, "_step", mortal)
+    monkeypatch.setattr(loop, "SAVE_EVERY_S", 0.0)
+    whole, metrics = train(recipe, tmp_path / "whole", teachers=[teacher])
+    assert len(models) == 1  # for words and captions
+    left[0] = 1
+    with pytest.raises(Killed):
+        train(recipe, tmp_path / "killed", teachers=[teacher])
+    assert len(models) == 2  # it is tried, though what it says is known
+    for left[0] in (2, 99):
+        try:
+            out, again = train(None, tmp_path / "killed", resume=True)
+        except Killed:
+            continue
+    assert len(models) == 2 and again["teachers"] == metrics["teachers"] and again["teachers"][0]["parameters"]
+    assert (out / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
 
 
 def test_refusals_are_one_line(tmp_path: Path) -> None:

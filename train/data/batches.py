@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -22,7 +23,7 @@ from ..settings import Recipe
 from ..state import digest, model_tensors
 from ..tokenizer import caption_text, token_ids
 from .augment import PLAIN, View, mirrored_text, names_a_side, vary, view_key
-from .cache import cache_key, cached_rows, load_pixels, whole_rows
+from .cache import cache_key, cached_rows, load_pixels, photos_digest, whole_rows
 from .features import FeatureExtractor
 
 Progress = Callable[[str, int, int], None]  # (phase, done, total)
@@ -34,7 +35,7 @@ class Batch:
     """Photos of one optimizer step (or a piece of it): ids [N, C, T] BOS first, -1 behind the end (the rows that
     `Trainer.texts` gives); one of pixels uint8 [N, H, W, 3], features [N, L, dim] and trunk (what the encoder's frozen
     lower blocks give); photos: their places in the split; mirrored: bool [N] or None; teacher: its features of them;
-    words and taught: what teachers say of the captions, see `Taught.of`."""
+    teacher_ids and teacher_logp: what teachers say of the captions, see `TeacherTopK.of`."""
 
     ids: Tensor
     photos: np.ndarray
@@ -43,8 +44,8 @@ class Batch:
     teacher: Tensor | None = None
     trunk: Tensor | None = None
     mirrored: np.ndarray | None = None
-    words: Tensor | None = None
-    taught: Tensor | None = None
+    teacher_ids: Tensor | None = None
+    teacher_logp: Tensor | None = None
 
     @property
     def inputs(self) -> Tensor:
@@ -122,6 +123,11 @@ class Photos:
 
     def __len__(self) -> int:
         return len(self.examples)
+
+    @functools.cached_property
+    def content(self) -> str:
+        """What the photos are, whatever is said of them, for keys of caches."""
+        return photos_digest(self.examples)
 
     def pixels(self, *, view: View = PLAIN, progress: Progress) -> np.ndarray:
         """uint8 [N, H, W, 3], memory-mapped."""

@@ -17,8 +17,8 @@ from ..optim import frozen_blocks
 from ..report import TrainingLog
 from ..settings import Recipe, Stage
 from ..start import Helpers
-from ..teachers.captions import taught, taught_line
-from ..teachers.words import Taught
+from ..teachers.captions import figures_line, teacher_captions
+from ..teachers.words import TeacherTopK
 from ..tokenizer import token_ids
 from .augment import PLAIN, View, views_of
 from .batches import Batch, Photos, Progress, encode_captions, encoder_digest
@@ -70,11 +70,14 @@ class Material:
         """What the stage learns to say, as `all_texts` gives it: the photos' own captions, and its teachers'."""
         if not stage.teacher_captions:
             return self.own
-        device = self.accelerator.device
+        device, captioners = self.accelerator.device, self.helpers.captioners
         with self.accelerator.main_process_first():
-            more, figures = taught(self.train, self.helpers.speakers, stage, device=device, progress=self.progress)
+            more, figures = teacher_captions(self.train, captioners, stage, device=device, progress=self.progress)
+        if stage.objective != "distill":  # else they may be asked at once what they say word by word
+            for teacher in captioners:
+                teacher.forget()
         self.state["teacher_captions"][str(self.state["stage"])] = {"stage": stage.name, **figures}
-        self.log.line(f"stage {stage.name}: {taught_line(figures)}")
+        self.log.line(f"stage {stage.name}: {figures_line(figures)}")
         pairs = zip(self.train.examples, more, strict=True)
         both = [Example(example.id, (*example.captions[:MOST_CAPTIONS], *texts)) for example, texts in pairs]
         return self.all_texts(both, MOST_CAPTIONS + max(map(len, more)))
@@ -96,13 +99,14 @@ class Material:
         with self.accelerator.main_process_first():
             self.rows = [rows(self.train, view) for view in self.views]
             self.val_rows = rows(self.val)
-            self.taught = self._ask_teachers(stage) if stage.objective == "distill" else None
-            self.teacher_rows = self._teacher_features() if self.taught and stage.match else []
-        if not self.teacher_rows:
-            for teacher in self.helpers.teachers:
+            self.top_k = self._ask_teachers(stage) if stage.objective == "distill" else None
+            self.teacher_rows = self._teacher_features() if self.top_k and stage.match else []
+        needed = self.helpers.teachers[0].name if self.teacher_rows else None
+        for teacher in (*self.helpers.teachers, *self.helpers.captioners):
+            if teacher.name != needed:
                 teacher.forget()
 
-    def _ask_teachers(self, stage: Stage) -> Taught:
+    def _ask_teachers(self, stage: Stage) -> TeacherTopK:
         """What the teachers say of all captions, of the photos as they are and mirrored."""
         rows = [
             [
@@ -114,13 +118,13 @@ class Material:
             ]
             for teacher in self.helpers.teachers
         ]  # fmt: skip
-        return Taught(self.ids, rows)
+        return TeacherTopK(self.ids, rows)
 
     def _teacher_features(self) -> list[np.ndarray]:
         """What the one teacher sees in each view, for a captioner that learns to see so."""
         (teacher,) = self.helpers.teachers
-        seer, photos = teacher.model(self.accelerator.device).encoder, self.train.shown_in(teacher.preprocess)
-        key, extractor = encoder_digest(seer, teacher.recipe.encoder.kind), FeatureExtractor(seer, seer)
+        seer, photos = teacher.model.get(self.accelerator.device).encoder, self.train.shown_in(teacher.preprocess)
+        key, extractor = encoder_digest(seer, teacher.encoder), FeatureExtractor(seer, seer)
         return [photos.seen(extractor, key, view=view, progress=self.progress) for view in self.views]
 
     def _draw_captions(self, ids: np.ndarray, step: int) -> np.ndarray:
@@ -147,6 +151,6 @@ class Material:
         photos = {self.sees: seen(self.rows)}
         teacher = seen(self.teacher_rows) if self.teacher_rows else None
         mirrored = self.mirrored[views]
-        said = self.taught.of(ids.numpy(), places, mirrored) if self.taught else {}
-        batch = Batch(ids, places, teacher=teacher, mirrored=mirrored, **photos, **said)
+        words = self.top_k.of(ids.numpy(), places, mirrored) if self.top_k else {}
+        batch = Batch(ids, places, teacher=teacher, mirrored=mirrored, **photos, **words)
         return batch.to(self.accelerator.device)

@@ -85,6 +85,34 @@ def read_tensor(source: str, name: str, role: str) -> Any:
             return tensors.get_tensor(name).float()
 
 
+def read_json(source: str, name: str, role: str) -> dict[str, Any] | None:
+    """A file of a hub id or directory; None where it has none of that name."""
+    import json
+
+    from transformers.utils import cached_file
+
+    with reading(source, role) as place:
+        path = cached_file(place, name, _raise_exceptions_for_missing_entries=False)
+        return json.loads(Path(path).read_text(encoding="utf-8")) if path else None
+
+
+def weights_sha256(source: str, role: str) -> str:
+    """SHA-256 of the safetensors files of a hub id or directory, one behind the other."""
+    import hashlib
+
+    from transformers.utils import cached_file
+
+    index = read_json(source, "model.safetensors.index.json", role)
+    files = sorted(set(index["weight_map"].values())) if index else ["model.safetensors"]
+    found = hashlib.sha256()
+    with reading(source, role) as place:
+        for name in files:
+            with open(cached_file(place, name), "rb") as file:
+                while part := file.read(1 << 22):
+                    found.update(part)
+    return found.hexdigest()
+
+
 @contextmanager
 def reading(source: str, role: str, needs: tuple[str, ...] = ("config.json",)) -> Iterator[str]:
     """The place to load `source` from, a hub id or a directory with one of the files `needs`; what transformers says
