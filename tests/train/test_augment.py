@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
@@ -14,19 +16,23 @@ from edgecap.benchmarks.datasets import Example, open_dataset
 from edgecap.runtime.errors import UsageError
 from edgecap.train import loop
 from edgecap.train.checkpoint import WEIGHTS, load_checkpoint, preprocess_for
-from edgecap.train.data.augment import vary, views_of
-from edgecap.train.data.batches import Photos, encode_captions
-from edgecap.train.data.features import quick
+from edgecap.train.data import batches, cache, features
+from edgecap.train.data.augment import PLAIN, View, vary, views_of
+from edgecap.train.data.batches import Photos, encode_captions, encoder_digest
+from edgecap.train.data.features import FeatureExtractor, quick
 from edgecap.train.models.captioner import build_encoder
 from edgecap.train.optim import frozen_blocks, make_optimizer
 from edgecap.train.recipe import recipe_from_dict
 from edgecap.train.run import train
-from edgecap.train.settings import Augment, Recipe, Stage
+from edgecap.train.settings import Augment, EncoderSettings, Recipe, Stage
 from edgecap.train.tokenizer import caption_text, train_tokenizer
 
-from .tiny import SCENES, SIZE, tiny_model, tiny_recipe
+from .tiny import SCENES, SIZE, Killed, tiny_model, tiny_recipe, with_kills
 
 QUIET = lambda phase, done, total: None  # noqa: E731
+VIT = {"kind": "vit", "config": {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2,
+                                 "intermediate_size": 48, "image_size": SIZE, "patch_size": 16}}  # fmt: skip
+PARTS = ("train", "val")
 STAGES = (
     {"name": "words", "epochs": 1, "batch_size": 16, "lr": 3e-3, "keep_every": 1},
     {
@@ -152,34 +158,15 @@ def test_only_the_upper_blocks_learn_and_the_others_are_computed_once(
     assert changed("1-words-001", "3-more-001") == {str(n) for n in range(blocks - 5, blocks)} | {""}
 
     # Killed after every fifth step, it ends with the same bits.
-    monkeypatch.setattr(loop, "SAVE_EVERY_S", 0.0)
-    left, step = [5], loop.Trainer._step
-
-    class Killed(BaseException):
-        pass
-
-    def mortal(self: loop.Trainer, *args: object) -> object:
-        if left[0] == 0:
-            raise Killed
-        left[0] -= 1
-        return step(self, *args)
-
-    monkeypatch.setattr(loop.Trainer, "_step", mortal)
-    begun = False
-    while True:
-        try:
-            train(None if begun else recipe, tmp_path / "b", resume=begun)
-            break
-        except Killed:
-            left[0], begun = 5, True
-    assert begun and (tmp_path / "b" / WEIGHTS).read_bytes() == (out / WEIGHTS).read_bytes()
+    lives = with_kills(
+        monkeypatch, lambda begun: train(None if begun else recipe, tmp_path / "b", resume=begun), repeat(5)
+    )
+    assert lives > 2 and (tmp_path / "b" / WEIGHTS).read_bytes() == (out / WEIGHTS).read_bytes()
 
 
 def test_an_encoder_that_is_no_chain_unfreezes_from_the_top_too() -> None:
-    vit = {"kind": "vit", "config": {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2,
-                                     "intermediate_size": 48, "image_size": SIZE, "patch_size": 16}}  # fmt: skip
     model = tiny_model("gru")
-    model.encoder = build_encoder(vit)
+    model.encoder = build_encoder(VIT)
     stage = Stage(encoder_lr=1e-4, unfreeze_blocks=1)
     assert frozen_blocks(model.encoder, [stage]) == 0  # its pixels are seen
     make_optimizer(model, stage)
@@ -217,3 +204,52 @@ def test_many_photos_are_seen_by_a_faster_engine_that_gives_the_same(monkeypatch
     )
     look = encoder.lower
     assert quick(look, encoder, pixels) is look
+
+
+def test_the_engine_is_chosen_once_for_a_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed in the last chunk of a large split, a run goes on with the same engine; a small split keeps torch's."""
+    made = []
+
+    def other(module: torch.nn.Module, pixels: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+        made.append(len(pixels))
+        return lambda seen: module(seen) * 1.0005  # near enough, and told from torch
+
+    monkeypatch.setattr(features, "_engine", other)
+    monkeypatch.setattr(batches, "MANY", 40)
+    monkeypatch.setattr(cache, "FLUSH", 16)
+    recipe = dataclasses.replace(tiny_recipe({"epochs": 1, "batch_size": 16}), encoder=EncoderSettings(**VIT))
+    first, _ = train(recipe, tmp_path / "first")
+    assert made == [16]
+    again, _ = train(recipe, tmp_path / "again")
+    assert made == [16]  # what is whole needs no engine
+
+    encoder = load_checkpoint(first).model.encoder
+    extractor, key = FeatureExtractor(encoder, encoder), encoder_digest(encoder, "vit")
+    train_photos, val = (Photos(open_dataset(SCENES), split, recipe, preprocess_for(recipe)) for split in PARTS)
+    for photos, factor in ((train_photos, 1.0005), (val, 1.0)):
+        with torch.inference_mode():
+            wanted = encoder(torch.from_numpy(photos.load(slice(0, 16), PLAIN))) * factor
+        assert np.array_equal(photos.known(key)[:16], wanted.half().numpy())
+    assert len(train_photos) == 48 and len(val) == 16
+
+    load = Photos.load
+
+    def killed(self: Photos, part: slice, view: View) -> np.ndarray:
+        if part.start == 32:
+            raise Killed
+        return load(self, part, view)
+
+    monkeypatch.setenv("EDGECAP_CACHE", str(tmp_path / "another"))
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Photos, "load", killed)
+        train(recipe, tmp_path / "killed")
+    assert made == [16, 16]
+    out, _ = train(None, tmp_path / "killed", resume=True)
+    assert made == [16, 16, 16] and (out / WEIGHTS).read_bytes() == (first / WEIGHTS).read_bytes()
+
+    # Where no engine can be made, what torch sees has another key.
+    quickly = train_photos.known(key)
+    monkeypatch.setattr(features, "find_spec", lambda name: None)
+    rows = train_photos.seen(FeatureExtractor(encoder, encoder), key, progress=QUIET)
+    assert not np.array_equal(rows, quickly) and np.array_equal(rows, train_photos.known(key))
+    assert np.array_equal(rows[:1], extractor(train_photos.load(slice(0, 1), PLAIN)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from edgecap.train.data.curriculum import START, Curriculum
 from edgecap.train.recipe import recipe_from_dict
 from edgecap.train.run import train
 
-from .tiny import tiny_recipe, tiny_world
+from .tiny import tiny_recipe, tiny_world, with_kills
 
 BOS, EOS, UNK = 1, 2, 3
 
@@ -69,7 +70,7 @@ def test_a_run_begins_simply_and_resumes_bit_by_bit(tmp_path: Path, monkeypatch:
     monkeypatch.setenv("EDGECAP_CACHE", str(tmp_path / "cache"))
     recipe = tiny_recipe({"epochs": 3, "batch_size": 16, "lr": 3e-3, "curriculum": 2}, flip=True)
     learnt: dict[int, list[int]] = {}
-    step, batch = loop.Trainer._step, loop.Trainer._batch
+    batch = loop.Trainer._batch
 
     def watched(self: loop.Trainer, ids: object, *args: object) -> Batch:
         made = batch(self, ids, *args)
@@ -83,27 +84,9 @@ def test_a_run_begins_simply_and_resumes_bit_by_bit(tmp_path: Path, monkeypatch:
     captions = [sum(learnt[epoch]) for epoch in range(3)]
     assert captions[0] < captions[1] < captions[2] == 48 * 3
 
-    monkeypatch.setattr(loop, "SAVE_EVERY_S", 0.0)
-    left = [2]
-
-    class Killed(BaseException):
-        pass
-
-    def mortal(self: loop.Trainer, *args: object) -> object:
-        if left[0] == 0:
-            raise Killed
-        left[0] -= 1
-        return step(self, *args)
-
-    monkeypatch.setattr(loop.Trainer, "_step", mortal)
-    begun = False
-    while True:
-        try:
-            train(None if begun else recipe, tmp_path / "killed", resume=begun)
-            break
-        except Killed:
-            left[0], begun = 2, True
-    assert begun and (tmp_path / "killed" / WEIGHTS).read_bytes() == (first / WEIGHTS).read_bytes()
+    out = tmp_path / "killed"
+    lives = with_kills(monkeypatch, lambda begun: train(None if begun else recipe, out, resume=begun), repeat(2))
+    assert lives > 2 and (out / WEIGHTS).read_bytes() == (first / WEIGHTS).read_bytes()
 
 
 @pytest.mark.parametrize("objective", ["scst", "infonce"])

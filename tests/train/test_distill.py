@@ -16,8 +16,7 @@ from edgecap.benchmarks.datasets import open_dataset
 from edgecap.export.prune_vocab import shrink_vocab
 from edgecap.runtime.errors import UsageError
 from edgecap.runtime.tokenizer import Tokenizer
-from edgecap.train import loop
-from edgecap.train.checkpoint import WEIGHTS, Checkpoint, load_checkpoint, preprocess_for
+from edgecap.train.checkpoint import WEIGHTS, Checkpoint, load_checkpoint, preprocess_for, read_metrics
 from edgecap.train.data import cache
 from edgecap.train.data.batches import Batch, Photos, encode_captions
 from edgecap.train.data.cache import load_pixels
@@ -32,7 +31,7 @@ from edgecap.train.teachers.base import Lazy
 from edgecap.train.teachers.words import TeacherTopK, WordTeacher
 from edgecap.train.tokenizer import caption_text, token_ids, train_tokenizer
 
-from .tiny import ENCODER, SIZE, tiny_model, tiny_recipe
+from .tiny import ENCODER, SIZE, Killed, tiny_model, tiny_recipe, with_kills
 
 ONE = {"epochs": 1, "batch_size": 16, "lr": 1e-3}
 DISTILL = {**ONE, "objective": "distill", "epochs": 2, "temperature": 2.0, "top_k": 6}
@@ -241,10 +240,6 @@ def test_another_way_to_cut_text_is_refused() -> None:
     tiny_teacher(larger, pruned).check(examples, 8)
 
 
-class Killed(BaseException):
-    """Stands for a kill: nothing catches it."""
-
-
 def test_teachers_speak_once_and_a_killed_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two teachers of other sizes, another encoder and photo size; killed while they speak, and in every epoch."""
     one, _ = train(tiny_recipe(ONE, decoder="llama", image_size=96, spec=FEW), tmp_path / "one")
@@ -288,14 +283,6 @@ def test_teachers_speak_once_and_a_killed_run_goes_on(tmp_path: Path, monkeypatc
     # Without a cache, killed in the middle of the first teacher's words, then before any step and in an epoch.
     monkeypatch.setenv("EDGECAP_CACHE", str(tmp_path / "another"))
     monkeypatch.setattr(cache, "FLUSH", 16)
-    monkeypatch.setattr(loop, "SAVE_EVERY_S", 0.0)
-    step, left = loop.Trainer._step, [0]
-
-    def mortal(self: Any, *args: Any) -> Any:
-        if left[0] == 0:
-            raise Killed
-        left[0] -= 1
-        return step(self, *args)
 
     def interrupted(self: WordTeacher, model: Any, memory: torch.Tensor, ids: np.ndarray) -> torch.Tensor:
         if len(said) == 5:
@@ -308,12 +295,8 @@ def test_teachers_speak_once_and_a_killed_run_goes_on(tmp_path: Path, monkeypatc
         patch.setattr(WordTeacher, "logits", interrupted)
         train(recipe, out, teachers=[one, two])
     assert said == ["one", "two", "one", "one", "one"]
-    monkeypatch.setattr(loop.Trainer, "_step", mortal)
-    for left[0] in (0, 1, 99):
-        try:
-            _, metrics = train(None, out, resume=True)
-        except Killed:
-            continue
+    with_kills(monkeypatch, lambda begun: train(None, out, resume=True), (0, 1, 99))
+    metrics = read_metrics(out)
     assert said == ["one", "two", *["one"] * 4, *["two"] * 4] and metrics["finished"]
     assert (out / WEIGHTS).read_bytes() == (first / WEIGHTS).read_bytes()
     assert [each["sha256"] for each in metrics["teachers"]] == [each.sha256 for each in parts]

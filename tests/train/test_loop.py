@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import repeat
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,7 +26,7 @@ from edgecap.train.recipe import recipe_from_dict
 from edgecap.train.run import latest_run, new_run, train
 from edgecap.train.settings import Recipe, Stage
 
-from .tiny import ENCODER, SCENES, SIZE, tiny_recipe
+from .tiny import ENCODER, SCENES, SIZE, Killed, tiny_recipe, with_kills
 
 TWO_STAGES = (
     {"name": "frozen", "epochs": 2, "batch_size": 16, "lr": 5e-3, "ema": 0.9, "schedule": "step", "step_epochs": 1},
@@ -39,10 +40,6 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EDGECAP_CACHE", str(tmp_path / "cache"))
 
 
-class Killed(BaseException):
-    """Stands for a kill: nothing catches it."""
-
-
 def test_learns_repeats_and_resumes_bit_by_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = tiny_recipe(*TWO_STAGES, flip=True)
     first, metrics = train(recipe, tmp_path / "first")
@@ -54,26 +51,8 @@ def test_learns_repeats_and_resumes_bit_by_bit(tmp_path: Path, monkeypatch: pyte
     assert (first / WEIGHTS).read_bytes() == (again / WEIGHTS).read_bytes()
 
     # Die after every third step, anywhere in an epoch, and go on until it is done.
-    monkeypatch.setattr(loop, "SAVE_EVERY_S", 0.0)
-    out, left = tmp_path / "killed", [3]
-    step = loop.Trainer._step
-
-    def mortal(self: loop.Trainer, *args: object) -> tuple[float, int, dict[str, float]]:
-        if left[0] == 0:
-            raise Killed
-        left[0] -= 1
-        return step(self, *args)
-
-    monkeypatch.setattr(loop.Trainer, "_step", mortal)
-    lives = 0
-    while True:
-        lives += 1
-        left[0] = 3
-        try:
-            train(None if lives > 1 else recipe, out, resume=lives > 1)
-            break
-        except Killed:
-            continue
+    out = tmp_path / "killed"
+    lives = with_kills(monkeypatch, lambda begun: train(None if begun else recipe, out, resume=begun), repeat(3))
     assert lives > 4
     assert (out / WEIGHTS).read_bytes() == (first / WEIGHTS).read_bytes()
     assert json.loads((out / "metrics.json").read_text())["finished"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from itertools import repeat
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,6 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 
 from edgecap.benchmarks.datasets import open_dataset
 from edgecap.runtime.errors import UsageError
-from edgecap.train import loop
 from edgecap.train.checkpoint import load_checkpoint
 from edgecap.train.data.batches import Batch
 from edgecap.train.evaluate import evaluate, score_lines
@@ -31,7 +31,7 @@ from edgecap.train.settings import Recipe, Stage
 from edgecap.train.state import WEIGHTS, model_tensors, read_tensors
 from edgecap.train.tokenizer import caption_text
 
-from .tiny import ENCODER, SCENES, SIGLIP, SIZE, tiny_recipe
+from .tiny import ENCODER, SCENES, SIGLIP, SIZE, tiny_recipe, with_kills
 
 SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 STAGE = {"name": "align", "objective": "infonce", "epochs": 3, "batch_size": 8, "lr": 3e-3, "label_smoothing": 0.0}
@@ -167,10 +167,6 @@ def test_a_caption_that_two_photos_share_is_no_negative() -> None:
 # --- runs ----------------------------------------------------------------------------------------------------------
 
 
-class Killed(BaseException):
-    """Stands for a kill: nothing catches it."""
-
-
 def test_learns_with_both_encoders_untouched_and_resumes_bit_by_bit(
     sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -201,24 +197,8 @@ def test_learns_with_both_encoders_untouched_and_resumes_bit_by_bit(
     for name, tensor in seen.items():
         assert torch.equal(stored[f"encoder.body.{name}"], tensor), name
 
-    monkeypatch.setattr(loop, "SAVE_EVERY_S", 0.0)
-    out, left, step = tmp_path / "killed", [0], loop.Trainer._step
-
-    def mortal(self: loop.Trainer, *args: object) -> tuple[float, int, dict[str, float]]:
-        if left[0] == 0:
-            raise Killed
-        left[0] -= 1
-        return step(self, *args)
-
-    monkeypatch.setattr(loop.Trainer, "_step", mortal)
-    lives = 0
-    while True:
-        lives, left[0] = lives + 1, 13
-        try:
-            train(None if lives > 1 else recipe, out, resume=lives > 1)
-            break
-        except Killed:
-            continue
+    out = tmp_path / "killed"
+    lives = with_kills(monkeypatch, lambda begun: train(None if begun else recipe, out, resume=begun), repeat(13))
     assert lives == 3  # of 32 steps
     assert (out / WEIGHTS).read_bytes() == (first / WEIGHTS).read_bytes()
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from edgecap.benchmarks.datasets import open_dataset
+from edgecap.train import loop
 from edgecap.train.data.batches import Batch, encode_captions
 from edgecap.train.models import CaptionModel, build_model
 from edgecap.train.recipe import recipe_from_dict
@@ -81,3 +84,30 @@ def tiny_world(samples: int = 4, decoder: str = "gru", **stage: Any) -> tuple[An
     pixels = torch.randint(0, 256, (6, SIZE, SIZE, 3), dtype=torch.uint8)
     batch = Batch(torch.from_numpy(ids), np.arange(6), pixels=pixels)
     return recipe, Stage(samples=samples, label_smoothing=0.1, **stage), tokenizer, examples, model, batch
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing catches it."""
+
+
+def with_kills(patch: pytest.MonkeyPatch, begin: Callable[[bool], object], lives: Iterable[int]) -> int:
+    """Call `begin(resume)` until it comes to its end; each life is killed after so many optimizer steps, and every step
+    is saved. Returns how many lives it took."""
+    step, left = loop.Trainer._step, 0
+
+    def mortal(self: loop.Trainer, *args: Any) -> Any:
+        nonlocal left
+        if left == 0:
+            raise Killed
+        left -= 1
+        return step(self, *args)
+
+    patch.setattr(loop, "SAVE_EVERY_S", 0.0)
+    patch.setattr(loop.Trainer, "_step", mortal)
+    for number, left in enumerate(lives):  # noqa: B007 - `mortal` counts it down
+        try:
+            begin(number > 0)
+        except Killed:
+            continue
+        return number + 1
+    raise AssertionError("all lives were too short")

@@ -23,11 +23,12 @@ from ..settings import Recipe
 from ..state import digest, model_tensors
 from ..tokenizer import caption_text, token_ids
 from .augment import PLAIN, View, mirrored_text, names_a_side, vary, view_key
-from .cache import cache_key, cached_rows, load_pixels, photos_digest, whole_rows
-from .features import FeatureExtractor
+from .cache import CHUNK, cache_key, cached_rows, load_pixels, photos_digest, whole_rows
+from .features import FeatureExtractor, can_quicken
 
 Progress = Callable[[str, int, int], None]  # (phase, done, total)
-MANY = 512  # photos for which a faster engine is worth its loading
+MANY = 512  # photos of a split for which a faster engine is worth its loading
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -140,17 +141,25 @@ class Photos:
     def seen(self, extractor: FeatureExtractor, key: str, *, view: View = PLAIN, progress: Progress) -> np.ndarray:
         """What a frozen encoder, or its frozen lower blocks, gives of the photos: float16 [N, ...], memory-mapped.
 
-        key: names the extractor, with their weights, for the cache.
+        key: names the extractor, with their weights, for the cache. The engine is chosen once for all photos of the
+        split, by the first of them as they are, so that a resumed run sees them as it began to.
         """
-        shape = tuple(extractor(self.load(slice(0, 1), view)).shape[1:])
         report = lambda done: progress(f"features of {self.split}{view}", done, len(self))  # noqa: E731
-        key = self._key("features", view, encoder=key)
-        compute = lambda part: extractor(self.load(part, view), many=len(self) - part.start >= MANY)  # noqa: E731
-        return cached_rows(key, len(self), shape, np.float16, compute, report=report)
+        if (known := self.known(key, view=view, device=extractor.device)) is not None:
+            report(len(self))  # and no engine need be made
+            return known
+        quick = len(self) >= MANY and extractor.quickens(self.load(slice(0, CHUNK), PLAIN))
+        shape = tuple(extractor(self.load(slice(0, 1), view)).shape[1:])
+        compute = lambda part: extractor(self.load(part, view), many=quick)  # noqa: E731
+        return cached_rows(self._seen_key(key, view, quick), len(self), shape, np.float16, compute, report=report)
 
-    def known(self, key: str, *, view: View = PLAIN) -> np.ndarray | None:
+    def known(self, key: str, *, view: View = PLAIN, device: torch.device = CPU) -> np.ndarray | None:
         """What `seen` computed for this key before, memory-mapped; None where that is not whole."""
-        return whole_rows(self._key("features", view, encoder=key), len(self))
+        return whole_rows(self._seen_key(key, view, len(self) >= MANY and can_quicken(device)), len(self))
+
+    def _seen_key(self, key: str, view: View, quick: bool) -> str:
+        engine = {"engine": "onnxruntime"} if quick else {}  # torch's keys are those of before
+        return self._key("features", view, encoder=key, **engine)
 
     def shown_in(self, preprocess: Preprocess) -> Photos:
         """The same photos for a model that sees them in another size or form."""

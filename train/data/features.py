@@ -8,6 +8,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from importlib.util import find_spec
 from typing import TypeAlias
 
 import numpy as np
@@ -36,25 +37,30 @@ class FeatureExtractor:
     def __init__(self, look: Look, owner: nn.Module) -> None:
         self.look, self.owner = look, owner
         self.device = next(owner.parameters()).device
-        self.engine: Look | None = None
+        self.engine: Look | None = None  # of many photos: `look` itself where no faster one could be made
+
+    def quickens(self, pixels: np.ndarray) -> bool:
+        """Does a faster engine look at many photos? It is made here, by example `pixels`, if it was not before."""
+        if self.engine is None:
+            photos, able = torch.from_numpy(pixels), can_quicken(self.device)
+            self.engine = quick(self.look, self.owner, photos) if able else self.look
+        return self.engine is not self.look
 
     @torch.inference_mode()
     def __call__(self, pixels: np.ndarray, *, many: bool = False) -> np.ndarray:
-        """uint8 [N, H, W, 3] → float16 [N, ...]; `many` more will follow: a faster engine is worth its loading."""
-        photos = torch.from_numpy(pixels).to(self.device)
-        if many and self.engine is None:
-            self.engine = quick(self.look, self.owner, photos) if self.device.type == "cpu" else self.look
-        return (self.engine or self.look)(photos).half().cpu().numpy()
+        """uint8 [N, H, W, 3] → float16 [N, ...]; many: part of so many photos that a faster engine is worth it."""
+        look = self.engine if many and self.quickens(pixels) else self.look
+        return look(torch.from_numpy(pixels).to(self.device)).half().cpu().numpy()
+
+
+def can_quicken(device: torch.device) -> bool:
+    """Whether a faster engine can be tried: on a CPU, with the `export` extra."""
+    return device.type == "cpu" and all(find_spec(name) for name in ("onnx", "onnxscript"))
 
 
 def quick(look: Look, owner: nn.Module, pixels: Tensor) -> Look:
     """`look`, of pixels uint8 [N, H, W, 3] on the CPU, by the frozen module `owner`, through ONNX Runtime; or itself
     where it cannot be exported or the engine gives something else of the example `pixels`."""
-    try:
-        import onnx  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError:
-        return look
     try:
         engine = _engine(Applied(look, owner).eval(), pixels)
         with torch.inference_mode():
