@@ -28,6 +28,14 @@ from .features import FeatureExtractor
 MOST_CAPTIONS = 16  # of one photo
 
 
+def seen_in(stage: Stage, trunk: int, views: int) -> str:
+    """What a stage sees of its photos, in so many views: "features", the "trunk" of so many links, or "pixels"."""
+    # The blocks above the trunk look at each photo once for every view, or once in every epoch: the fewer times.
+    if not stage.encoder_lr and (not trunk or stage.epochs > views):
+        return "features"
+    return "trunk" if trunk else "pixels"
+
+
 class Material:
     """The photos and captions of a run, opened for each stage; `ids`, `rows` and `val_rows` are those of the stage."""
 
@@ -86,10 +94,11 @@ class Material:
         """What of the photos can be computed once: the whole encoder where it is frozen, or its lower blocks that no
         stage trains, else the pixels. The first process fills the cache, the rest wait."""
         encoder, kind = self.model.encoder.eval(), self.recipe.encoder.kind
-        self.sees = "trunk" if self.trunk else "pixels" if stage.encoder_lr else "features"
-        by, part = (encoder.lower, encoder.chain[: self.trunk]) if self.trunk else (encoder, encoder)
-        encoder.trunk, extractor = self.trunk, FeatureExtractor(by, encoder)
-        key = encoder_digest(encoder, kind, torch.nn.ModuleList(part) if self.trunk else encoder)
+        encoder.trunk, self.sees = self.trunk, seen_in(stage, self.trunk, len(self.views))
+        by, part = encoder, encoder
+        if self.sees == "trunk":
+            by, part = encoder.lower, torch.nn.ModuleList(encoder.chain[: self.trunk])
+        extractor, key = FeatureExtractor(by, encoder), encoder_digest(encoder, kind, part)
 
         def rows(photos: Photos, view: View = PLAIN) -> np.ndarray:
             if self.sees == "pixels":
