@@ -6,6 +6,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -186,7 +187,8 @@ def open_helpers(
 
 def this_process() -> PartialState:
     """Which of the processes this is; the first call of a process joins it to the others, on CPUs, too."""
-    return PartialState(cpu=_on_cpu())
+    # The others wait for the first, which may look at photos for hours before a stage.
+    return PartialState(cpu=_on_cpu(), timeout=timedelta(days=7))
 
 
 def _on_cpu() -> bool:

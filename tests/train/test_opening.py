@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -44,6 +45,13 @@ class Blind(Critic):
 
     def texts(self, texts: Sequence[str]) -> np.ndarray:
         return np.eye(4, dtype=np.float32)[[i % 4 for i in range(len(texts))]]
+
+
+def test_processes_wait_for_the_first_as_long_as_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(opening, "PartialState", lambda **settings: given.update(settings))
+    opening.this_process()
+    assert given["timeout"] >= timedelta(days=1)
 
 
 def test_a_critic_that_will_not_do_is_refused_before_the_first_stage(
