@@ -44,7 +44,9 @@ from .teachers.captions import with_captions
 from .validate import caption_rows, score_captions
 
 SAVE_EVERY_S = 120.0  # within long epochs
-UNTIMED = {"step_seconds": 0.0, "reward_seconds": 0.0}  # of the epoch so far
+# Of the epoch so far; the loss is divided by `count`, the reward by the steps that were `rewarded`.
+EPOCH = {"batch": 0, "loss": 0.0, "count": 0, "reward": 0.0, "rewarded": 0}
+TIMES = {"step_seconds": 0.0, "reward_seconds": 0.0}
 
 
 class Trainer(Material):
@@ -74,9 +76,8 @@ class Trainer(Material):
         self.start, self.out = start or Start(), out
         self.metric = recipe.watch or self.metric
         self.state: dict[str, Any] = {
-            "stage": 0, "epoch": 0, "batch": 0, "loss": 0.0, "count": 0, "best": None, "waits": 0, "plateau": 1.0,
-            "plateau_waits": 0, "history": [], "seconds": 0.0, **UNTIMED, "finished": False, "data": data.fingerprint,
-            "teacher_captions": {},
+            "stage": 0, "epoch": 0, **EPOCH, **TIMES, "best": None, "waits": 0, "plateau": 1.0, "plateau_waits": 0,
+            "history": [], "seconds": 0.0, "finished": False, "data": data.fingerprint, "teacher_captions": {},
         }  # fmt: skip
 
     # --- the whole run -----------------------------------------------------------------------------------------
@@ -123,7 +124,6 @@ class Trainer(Material):
             self._save()  # before the best weights can change, which are this stage's start
         if self.start.sha256 and not self.state["history"] and not self.state["batch"]:
             # What the run starts from is a result already, and may stay the best.
-            self.reward = None
             self._validate(stage)
             self._save()
         while self.state["epoch"] < stage.epochs and not self._stops_early(stage):
@@ -134,7 +134,7 @@ class Trainer(Material):
                 record = self._validate(stage)
             if stage.keep_every and self.state["epoch"] % stage.keep_every == 0:
                 self._keep(stage, record)
-            self.state.update(batch=0, loss=0.0, count=0, **UNTIMED)
+            self.state.update(EPOCH | TIMES)
             self._save()
         if self.state["epoch"] < stage.epochs:
             self.log.line(
@@ -150,7 +150,6 @@ class Trainer(Material):
     def _epoch(self, stage: Stage, forward: torch.nn.Module) -> None:
         set_modes(self.model, stage, from_scratch=not self.recipe.encoder.source)
         epoch, saved = self.state["epoch"], time.monotonic()
-        rewards = []
         phase = f"{stage.name}, stage {self.state['stage'] + 1} of {len(self.recipe.stages)}"
         for index, (places, views) in enumerate(self.plan.epoch(epoch)):
             if index < self.state["batch"]:
@@ -165,14 +164,14 @@ class Trainer(Material):
             self.state["step_seconds"] += seconds
             self.state["reward_seconds"] += self.objective.reward_seconds - rewarding
             if "reward" in figures:
-                rewards.append(figures["reward"])
+                self.state["reward"] += figures["reward"]
+                self.state["rewarded"] += 1
                 figures["captions_per_second"] = count / seconds
             self.log.step(self.state["stage"], step, loss / count, self.optimizer.param_groups[-1]["lr"], figures)
             self.progress(phase, step + 1, stage.epochs * self.plan.batches)
             if time.monotonic() - saved > SAVE_EVERY_S:
                 self._save()
                 saved = time.monotonic()
-        self.reward = float(np.mean(rewards)) if rewards else None
 
     def _step(
         self, stage: Stage, forward: torch.nn.Module, step: int, places: np.ndarray, views: np.ndarray
@@ -226,9 +225,9 @@ class Trainer(Material):
             "loss": state["loss"] / state["count"] if state["count"] else None,  # None: before the first step
             "step_seconds": round(state["step_seconds"], 2),  # of the epoch's optimizer steps
         }
-        if self.reward is not None:
+        if state["rewarded"]:
             record |= {
-                "reward": self.reward,
+                "reward": state["reward"] / state["rewarded"],
                 "reward_seconds": round(state["reward_seconds"], 2),
                 "captions_per_second": round(state["count"] / state["step_seconds"], 1),
             }

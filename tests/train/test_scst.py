@@ -12,14 +12,17 @@ from torch import nn
 
 from edgecap.benchmarks.metrics import sentence_bleu
 from edgecap.runtime.errors import UsageError
+from edgecap.train import loop
+from edgecap.train.checkpoint import read_metrics
 from edgecap.train.data.augment import mirrored_text
 from edgecap.train.data.batches import Batch
 from edgecap.train.objectives.scst import END, SelfCritical, draw
 from edgecap.train.recipe import recipe_from_dict
 from edgecap.train.run import train
+from edgecap.train.settings import Stage
 from edgecap.train.tokenizer import caption_text
 
-from .tiny import tiny_recipe, tiny_world
+from .tiny import Killed, tiny_recipe, tiny_world, with_kills
 
 
 class Wants:
@@ -30,6 +33,24 @@ class Wants:
 
     def score(self, photos: list[int], captions: list[list[str]]) -> np.ndarray:
         return np.array([caption.count(self.word) / len(caption) for caption in captions])
+
+
+def test_a_killed_epoch_tells_its_whole_reward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGECAP_CACHE", str(tmp_path / "cache"))
+    recipe = tiny_recipe({"objective": "scst", "epochs": 1, "batch_size": 24, "lr": 1e-3, "samples": 2})
+    _, whole = train(recipe, tmp_path / "whole")
+
+    def killed(self: loop.Trainer, stage: Stage) -> None:
+        monkeypatch.setattr(loop.Trainer, "_validate", validate)
+        raise Killed
+
+    # In the middle of the epoch, then between its last step and its validation.
+    validate, out = loop.Trainer._validate, tmp_path / "killed"
+    monkeypatch.setattr(loop.Trainer, "_validate", killed)
+    lives = with_kills(monkeypatch, lambda begun: train(None if begun else recipe, out, resume=begun), (1, 9, 0))
+    (record,), (wanted,) = read_metrics(out)["history"], whole["history"]
+    assert lives == 3 and record.keys() == wanted.keys() and record["captions_per_second"] > 0
+    assert record["reward"] == wanted["reward"] != 0
 
 
 def test_self_critical_raises_what_is_rewarded() -> None:
