@@ -100,10 +100,19 @@ def recipe_from_dict(tree: dict[str, Any], *, where: str = "recipe", overrides: 
             raise UsageError(f"{where}: stages.{i}.teacher_keep = {stage.teacher_keep} is out of range: it is a share")
         if stage.curriculum and stage.objective in NO_WORDS:
             raise UsageError(f"{where}: stages.{i}.curriculum is of captions to learn: {stage.objective} learns none")
+        if stage.curriculum > stage.epochs:
+            raise UsageError(f"{where}: stages.{i}.curriculum = {stage.curriculum} is more than the stage's epochs")
+        for key in ("unfreeze_blocks", "match"):
+            if getattr(stage, key) and not stage.encoder_lr:
+                raise UsageError(
+                    f"{where}: stages.{i}.{key} is of an encoder that learns: give it an encoder_lr above 0"
+                )
         if not stage.bleu <= 1 or (stage.bleu and stage.objective != "scst"):
             raise UsageError(f"{where}: stages.{i}.bleu = {stage.bleu} must be in [0, 1], with objective = scst")
     if not recipe.augment.crop <= 1 or not recipe.augment.color_jitter < 1 or not recipe.augment.crop:
         raise UsageError(f"{where}: [augment] crop is a share above 0 and at most 1, color_jitter one below 1")
+    if recipe.augment.sides == "drop" and recipe.task == "retrieval":
+        raise UsageError(f"{where}: augment.sides = drop is of captions: task = retrieval swaps left and right")
     if recipe.watch and recipe.task == "retrieval":
         raise UsageError(f"{where}: watch = {recipe.watch} is of captions: task = retrieval watches its recall")
     for part in ("bridge", "decoder"):

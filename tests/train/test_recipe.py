@@ -49,6 +49,9 @@ def test_overrides_reach_every_place() -> None:
         ("stages.0.label_smoothing=2", "must be in"),
         ("stages.0.epochs=0", "must be 1 or more"),
         ("stages.0.lr=nan", "out of range"),
+        ("stages.0.curriculum=99", "stages.0.curriculum = 99 is more than the stage's epochs"),
+        ("stages.0.unfreeze_blocks=2", "stages.0.unfreeze_blocks is of an encoder that learns"),
+        ("stages.0.match=0.5", "stages.0.match is of an encoder that learns"),
     ],
 )
 def test_a_wrong_override_is_one_line(override: str, message: str) -> None:
@@ -60,6 +63,8 @@ def test_a_wrong_override_is_one_line(override: str, message: str) -> None:
 def test_retrieval_watches_its_recall() -> None:
     with pytest.raises(UsageError, match="watch = cider is of captions"):
         load_recipe("query-bridge", ("watch=cider",))
+    with pytest.raises(UsageError, match="augment.sides = drop is of captions"):
+        load_recipe("query-bridge", ("augment.sides=drop",))
 
 
 def test_files_and_names(tmp_path: Path) -> None:
