@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from ..runtime.errors import UsageError
 from ..train.checkpoint import RECIPE, Checkpoint, load_checkpoint, read_metrics, read_recipe
@@ -25,8 +26,10 @@ def recovery_stages(recipe: Recipe, epochs: int, *, taught: bool, encoder_lr: fl
     words = next((stage for stage in recipe.stages if stage.objective != "scst"), Stage())
     critic = next((stage for stage in recipe.stages if stage.objective == "scst"), None)
     later = epochs // 2 if critic and not taught else 0
+    plain: dict[str, Any] = {"patience": 0, "keep_every": 0, "unfreeze_blocks": 0}
     first = dataclasses.replace(
         words,
+        **plain,
         name="recover",
         objective="distill" if taught else "xe",
         epochs=epochs - later,
@@ -40,13 +43,12 @@ def recovery_stages(recipe: Recipe, epochs: int, *, taught: bool, encoder_lr: fl
         label_smoothing=0.0 if taught else words.label_smoothing,
         dropout=not taught,
         ema=min(words.ema, 0.99),
-        patience=0,
         curriculum=0,
         teacher_captions=0,  # recovering is taught by words, or not at all
     )
     if not later or critic is None:
         return (first,)
-    return (first, dataclasses.replace(critic, name="recover-critic", epochs=later, encoder_lr=0.0, patience=0))
+    return (first, dataclasses.replace(critic, **plain, name="recover-critic", epochs=later, encoder_lr=0.0, match=0.0))
 
 
 def recover(

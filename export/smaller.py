@@ -71,8 +71,11 @@ def make_smaller(
     if (folder / RECIPE).is_file():  # written last
         record = (read_metrics(folder).get("pruned") or [{}])[-1]
         photos, data = len(calibration.pixels), dataset.fingerprint
-        if record.get("from") != loaded.sha256 or record.get("items") != list(smaller.items):
-            raise UsageError(f"{folder} was pruned from other weights: remove it, or move it elsewhere")
+        if record.get("from") != loaded.sha256:
+            raise UsageError(f"{folder} was not pruned from these weights: remove it, or move it elsewhere")
+        if record.get("items") != list(smaller.items):
+            others = ",".join(record.get("items", []))
+            raise UsageError(f"{folder} holds what {others} left: remove it, or give another place")
         if (record.get("photos", photos), record.get("data_fingerprint", data)) != (photos, data):
             raise UsageError(
                 f"{folder} was pruned by other photos: remove it, or use the --data and --calibration of then"

@@ -195,7 +195,7 @@ def test_pruned_fine_tuned_and_judged_against_the_unpruned(tmp_path: Path, monke
     with pytest.raises(UsageError, match="was pruned by other photos: remove it"):
         export(folder, smaller=Smaller(asked.items), data=other, **options)
     save_run(folder, seed=1)
-    with pytest.raises(UsageError, match="was pruned from other weights: remove it"):
+    with pytest.raises(UsageError, match="was not pruned from these weights: remove it"):
         export(folder, smaller=asked, **options)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from edgecap.train.checkpoint import METRICS, WEIGHTS, Checkpoint, load_checkpoi
 from edgecap.train.data.batches import Batch
 from edgecap.train.models import build_model
 from edgecap.train.models.encoders import Encoder
+from edgecap.train.recipe import recipe_from_dict
 from edgecap.train.run import train
 from edgecap.train.settings import TokenizerSettings
 from edgecap.train.state import write_json
@@ -272,6 +274,13 @@ def test_recovery_learns_the_teachers_words_or_does_what_the_recipe_did() -> Non
     assert (only.encoder_lr, only.match, only.batchnorm) == (1e-4, 1.0, "frozen")
     (only,) = recovery_stages(tiny_recipe(), 5, taught=False, encoder_lr=1e-4)
     assert (only.objective, only.epochs, only.encoder_lr, only.match) == ("xe", 5, 1e-4, 0.0)
+    # What the first training was given to learn from, and which blocks, is not there any more.
+    more = {"keep_every": 1, "encoder_lr": 1e-4, "unfreeze_blocks": 2}
+    taught = {**more, "teacher_captions": 2, "curriculum": 2}
+    stages = recovery_stages(tiny_recipe(taught, {**more, "objective": "scst", "match": 1.0}), 5, taught=False)
+    for stage in stages:
+        assert (stage.keep_every, stage.unfreeze_blocks, stage.teacher_captions, stage.curriculum) == (0, 0, 0, 0)
+    recipe_from_dict(dataclasses.replace(recipe, stages=stages).to_dict())  # as a resumed run reads it
 
 
 # --- vocabulary ------------------------------------------------------------------------------------------------------
