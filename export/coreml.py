@@ -6,13 +6,8 @@ weight is compared with torch's, and for the gate the programs are computed op b
 
 from __future__ import annotations
 
-import io
 import json
-import logging
 import uuid
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +17,7 @@ import numpy as np
 from ..runtime.backends.coreml import CoreMLModel
 from ..runtime.decode import MAX_BEAM
 from ..runtime.errors import EdgecapError
+from ..train.quiet import quiet
 from .artifact import Artifact, Source
 from .coreml_program import Program
 from .coreml_weights import compare_weights
@@ -322,16 +318,3 @@ def _sizes(array: Any) -> list[int | str]:
         return [int(size) for size in array.shape]
     spans = [(int(span.lowerBound), int(span.upperBound)) for span in array.shapeRange.sizeRanges]
     return [low if low == high else f"{low}..{high}" for low, high in spans]
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """coremltools logs advice about versions and draws progress bars; none of it is the user's."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)

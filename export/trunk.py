@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import io
-import logging
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +11,7 @@ import numpy as np
 import onnx
 
 from ..runtime.errors import EdgecapError
+from ..train.quiet import quiet
 from .graph import Graph, PassResult, attribute, op_counts
 from .tie import tie_embedding
 
@@ -87,7 +84,7 @@ def trace(
     if any(parameter.kind is inspect.Parameter.VAR_POSITIONAL for parameter in parameters):
         axes = (axes,)
     try:
-        with _quiet(), torch.no_grad():
+        with quiet(), torch.no_grad():
             program = torch.onnx.export(
                 module,
                 tuple(example for example, _ in inputs.values()),
@@ -238,19 +235,3 @@ def _tensor(value: onnx.ValueInfoProto) -> dict[str, Any]:
     kind = value.type.tensor_type
     shape = [dim.dim_param or dim.dim_value for dim in kind.shape.dim]
     return {"dtype": DTYPES[kind.elem_type], "shape": shape}
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter writes pages of advice; none of it is the user's."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

@@ -87,8 +87,9 @@ def test_openvino(model: CaptionModel, graph: onnx.ModelProto, tmp_path: Path) -
 def test_core_ml(model: CaptionModel, tmp_path: Path) -> None:
     from edgecap.export import coreml
     from edgecap.export.coreml_program import Program
+    from edgecap.train.quiet import quiet
 
-    with coreml.quiet():
+    with quiet():
         module, described = coreml._encoder(model, model.graphs())
         coreml.convert(module, described, "iOS16").save(str(tmp_path / "encoder.mlpackage"))
     pixels = photos(1, seed=2)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import io
-import logging
 import os
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from ..quiet import quiet
 
 Look: TypeAlias = Callable[[Tensor], Tensor]
 OPSET = 18
@@ -75,7 +73,7 @@ def _engine(module: nn.Module, pixels: Tensor) -> Look:
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     import onnxruntime
 
-    with _silence():
+    with quiet():
         program = torch.onnx.export(
             module,
             (pixels[:1].repeat(3, 1, 1, 1),),
@@ -91,16 +89,3 @@ def _engine(module: nn.Module, pixels: Tensor) -> Look:
         program.model_proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
     return lambda photos: torch.from_numpy(session.run(None, {"pixels": photos.numpy()})[0])
-
-
-@contextmanager
-def _silence() -> Iterator[None]:
-    """Exporters talk a lot about what does not matter here."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
