@@ -101,10 +101,20 @@ def check_fit(
 def _probe(base: type) -> Any:
     """A trainer that takes a few steps of a stage, times them, and leaves nothing behind."""
 
+    class Timed(base.learns_from):  # type: ignore[misc]
+        def open_photos(self, stage: Stage) -> None:
+            begun, first = time.perf_counter(), not hasattr(self, "seconds")  # later stages find the features cached
+            epochs = self.recipe.stages[self.number].epochs  # of the real stage, which decide what is seen
+            super().open_photos(dataclasses.replace(stage, epochs=epochs))
+            self.seconds = time.perf_counter() - begun if self.sees != "pixels" and first else None
+
     class Probe(base):  # type: ignore[misc]
+        learns_from = Timed
+
         def try_stage(self, fit: Fit, stage: Stage, free: int | None) -> str:
             """Adds the stage's row to `fit`; returns why it does not fit, or ""."""
             device, self.times = self.accelerator.device, []
+            self.state["stage"] = self.recipe.stages.index(stage)
             forget_peak(device)
             self.began = time.monotonic()
             try:
@@ -116,8 +126,8 @@ def _probe(base: type) -> Any:
                     f"it does not fit: stage {stage.name} runs out of memory; "
                     f"--set stages.{self.recipe.stages.index(stage)}.accumulate={2 * stage.accumulate} or more"
                 )
-            seen, self.seen = self.seen, None
-            photos = min(len(self.train), stage.batch_size)
+            seen, views = self.material.seconds, len(self.material.views)
+            photos = min(len(self.material.train), stage.batch_size)
             fit.stages.append(
                 {
                     "stage": stage.name,
@@ -126,7 +136,7 @@ def _probe(base: type) -> Any:
                     "trained": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
                     "peak": peak_memory(device),
                     "images_per_s": photos / median(self.times[1:]),
-                    "encoder_images_per_s": None if seen is None else len(self.train) * len(self.views) / seen,
+                    "encoder_images_per_s": None if seen is None else len(self.material.train) * views / seen,
                 }
             )
             return ""
@@ -138,11 +148,6 @@ def _probe(base: type) -> Any:
                 torch.cuda.synchronize()
             self.times.append(time.perf_counter() - begun)
             return done
-
-        def _open_data(self, stage: Stage) -> None:
-            begun, first = time.perf_counter(), not hasattr(self, "seen")  # later stages find the features in the cache
-            super()._open_data(stage)
-            self.seen = time.perf_counter() - begun if self.sees != "pixels" and first else None
 
         def _validate(self, stage: Stage) -> dict[str, Any]:
             return {}

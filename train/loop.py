@@ -20,7 +20,7 @@ from ..benchmarks.datasets import Dataset
 from ..runtime.decode import DecodeOptions
 from ..runtime.errors import UsageError
 from .checkpoint import METRICS, PROGRESS, RECIPE, TOKENIZER
-from .data.batches import EpochPlan, Progress
+from .data.batches import Progress
 from .data.material import Material
 from .lora import count_parameters
 from .models import CaptionModel
@@ -40,7 +40,7 @@ from .state import (
     write_json,
     write_weights,
 )
-from .teachers.captions import with_captions
+from .teachers.captions import figures_line, with_captions
 from .validate import caption_rows, score_captions
 
 SAVE_EVERY_S = 120.0  # within long epochs
@@ -49,13 +49,13 @@ EPOCH = {"batch": 0, "loss": 0.0, "count": 0, "reward": 0.0, "rewarded": 0}
 TIMES = {"step_seconds": 0.0, "reward_seconds": 0.0}
 
 
-class Trainer(Material):
+class Trainer:
     """Trains `model` by `recipe` on `data` into the checkpoint directory `out`.
 
-    For another task than captions, `metric`, `texts` and `score` say what is learnt and how it is judged; what else of
-    the photos and captions is needed for that, `_open_data` and `_batch` bring.
+    For another task than captions, `learns_from`, `metric` and `score` say what is learnt and how it is judged.
     """
 
+    learns_from: type[Material] = Material
     metric = "cider"  # the figure of a validation, higher is better, by which weights are kept
 
     def __init__(
@@ -72,7 +72,9 @@ class Trainer(Material):
         start: Start | None = None,
         helpers: Helpers = ALONE,
     ) -> None:
-        super().__init__(recipe, model, tokenizer, data, accelerator, progress, log, helpers)
+        self.recipe, self.model, self.tokenizer, self.helpers = recipe, model, tokenizer, helpers
+        self.accelerator, self.progress, self.log = accelerator, progress, log
+        self.material = self.learns_from(recipe, model, tokenizer, data, accelerator, progress, helpers)
         self.start, self.out = start or Start(), out
         self.metric = recipe.watch or self.metric
         self.state: dict[str, Any] = {
@@ -112,14 +114,14 @@ class Trainer(Material):
         self.average = WeightAverage(self.model, stage.ema) if stage.ema else None
         if tensors is not None:
             restore(tensors, self.state, self.model, optimizer, self.average)
-        self.ids = self._open_captions(stage)
-        self._open_data(stage)
+        if told := self.material.open(stage, number):
+            self.state["teacher_captions"][str(number)] = {"stage": stage.name, **told}
+            self.log.line(f"stage {stage.name}: {figures_line(told)}")
+        self.plan = self.material.plan
         objective = OBJECTIVES[stage.objective]
-        self.objective = objective(self.recipe, stage, self.tokenizer, self.train.examples, self.helpers)
+        self.objective = objective(self.recipe, stage, self.tokenizer, self.material.train.examples, self.helpers)
         self.accelerator.free_memory()  # else the last stage's optimizer, too, would unscale the gradients
         forward, self.optimizer = self.accelerator.prepare(self.model, optimizer)
-        self.plan = EpochPlan(len(self.train), stage.batch_size, (self.recipe.seed, number), views=len(self.views))
-        self.curriculum = self._curriculum(stage)
         if tensors is None:
             self._save()  # before the best weights can change, which are this stage's start
         if self.start.sha256 and not self.state["history"] and not self.state["batch"]:
@@ -183,10 +185,7 @@ class Trainer(Material):
         factor = lr_factor(stage, step, self.plan.batches, self.state["plateau"])
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
-        shown = np.where(self.mirrored[views][:, None, None], self.ids[-1][places], self.ids[0][places])
-        if self.curriculum:
-            shown = self.curriculum.show(shown, step)
-        ids = torch.from_numpy(self._draw_captions(shown, step))
+        ids = self.material.captions(places, views, step)
         count = self.objective.count(ids)
         mine = np.array_split(np.arange(len(places)), world)[rank]
         # As few pieces as hold no more than the batch's share: a contrastive loss needs company in each.
@@ -198,7 +197,7 @@ class Trainer(Material):
         total = torch.zeros((), device=self.accelerator.device)
         figures: dict[str, float] = {}
         for i, piece in enumerate(pieces):
-            batch = self._batch(ids[piece], places[piece], views[piece])
+            batch = self.material.batch(ids[piece], places[piece], views[piece])
             sync = i == len(pieces) - 1
             with _exchange(self.accelerator, forward, sync):
                 with self.accelerator.autocast():
@@ -252,20 +251,20 @@ class Trainer(Material):
 
     def score(self) -> dict[str, float]:
         """One validation: the figures of the captions, `metric` among them."""
-        n = len(self.val)
+        seen, n = self.material, len(self.material.val)
         # Beam size is the device's business; while training, greedy tells as much and is quicker.
         options = DecodeOptions(**{**asdict(self.recipe.decoding), "beam": 1, "length_penalty": 0.0})
         captions = caption_rows(
-            self.model, self.tokenizer, self.val_rows, n, options, sees=self.sees, ids=self.recipe.tokenizer.ids,
+            self.model, self.tokenizer, seen.val_rows, n, options, sees=seen.sees, ids=self.recipe.tokenizer.ids,
             report=lambda done: self.progress(f"validation {self.state['epoch']}", done, n),
         )  # fmt: skip
-        scores = score_captions(captions, self.val.examples)
+        scores = score_captions(captions, seen.val.examples)
         record = {
             "cider": scores.cider, "bleu4": scores.bleu[3], "rouge_l": scores.rouge_l, "distinct": scores.distinct,
             "repeated": scores.repeated_ngrams,
         }  # fmt: skip
         if critic := self.helpers.critic:
-            photos = critic.to(self.accelerator.device).photos(self.val.examples, self.progress)
+            photos = critic.to(self.accelerator.device).photos(seen.val.examples, self.progress)
             record["alignment"] = float(critic.alignment(captions, photos).mean())
         return record
 
@@ -320,8 +319,8 @@ class Trainer(Material):
             "best": self.state["best"],
             "history": self.state["history"],
             "seconds": round(self.state["seconds"], 1),
-            "train_photos": len(self.train),
-            "val_photos": len(self.val),
+            "train_photos": len(self.material.train),
+            "val_photos": len(self.material.val),
             "parameters": {name: count_parameters(part) for name, part in self.model.parts().items()},
         }
         if self.recipe.lora.rank:

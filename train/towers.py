@@ -19,6 +19,7 @@ from .checkpoint import Checkpoint
 from .data.augment import mirrored_text
 from .data.batches import Batch, Progress
 from .data.cache import cache_key, cached_rows, load_pixels
+from .data.material import Material
 from .loop import Trainer
 from .models.hub import reading
 from .models.towers import TwoTowers
@@ -30,20 +31,14 @@ PHOTOS = 64  # embedded together
 NAMES = {"image_to_text": "image → text", "text_to_image": "text → image"}
 
 
-class TowersTrainer(Trainer):
-    """Trains the bridge and the head of `model` on cached features of photos and captions.
+class TowersMaterial(Material):
+    """A batch's `ids` are the text tower's vectors [N, 1, text dim] of one caption for each photo, another one in
+    another step."""
 
-    A batch's `ids` are the text tower's vectors [N, 1, text dim] of one caption for each photo, another one in another
-    step. A validation ranks all captions of the validation photos; "recall" is the mean of recall@1, 5 and 10 both
-    ways.
-    """
-
-    metric = "recall"
-
-    def __init__(self, recipe: Recipe, model: TwoTowers, tokenizer: Tokenizer, *args: Any, **options: Any) -> None:
+    def __init__(self, recipe: Recipe, model: TwoTowers, tokenizer: Tokenizer, *args: Any) -> None:
         model.read_with(tokenizer)
         self.place: dict[str, int] = {}  # of each text, in the order in which they are met
-        super().__init__(recipe, model, tokenizer, *args, **options)
+        super().__init__(recipe, model, tokenizer, *args)
         # Texts of like length are read together: less padding.
         self.lines = sorted(self.place, key=lambda text: (len(text), text))
         order = np.empty(len(self.lines) + 1, np.int64)
@@ -59,17 +54,9 @@ class TowersTrainer(Trainer):
             numbers[row, : len(captions), 0] = [self.place.setdefault(text, len(self.place)) for text in captions]
         return numbers
 
-    def score(self) -> dict[str, float]:
-        """The mean recall, and recall@10 each way."""
-        photos = embed_rows(self.model, self.val_rows)
-        with torch.inference_mode():
-            device = self.accelerator.device
-            texts = self.model.project_texts(torch.from_numpy(self.val_vectors).float().to(device)).cpu().numpy()
-        scores = rank(photos, texts, self.owners)
-        return {"recall": scores.mean_recall(), **{f"{way}_10": scores.recall(way, 10) for way in WAYS}}
-
-    def _open_data(self, stage: Stage) -> None:
-        super()._open_data(stage)
+    def open_photos(self, stage: Stage) -> None:
+        """The captions' vectors, too; `owners`: whose photo each of the validation's is."""
+        super().open_photos(stage)
         said = captions_of(self.val.examples)
         texts = [caption_text(caption) for captions in said for caption in captions]
         self.owners = np.repeat(np.arange(len(said)), [len(captions) for captions in said])
@@ -77,10 +64,30 @@ class TowersTrainer(Trainer):
             self.vectors = text_vectors(self.model, self.lines, "captions of train", self.progress)
             self.val_vectors = np.array(text_vectors(self.model, texts, "captions of val", self.progress))
 
-    def _batch(self, ids: torch.Tensor, places: np.ndarray, views: np.ndarray) -> Batch:
-        batch = super()._batch(ids, places, views)
+    def batch(self, ids: torch.Tensor, places: np.ndarray, views: np.ndarray) -> Batch:
+        """As Material.batch, with vectors in place of numbers."""
+        batch = super().batch(ids, places, views)
         vectors = torch.from_numpy(np.array(self.vectors[ids[:, :, 0].numpy()])).float()  # [N, 1, text dim]
         return dataclasses.replace(batch, ids=vectors.to(self.accelerator.device))
+
+
+class TowersTrainer(Trainer):
+    """Trains the bridge and the head of `model` on cached features of photos and captions.
+
+    A validation ranks all captions of the validation photos; "recall" is the mean of recall@1, 5 and 10 both ways.
+    """
+
+    learns_from, metric = TowersMaterial, "recall"
+
+    def score(self) -> dict[str, float]:
+        """The mean recall, and recall@10 each way."""
+        seen = self.material
+        photos = embed_rows(self.model, seen.val_rows)
+        with torch.inference_mode():
+            vectors = torch.from_numpy(seen.val_vectors).float().to(self.accelerator.device)
+            texts = self.model.project_texts(vectors).cpu().numpy()
+        scores = rank(photos, texts, seen.owners)
+        return {"recall": scores.mean_recall(), **{f"{way}_10": scores.recall(way, 10) for way in WAYS}}
 
 
 def text_vectors(model: TwoTowers, texts: Sequence[str], phase: str, progress: Progress) -> np.ndarray:

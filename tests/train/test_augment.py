@@ -14,13 +14,12 @@ from PIL import Image
 
 from edgecap.benchmarks.datasets import Example, open_dataset
 from edgecap.runtime.errors import UsageError
-from edgecap.train import loop
 from edgecap.train.checkpoint import WEIGHTS, load_checkpoint, preprocess_for
 from edgecap.train.data import batches, cache, features
 from edgecap.train.data.augment import PLAIN, View, vary, views_of
 from edgecap.train.data.batches import Photos, encode_captions, encoder_digest
 from edgecap.train.data.features import FeatureExtractor, quick
-from edgecap.train.data.material import seen_in
+from edgecap.train.data.material import Material, seen_in
 from edgecap.train.models.captioner import build_encoder
 from edgecap.train.optim import frozen_blocks, make_optimizer
 from edgecap.train.recipe import recipe_from_dict
@@ -34,9 +33,10 @@ QUIET = lambda phase, done, total: None  # noqa: E731
 VIT = {"kind": "vit", "config": {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2,
                                  "intermediate_size": 48, "image_size": SIZE, "patch_size": 16}}  # fmt: skip
 PARTS = ("train", "val")
-TOP = {"batch_size": 24, "lr": 1e-3, "encoder_lr": 1e-3, "keep_every": 1}
+FEW = "scenes:train=24,val=4,test=4,size=64"
+TOP = {"batch_size": 12, "lr": 1e-3, "encoder_lr": 1e-3, "keep_every": 1}
 STAGES = (
-    {"name": "words", "epochs": 3, "batch_size": 24, "lr": 3e-3, "keep_every": 3},
+    {"name": "words", "epochs": 3, "batch_size": 12, "lr": 3e-3, "keep_every": 3},
     {**TOP, "name": "top", "epochs": 2, "unfreeze_blocks": 2},
     {**TOP, "name": "more", "epochs": 1, "unfreeze_blocks": 5},
 )
@@ -119,15 +119,15 @@ def test_the_trunk_and_the_rest_are_the_encoder() -> None:
 def test_only_the_upper_blocks_learn_and_the_others_are_computed_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = with_views(tiny_recipe(*STAGES), views=1)
+    recipe = with_views(tiny_recipe(*STAGES, spec=FEW), views=1)
     sees = set()
-    batch = loop.Trainer._batch
+    batch = Material.batch
 
-    def watched(self: loop.Trainer, *args: object) -> object:
-        sees.add((self.state["stage"], self.sees, self.trunk))
+    def watched(self: Material, *args: object) -> object:
+        sees.add((self.number, self.sees, self.trunk))
         return batch(self, *args)
 
-    monkeypatch.setattr(loop.Trainer, "_batch", watched)
+    monkeypatch.setattr(Material, "batch", watched)
     out, metrics = train(recipe, tmp_path / "a")
     blocks = len(tiny_model("gru").encoder.blocks())
     trunk = 1 + blocks - 5

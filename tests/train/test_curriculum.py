@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from edgecap.runtime.errors import UsageError
-from edgecap.train import loop
 from edgecap.train.checkpoint import WEIGHTS
-from edgecap.train.data.batches import Batch
 from edgecap.train.data.curriculum import START, Curriculum
+from edgecap.train.data.material import Material
 from edgecap.train.recipe import recipe_from_dict
 from edgecap.train.run import train
 
@@ -70,16 +70,16 @@ def test_a_run_begins_simply_and_resumes_bit_by_bit(tmp_path: Path, monkeypatch:
     monkeypatch.setenv("EDGECAP_CACHE", str(tmp_path / "cache"))
     recipe = tiny_recipe({"epochs": 3, "batch_size": 16, "lr": 3e-3, "curriculum": 2}, flip=True)
     learnt: dict[int, list[int]] = {}
-    batch = loop.Trainer._batch
+    draw = Material.captions
 
-    def watched(self: loop.Trainer, ids: object, *args: object) -> Batch:
-        made = batch(self, ids, *args)
-        there = made.ids[:, :, 0] >= 0
+    def watched(self: Material, places: np.ndarray, views: np.ndarray, step: int) -> torch.Tensor:
+        drawn = draw(self, places, views, step)
+        there = drawn[:, :, 0] >= 0
         assert there.any(1).all() and (there[:, :-1] >= there[:, 1:]).all()  # every photo's come first
-        learnt.setdefault(self.state["epoch"], []).append(int(there.sum()))
-        return made
+        learnt.setdefault(step // self.plan.batches, []).append(int(there.sum()))
+        return drawn
 
-    monkeypatch.setattr(loop.Trainer, "_batch", watched)
+    monkeypatch.setattr(Material, "captions", watched)
     first, _ = train(recipe, tmp_path / "first")
     captions = [sum(learnt[epoch]) for epoch in range(3)]
     assert captions[0] < captions[1] < captions[2] == 48 * 3

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from edgecap.runtime.errors import UsageError
+from edgecap.train.data.batches import encoder_digest
 from edgecap.train.models import ENCODERS, build_model
 from edgecap.train.models.encoders import Encoder
 from edgecap.train.state import digest, fingerprint
@@ -206,10 +207,11 @@ def test_hashes_are_of_names_and_values_and_stay_what_they_are() -> None:
 
 
 def test_features_are_cached_apart() -> None:
-    """The same weights read in two ways, or normalised in two, are not the same features."""
-    from edgecap.train.loop import _encoder_digest
-
+    """The same weights read in two ways, normalised in two, or under two configurations, are not the same features."""
     encoders = [make(PARTS["vit"]), make(PARTS["vit"], features="pooled"), make(PARTS["vit"], image_mean=MEAN)]
     for encoder in encoders[1:]:
         encoder.load_state_dict(encoders[0].state_dict())
-    assert len({_encoder_digest(encoder, "vit") for encoder in encoders}) == 3
+    assert len({encoder_digest(encoder, "vit") for encoder in encoders}) == 3
+    padded = [make(PARTS["mobilenet_v2"], tf_padding=there) for there in (True, False)]
+    padded[1].load_state_dict(padded[0].state_dict())
+    assert len({encoder_digest(encoder, "mobilenet_v2") for encoder in padded}) == 2

@@ -21,6 +21,7 @@ from accelerate import Accelerator
 from edgecap.runtime.errors import UsageError
 from edgecap.train import loop, run
 from edgecap.train.checkpoint import PROGRESS, WEIGHTS, load_checkpoint
+from edgecap.train.data.material import Material
 from edgecap.train.evaluate import evaluate
 from edgecap.train.recipe import recipe_from_dict
 from edgecap.train.run import latest_run, new_run, train
@@ -47,13 +48,10 @@ def test_learns_repeats_and_resumes_bit_by_bit(tmp_path: Path, monkeypatch: pyte
     assert metrics["finished"] and losses[1] < losses[0]
     assert {record["stage"] for record in metrics["history"]} == {"frozen", "all", "critic"}
     assert (first / "chart.png").read_bytes()[:4] == b"\x89PNG" and any((first / "log").iterdir())
-    again, _ = train(recipe, tmp_path / "again")
-    assert (first / WEIGHTS).read_bytes() == (again / WEIGHTS).read_bytes()
-
-    # Die after every third step, anywhere in an epoch, and go on until it is done.
+    # Die after every fourth step, anywhere in an epoch, and go on until it is done.
     out = tmp_path / "killed"
-    lives = with_kills(monkeypatch, lambda begun: train(None if begun else recipe, out, resume=begun), repeat(3))
-    assert lives > 4
+    lives = with_kills(monkeypatch, lambda begun: train(None if begun else recipe, out, resume=begun), repeat(4))
+    assert lives == 4
     assert (out / WEIGHTS).read_bytes() == (first / WEIGHTS).read_bytes()
     assert json.loads((out / "metrics.json").read_text())["finished"]
 
@@ -101,15 +99,15 @@ def test_captions_are_drawn_anew_in_each_step() -> None:
     ids = np.full((3, 4, 5), -1)
     for photo, captions in enumerate((4, 3, 1)):
         ids[photo, :captions] = 10 * (photo + 1) + np.arange(captions)[:, None]
-    trainer = SimpleNamespace(recipe=recipe, state={"stage": 0})
-    drawn = [loop.Trainer._draw_captions(trainer, ids, step) for step in range(40)]
+    material = SimpleNamespace(recipe=recipe, number=0)
+    drawn = [Material.draw_captions(material, ids, step) for step in range(40)]
     assert all(one.shape == (3, 3, 5) for one in drawn)
     sets = [[sorted(set(row[:, 0].tolist()) - {-1}) for row in one] for one in drawn]
     assert all(len(of[0]) == 3 and of[1] == [20, 21, 22] and of[2] == [30] for of in sets)
     assert all((one[2, 0] == 30).all() and (one[2, 1:] == -1).all() for one in drawn)
     assert {tuple(of[0]) for of in sets} == {(10, 11, 12), (10, 11, 13), (10, 12, 13), (11, 12, 13)}
-    assert (loop.Trainer._draw_captions(trainer, ids, 7) == drawn[7]).all()
-    assert (loop.Trainer._draw_captions(trainer, ids[:, :3], 7) == ids[:, :3]).all()
+    assert (Material.draw_captions(material, ids, 7) == drawn[7]).all()
+    assert (Material.draw_captions(material, ids[:, :3], 7) == ids[:, :3]).all()
 
 
 def test_runs_are_named_found_and_refused(tmp_path: Path) -> None:
@@ -207,9 +205,9 @@ def test_a_small_last_batch_is_split_into_no_more_pieces_than_it_needs(
 ) -> None:
     """48 photos in batches of 40, four pieces of 10: the last 8 are one."""
     sizes: list[int] = []
-    batch = loop.Trainer._batch
+    batch = Material.batch
     monkeypatch.setattr(
-        loop.Trainer, "_batch", lambda self, ids, places, mirrored: (
+        Material, "batch", lambda self, ids, places, mirrored: (
             sizes.append(len(places)), batch(self, ids, places, mirrored)
         )[1]
     )  # fmt: skip

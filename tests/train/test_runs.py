@@ -21,6 +21,7 @@ from edgecap.runtime.errors import EdgecapError, UsageError
 from edgecap.train import loop, opening, run
 from edgecap.train.checkpoint import PROGRESS, RECIPE, TOKENIZER, WEIGHTS, load_checkpoint
 from edgecap.train.data.cache import cached_rows
+from edgecap.train.data.material import Material
 from edgecap.train.models import build_model
 from edgecap.train.prepare import prepare_recipe
 from edgecap.train.recipe import recipe_from_dict
@@ -123,7 +124,7 @@ def test_a_run_that_never_learnt_frees_its_folder(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(opening, "write_bytes", write)
     (out / ".lock").touch()  # as a kill leaves it
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(loop.Trainer, "_open_data", lambda self, stage: (_ for _ in ()).throw(Killed()))
+        patch.setattr(Material, "open_photos", lambda self, stage: (_ for _ in ()).throw(Killed()))
         train(recipe, out)
     assert {RECIPE, TOKENIZER, "log"} <= {path.name for path in out.iterdir()}
     train(recipe, out)
@@ -140,13 +141,13 @@ def test_a_run_that_never_learnt_frees_its_folder(tmp_path: Path, monkeypatch: p
 def test_one_run_in_a_folder_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe, out = tiny_recipe(ONE_EPOCH), tmp_path / "run"
 
-    def meanwhile(self: loop.Trainer, stage: object) -> None:
+    def meanwhile(self: Material, stage: object) -> None:
         command = [sys.executable, "-m", "edgecap", "train", "--resume", "-o", str(out)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
         assert done.returncode == 2 and "another process trains in" in done.stderr
         raise Killed
 
-    monkeypatch.setattr(loop.Trainer, "_open_data", meanwhile)
+    monkeypatch.setattr(Material, "open_photos", meanwhile)
     with pytest.raises(Killed):
         train(recipe, out)
 
@@ -188,8 +189,9 @@ def test_killed_behind_every_write_the_run_is_the_same(tmp_path: Path, monkeypat
         except Killed:
             continue
     assert lives >= 9
-    plain = [{**record, "seconds": 0} for record in metrics["history"]]
-    assert [{**record, "seconds": 0} for record in again["history"]] == plain
+    timeless = {"seconds": 0, "step_seconds": 0}
+    plain = [record | timeless for record in metrics["history"]]
+    assert [record | timeless for record in again["history"]] == plain
     assert (out / WEIGHTS).read_bytes() == (first / WEIGHTS).read_bytes()
 
 
@@ -360,17 +362,6 @@ def test_a_source_that_is_not_the_encoder_is_refused(tmp_path: Path) -> None:
     (source / "config.json").write_text(json.dumps({**config, "model_type": "resnet"}))
     with pytest.raises(UsageError, match="is a resnet model"):
         build_model(encoder=encoder, **parts)
-
-
-def test_features_are_kept_by_the_encoders_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same weights under another configuration see other things."""
-    keys = []
-    monkeypatch.setattr(loop, "cache_key", lambda **parts: keys.append(parts) or str(len(keys)))
-    for name, padding in (("a", True), ("b", False)):
-        monkeypatch.setitem(ENCODER["config"], "tf_padding", padding)
-        train(tiny_recipe(ONE_EPOCH), tmp_path / name)
-    one, two = keys
-    assert one["weights"] == two["weights"] and one["settings"] != two["settings"]
 
 
 def test_a_broken_photo_says_what_to_do_and_the_folder_stays_free(tmp_path: Path) -> None:

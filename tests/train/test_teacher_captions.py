@@ -169,19 +169,19 @@ def test_mirrored_photos_have_their_teachers_captions_mirrored(tmp_path: Path, m
     seen: list[list[np.ndarray]] = []
 
     def looks(self: loop.Trainer, stage: object, forward: object) -> None:
-        seen.append([self, *self.ids])
+        seen.append([self.material, *self.material.ids])
 
     monkeypatch.setattr(loop.Trainer, "_epoch", looks)
     monkeypatch.setattr(loop.Trainer, "score", lambda self: {"cider": 0.0})
     monkeypatch.setattr(given, "open_caption_teacher", lambda source, parameters: Parrot())
     stages = ({**ONE, "epochs": 1, "teacher_captions": 2, "teacher_keep": 1.0}, {**ONE, "epochs": 1})
     train(tiny_recipe(*stages, flip=True), tmp_path / "out", teachers=["a/parrot"])
-    (trainer, *taught), (_, *plain) = seen
-    own = max(len(example.captions) for example in trainer.train.examples)
+    (material, *taught), (_, *plain) = seen
+    own = max(len(example.captions) for example in material.train.examples)
     for ids, side in zip(taught, ("left", "right"), strict=True):
         assert ids.shape[1] == own + 2
-        for rows, example in zip(ids, trainer.train.examples, strict=True):
-            said = [trainer.tokenizer.decode(row[row >= 0].tolist()) for row in rows if row[0] >= 0]
+        for rows, example in zip(ids, material.train.examples, strict=True):
+            said = [material.tokenizer.decode(row[row >= 0].tolist()) for row in rows if row[0] >= 0]
             assert len(said) == len(example.captions) + 2
             assert all(text.endswith(f"circle is on the {side}") for text in said[-2:])
     assert [ids.shape[1] for ids in plain] == [own, own]  # the next stage has no teacher

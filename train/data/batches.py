@@ -34,7 +34,7 @@ CPU = torch.device("cpu")
 @dataclass(frozen=True)
 class Batch:
     """Photos of one optimizer step (or a piece of it): ids [N, C, T] BOS first, -1 behind the end (the rows that
-    `Trainer.texts` gives); one of pixels uint8 [N, H, W, 3], features [N, L, dim] and trunk (what the encoder's frozen
+    `Material.texts` gives); one of pixels uint8 [N, H, W, 3], features [N, L, dim] and trunk (what the encoder's frozen
     lower blocks give); photos: their places in the split; mirrored: bool [N] or None; teacher: its features of them;
     teacher_ids and teacher_logp: what teachers say of the captions, see `TeacherTopK.of`."""
 

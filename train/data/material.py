@@ -14,14 +14,13 @@ from ...benchmarks.datasets import Dataset, Example
 from ..checkpoint import preprocess_for
 from ..models import CaptionModel
 from ..optim import frozen_blocks
-from ..report import TrainingLog
 from ..settings import Recipe, Stage
 from ..start import Helpers
-from ..teachers.captions import figures_line, teacher_captions
+from ..teachers.captions import teacher_captions
 from ..teachers.words import TeacherTopK
 from ..tokenizer import token_ids
 from .augment import PLAIN, View, views_of
-from .batches import Batch, Photos, Progress, encode_captions, encoder_digest
+from .batches import Batch, EpochPlan, Photos, Progress, encode_captions, encoder_digest
 from .curriculum import Curriculum
 from .features import FeatureExtractor
 
@@ -37,9 +36,11 @@ def seen_in(stage: Stage, trunk: int, views: int) -> str:
 
 
 class Material:
-    """The photos and captions of a run, opened for each stage; `ids`, `rows` and `val_rows` are those of the stage."""
+    """The photos and captions of a run, opened for each stage, which then sees them as the model argument `sees`.
 
-    state: dict[str, Any]  # of the run
+    For another task than captions, `texts` says what is learnt of a photo's captions; what else of them is needed,
+    `open_photos` and `batch` bring.
+    """
 
     def __init__(
         self,
@@ -49,11 +50,10 @@ class Material:
         data: Dataset,
         accelerator: Accelerator,
         progress: Progress,
-        log: TrainingLog,
         helpers: Helpers,
     ) -> None:
         self.recipe, self.model, self.tokenizer, self.helpers = recipe, model, tokenizer, helpers
-        self.accelerator, self.progress, self.log = accelerator, progress, log
+        self.accelerator, self.progress = accelerator, progress
         self.preprocess = preprocess_for(recipe)
         self.train = Photos(data, "train", recipe, self.preprocess)
         self.val = Photos(data, "val", recipe, self.preprocess, limit=recipe.data.val_photos)
@@ -61,6 +61,23 @@ class Material:
         self.mirrored = np.array([view.mirrored for view in self.views])
         self.own = self.all_texts(self.train.examples)
         self.trunk = frozen_blocks(model.encoder, recipe.stages)
+
+    def open(self, stage: Stage, number: int) -> dict[str, Any]:
+        """For the stage of this number; returns what is to be told of its teachers' captions, if it has any."""
+        self.number = number
+        self.ids, told = self._open_captions(stage)
+        self.open_photos(stage)
+        seed = (self.recipe.seed, number)
+        self.plan = EpochPlan(len(self.train), stage.batch_size, seed, views=len(self.views))
+        self.curriculum = self._curriculum(stage)
+        return told
+
+    def captions(self, places: np.ndarray, views: np.ndarray, step: int) -> torch.Tensor:
+        """What the photos at `places`, each in its view of `views`, are learnt with in a step: int64 [N, C, T]."""
+        shown = np.where(self.mirrored[views][:, None, None], self.ids[-1][places], self.ids[0][places])
+        if self.curriculum:
+            shown = self.curriculum.show(shown, step)
+        return torch.from_numpy(self.draw_captions(shown, step))
 
     def all_texts(self, examples: Sequence[Example], most: int = MOST_CAPTIONS) -> list[np.ndarray]:
         """`texts` of the photos as they are and, where they are seen so, mirrored."""
@@ -74,23 +91,22 @@ class Material:
             ids=self.recipe.tokenizer.ids, mirrored=mirrored, sides=self.recipe.augment.sides,
         )  # fmt: skip
 
-    def _open_captions(self, stage: Stage) -> list[np.ndarray]:
-        """What the stage learns to say, as `all_texts` gives it: the photos' own captions, and its teachers'."""
+    def _open_captions(self, stage: Stage) -> tuple[list[np.ndarray], dict[str, Any]]:
+        """What the stage learns to say, as `all_texts` gives it: the photos' own captions, and its teachers'; and what
+        is to be told of those."""
         if not stage.teacher_captions:
-            return self.own
+            return self.own, {}
         device, captioners = self.accelerator.device, self.helpers.captioners
         with self.accelerator.main_process_first():
             more, figures = teacher_captions(self.train, captioners, stage, device=device, progress=self.progress)
         if stage.objective != "distill":  # else they may be asked at once what they say word by word
             for teacher in captioners:
                 teacher.forget()
-        self.state["teacher_captions"][str(self.state["stage"])] = {"stage": stage.name, **figures}
-        self.log.line(f"stage {stage.name}: {figures_line(figures)}")
         pairs = zip(self.train.examples, more, strict=True)
         both = [Example(example.id, (*example.captions[:MOST_CAPTIONS], *texts)) for example, texts in pairs]
-        return self.all_texts(both, MOST_CAPTIONS + max(map(len, more)))
+        return self.all_texts(both, MOST_CAPTIONS + max(map(len, more))), figures
 
-    def _open_data(self, stage: Stage) -> None:
+    def open_photos(self, stage: Stage) -> None:
         """What of the photos can be computed once: the whole encoder where it is frozen, or its lower blocks that no
         stage trains, else the pixels. The first process fills the cache, the rest wait."""
         encoder, kind = self.model.encoder.eval(), self.recipe.encoder.kind
@@ -136,12 +152,12 @@ class Material:
         key, extractor = encoder_digest(seer, teacher.encoder), FeatureExtractor(seer, seer)
         return [photos.seen(extractor, key, view=view, progress=self.progress) for view in self.views]
 
-    def _draw_captions(self, ids: np.ndarray, step: int) -> np.ndarray:
+    def draw_captions(self, ids: np.ndarray, step: int) -> np.ndarray:
         """[N, all, T] → [N, C, T]: as many captions of each photo as the recipe says, others in another step."""
         wanted, empty = self.recipe.data.captions_per_photo, ids[:, :, 0] < 0
         if ids.shape[1] <= wanted and (empty[:, :-1] <= empty[:, 1:]).all():  # a photo's captions come first
             return ids
-        order = np.random.default_rng([self.recipe.seed, self.state["stage"], step]).random(ids.shape[:2])
+        order = np.random.default_rng([self.recipe.seed, self.number, step]).random(ids.shape[:2])
         order[empty] = 2.0  # empty rows last
         return np.take_along_axis(ids, order.argsort(1)[:, :wanted, None], 1)
 
@@ -152,7 +168,9 @@ class Material:
         steps = stage.curriculum * self.plan.batches
         return Curriculum(self.ids[0], steps, eos=special["eos"], unk=special["unk"])
 
-    def _batch(self, ids: torch.Tensor, places: np.ndarray, views: np.ndarray) -> Batch:
+    def batch(self, ids: torch.Tensor, places: np.ndarray, views: np.ndarray) -> Batch:
+        """The photos at `places`, each in its view of `views`, with the `captions` drawn for them."""
+
         def seen(rows: list[np.ndarray]) -> torch.Tensor:
             tensor = torch.from_numpy(np.stack([rows[view][place] for view, place in zip(views, places, strict=True)]))
             return tensor.float() if tensor.is_floating_point() else tensor
