@@ -175,7 +175,7 @@ class WordTeacher(Teacher):
         def look() -> Callable[[slice], np.ndarray]:
             """What its encoder gives of a part of the photos: float16 [n, L, dim]."""
             encoder = self.model.get(device).encoder
-            known = photos.known(encoder_digest(encoder, self.encoder), view=view)
+            known = photos.known(encoder_digest(encoder, self.encoder), view=view, device=device)
             if known is not None:  # another captioner with this encoder has looked already
                 return lambda part: np.array(known[part])
             extractor = FeatureExtractor(encoder, encoder)
