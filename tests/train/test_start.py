@@ -69,7 +69,11 @@ def test_refusals_are_one_line(tmp_path: Path) -> None:
         (tiny_recipe(ONE), {"teachers": [first]}, "no stage learns from it"),
         (tiny_recipe(ONE), {"init": tmp_path / "none"}, "is not a checkpoint"),
         (tiny_recipe(ONE, image_size=96), {"init": first}, "sees photos of 64 px"),
-        (tiny_recipe({**ONE, "objective": "distill", "match": 1.0}), {"teachers": [first, first]}, "match is of one"),
+        (
+            tiny_recipe({**ONE, "objective": "distill", "match": 1.0, "encoder_lr": 1e-3}),
+            {"teachers": [first, first]},
+            "match is of one",
+        ),
     ):
         with pytest.raises(UsageError, match=match) as caught:
             train(recipe, tmp_path / "out", **options)
