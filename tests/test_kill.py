@@ -140,7 +140,8 @@ def rows_done(folder: Path) -> int:
 def test_a_killed_cache_goes_on_and_holds_every_row(shell: Shell, tmp_path: Path) -> None:
     scenes = "scenes:train=640,val=16,test=16,size=64"
     recipe = tiny_recipe({"epochs": 1, "batch_size": 64}, spec=scenes, flip=True).to_toml()
-    small = {"edgecap.train.data.cache.FLUSH": 16}
+    # Without the faster engine, which every life would load anew: tests/train/test_augment.py kills a run with it.
+    small = {"edgecap.train.data.cache.FLUSH": 16, "edgecap.train.data.batches.MANY": 10**6}
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "tiny.toml").write_text(recipe)
