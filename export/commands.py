@@ -139,7 +139,7 @@ def export(
 @click.option("--data", metavar="SPEC", help="Photos and captions to judge by; default: what it was trained on.")
 @click.option("--skip-bad", is_flag=True, help="Leave bad examples out; always so where the recipe did.")
 @click.option(
-    "--calibration", type=click.IntRange(1), default=128, show_default=True, help="Training photos to judge by."
+    "--calibration", type=click.IntRange(1), default=512, show_default=True, help="Training photos to judge by."
 )
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Its folder; default: under CHECKPOINT/pruned.")
 @click.option("--unfinished-ok", is_flag=True, help="Take a run whose training has not finished.")

@@ -179,7 +179,7 @@ def prune(
     *,
     data: str | None = None,
     skip_bad: bool = False,
-    calibration: int = 128,
+    calibration: int = PRUNING_PHOTOS,
     unfinished_ok: bool = False,
     progress: Progress = lambda phase, done, total: None,
     say: Callable[[str], None] = lambda line: None,
@@ -191,7 +191,7 @@ def prune(
     whole = require_captioner(load_checkpoint(run, unfinished_ok=unfinished_ok))
     learnt = whole.recipe.data
     dataset = open_dataset(data or learnt.spec, skip_bad=skip_bad or learnt.skip_bad)
-    looked_at = _calibration(whole, dataset, max(calibration, PRUNING_PHOTOS), progress)
+    looked_at = _calibration(whole, dataset, calibration, progress)
     return make_smaller(whole, smaller, dataset, looked_at, progress, say, skip_bad=skip_bad)
 
 

@@ -90,7 +90,7 @@ def recipe_from_dict(tree: dict[str, Any], *, where: str = "recipe", overrides: 
             raise UsageError(f"{where}: stages.{i}.objective = {stage.objective} is not for task = {recipe.task}")
         if stage.objective == "guided" and not (stage.alignment or stage.contrast or stage.diversity):
             raise UsageError(f"{where}: stages.{i}: guided needs alignment, contrast or diversity of a weight above 0")
-        if stage.teacher_captions and stage.objective not in ("xe", "distill", "guided"):
+        if stage.teacher_captions and stage.objective in NO_WORDS:
             raise UsageError(f"{where}: stages.{i}.teacher_captions: objective = {stage.objective} learns no captions")
         if stage.teacher_captions > stage.teacher_beam:
             raise UsageError(

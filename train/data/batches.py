@@ -141,7 +141,7 @@ class Photos:
     def seen(self, extractor: FeatureExtractor, key: str, *, view: View = PLAIN, progress: Progress) -> np.ndarray:
         """What a frozen encoder, or its frozen lower blocks, gives of the photos: float16 [N, ...], memory-mapped.
 
-        key: names the extractor, with their weights, for the cache. The engine is chosen once for all photos of the
+        key: names the extractor, with its weights, for the cache. The engine is chosen once for all photos of the
         split, by the first of them as they are, so that a resumed run sees them as it began to.
         """
         report = lambda done: progress(f"features of {self.split}{view}", done, len(self))  # noqa: E731

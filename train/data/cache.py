@@ -10,8 +10,9 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +47,20 @@ def cached_rows(
 
     `report` is told how many rows are done. Raises EdgecapError when the disk is too small or cannot be written.
     """
+    with writing() as folder:
+        return _cached_rows(folder, key, total, shape, dtype, compute, report)
+
+
+@contextmanager
+def writing() -> Iterator[Path]:
+    """The cache's folder; inside the block EdgecapError where it cannot be written."""
+    folder = cache_folder()
     try:
-        return _cached_rows(cache_folder(), key, total, shape, dtype, compute, report)
+        yield folder
     except OSError as error:
         why = error.strerror or error
         raise EdgecapError(
-            f"the cache in {cache_folder()} cannot be written ({why}): set EDGECAP_CACHE to another folder"
+            f"the cache in {folder} cannot be written ({why}): set EDGECAP_CACHE to another folder"
         ) from error
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import TypeAlias
@@ -70,7 +69,6 @@ def quick(look: Look, owner: nn.Module, pixels: Tensor) -> Look:
 
 
 def _engine(module: nn.Module, pixels: Tensor) -> Look:
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     import onnxruntime
 
     with quiet():

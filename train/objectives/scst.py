@@ -30,8 +30,8 @@ class SelfCritical(Objective):
     photo's other samples (Luo 2020, arXiv:2003.09971). With `bleu` = b the reward is CIDEr-D + b · 10 · BLEU-4 of the
     sentence: both from 0 to 10. A mirrored photo's captions are rewarded with their sides swapped back.
 
-    Document frequencies are counted once, when the stage begins: 5 s of one core for 30,000 captions, most of it spent
-    on tokens that other objectives need, too. So they are not kept on the disk.
+    Document frequencies are counted once, when the stage begins: seconds for 30,000 captions, too little to be kept on
+    the disk.
     """
 
     def __init__(

@@ -112,13 +112,13 @@ class HubCaptionTeacher(Teacher):
         super().__init__(source, weights_sha256(source, "teacher"), model)
         self.tokenizer = load_tokenizer(source)
         with reading(source, "teacher") as there:
-            self.look = transformers.AutoImageProcessor.from_pretrained(there, backend="pil")
+            self.processor = transformers.AutoImageProcessor.from_pretrained(there, backend="pil")
         self.settings = {
             "weights": self.sha256,
             "config": read_json(source, "config.json", "teacher"),
             "generation": read_json(source, "generation_config.json", "teacher"),
             "max_tokens": MAX_TOKENS,
-            "preprocess": self.look.to_dict(),
+            "preprocess": self.processor.to_dict(),
             "tokenizer": self.tokenizer.backend_tokenizer.to_str(),
         }
 
@@ -126,7 +126,7 @@ class HubCaptionTeacher(Teacher):
     def captions(self, examples: Sequence[Example], beam: int, device: torch.device = CPU) -> list[Hypotheses]:
         """See CaptionTeacher.captions."""
         model, words = self.model.get(device), self.tokenizer
-        photos = self.look(images=[example.load() for example in examples], return_tensors="pt")["pixel_values"]
+        photos = self.processor(images=[example.load() for example in examples], return_tensors="pt")["pixel_values"]
         out = model.generate(
             pixel_values=photos.to(device),
             num_beams=beam,

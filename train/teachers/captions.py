@@ -14,11 +14,9 @@ import numpy as np
 import torch
 
 from ...benchmarks.datasets import Example
-from ...benchmarks.datasets.streamed import cache_folder
 from ...benchmarks.metrics import CiderD
-from ...runtime.errors import EdgecapError
 from ..data.batches import Photos, Progress
-from ..data.cache import CHUNK, cache_key
+from ..data.cache import CHUNK, cache_key, writing
 from ..settings import Stage
 from ..tokenizer import caption_text
 from .base import place
@@ -69,14 +67,8 @@ def generate(
     Raises EdgecapError where the cache cannot be written.
     """
     key = cache_key(kind="captions", teacher=teacher.settings, beam=beam, photos=photos.content)
-    file = cache_folder() / f"{key}.jsonl"
-    try:
-        return _generate(file, teacher, photos, beam, device, progress)
-    except OSError as error:
-        why = error.strerror or error
-        raise EdgecapError(
-            f"the cache in {file.parent} cannot be written ({why}): set EDGECAP_CACHE to another folder"
-        ) from error
+    with writing() as folder:
+        return _generate(folder / f"{key}.jsonl", teacher, photos, beam, device, progress)
 
 
 def _generate(
