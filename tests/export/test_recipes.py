@@ -43,6 +43,8 @@ GRID = {"bridge": {"dim": 16}}
 SMALL: dict[str, dict[str, dict[str, Any]]] = {
     "mobilenetv2-gru-small": {**GRID, "encoder": {"config": MOBILENET}, "decoder": RECURRENT},
     "mobilenetv2-gru": {**GRID, "encoder": {"config": MOBILENET}, "decoder": RECURRENT},
+    "mobilenetv2-gru-slim": {**GRID, "encoder": {"config": MOBILENET}, "decoder": RECURRENT},
+    "mobilenetv2-gru-tuned": {**GRID, "encoder": {"config": MOBILENET}, "decoder": RECURRENT},
     "mobilenetv2-transformer": {**GRID, "encoder": {"config": MOBILENET}, "decoder": TRANSFORMER},
     "mobilenetv2-gpt2-small": {
         "encoder": {"config": MOBILENET},
