@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 from itertools import repeat
 from pathlib import Path
@@ -183,7 +184,7 @@ def test_learns_with_both_encoders_untouched_and_resumes_bit_by_bit(
     first, metrics = train(recipe, tmp_path / "first")
     history = metrics["history"]
     assert metrics["finished"] and metrics["metric"] == "recall" and metrics["kind"] == "retrieval"
-    assert history[2]["loss"] < 0.7 * history[0]["loss"]
+    assert history[2]["loss"] < 0.75 * math.log(12)  # which is chance's; six seeds came to 0.36 to 0.58 of it
     assert set(metrics["parameters"]) == {"encoder", "bridge", "text", "head"}
     assert (first / "chart.png").is_file()
 
