@@ -98,21 +98,22 @@ def open_captions(recipe: Recipe, captions: Iterable[str]) -> tuple[Tokenizer, R
 # --- prompts --------------------------------------------------------------------------------------------------------
 
 
-def chat_text(tokenizer: Any, chat: str, source: str) -> str:
+def chat_text(tokenizer: Any, chat: str, source: str, system: str = "") -> str:
     """What a dialogue with the photo and the user's words is, up to where the answer begins, by the chat template of a
-    transformers tokenizer; the photo at IMAGE."""
+    transformers tokenizer; the photo at IMAGE. system: what is said before the dialogue."""
     template = tokenizer.chat_template
     if not template:
         raise UsageError(f"recipe [prompt]: the tokenizer of {source} has no chat template; write prompt.text instead")
     before, _, after = _with_image(chat).partition(IMAGE)
     content: Any = f"{before}{IMAGE}{after}"
+    rules: Any = system
     if "image" in str(template):  # a model for photos; others take texts alone
         texts = [{"type": "text", "text": part} for part in (before, after)]
         content = [part for part in (texts[0], {"type": "image"}, texts[1]) if part.get("text", True)]
+        rules = [{"type": "text", "text": system}]
+    messages = [{"role": "system", "content": rules}] * bool(system) + [{"role": "user", "content": content}]
     try:
-        said = tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-        )
+        said = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # a template is a program of its author's
         raise UsageError(f"recipe [prompt]: the chat template of {source} fails: {error}") from error
     return said.replace("<image>", IMAGE)

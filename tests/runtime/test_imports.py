@@ -28,7 +28,7 @@ def test_importing_the_room_imports_no_engine():
 
 def test_importing_all_of_it():
     names = "captioner, bundle, decode, preprocess, tokenizer, sources, verify, describe, backends"
-    modules = loaded(f"from edgecap.runtime import {names}")
+    modules = loaded(f"from edgecap.runtime import {names}, frames, positions, prompt")
     assert "numpy" in modules and not modules & HEAVY
 
 
