@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .graph import PassResult, save
+from .kv_cache import share_cache
 from .trunk import OPSET_ATTENTION, OnnxPair, to_onnx
 
 if TYPE_CHECKING:
@@ -80,13 +81,14 @@ def size_of(file: bytes | Path) -> int:
 
 
 def onnx_artifact(pair: OnnxPair) -> Artifact:
-    """The graphs of a pair as they are, for ONNX Runtime."""
+    """The graphs of a pair, for ONNX Runtime: as they are, but for a KV cache, which is written in place."""
+    session, done = share_cache(pair.decoder, pair.session)
     models = {"encoder": pair.encoder, "decoder": pair.decoder}
     opset = max(entry.version for model in models.values() for entry in model.opset_import if not entry.domain)
     return Artifact(
         files={f"{name}.onnx": save(model) for name, model in models.items()},
         graphs=pair.graphs(),
-        session=pair.session,
+        session=session,
         requires={"onnxruntime": MIN_ENGINE.get(opset, MIN_ENGINE[OPSET_ATTENTION])},
-        passes=pair.passes,
+        passes=[*pair.passes, *(result.on("decoder") for result in done)],
     )

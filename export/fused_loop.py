@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import helper
+from onnx import TensorProto, helper
 
 from ..runtime.decode import DecodeOptions
 from .fused_build import BOOL, DOUBLE, FLOAT, INT64, Scope, inline, value
@@ -143,6 +143,12 @@ def _add_decoder(
         if rows is not None:
             empty = around("Expand", empty, around("Concat", rows, constant([1, 1]), axis=0))
         empties.append((empty, kinds[name]))
+    if "cache" in roles:  # positions filled behind this step: those of the past, which grows here, and what it reads
+        read = [roles["ids"]["input"], *([roles["prefix"]["input"]] if "prefix" in roles else [])]
+        filled = scope("Shape", given[roles["kv"][0]["input"]], start=2, end=3)
+        for name in read:
+            filled = scope("Add", filled, scope("Shape", given[name], start=1, end=2))
+        given[roles["cache"]["filled"]] = scope("Cast", scope("Squeeze", filled), to=TensorProto.INT32)
     outputs = inline(decoder.model, given, scope, f"{body.name}/decoder/", weights="decoder/", fixed=fixed)
     logits = outputs[roles["logits"]]
     if {each.name: each for each in decoder.model.graph.output}[roles["logits"]].type.tensor_type.elem_type != FLOAT:

@@ -83,6 +83,11 @@ class Graph:
         _set_nodes(self.graph, nodes)
         self.refresh()
 
+    def set_nodes(self, nodes: Iterable[onnx.NodeProto]) -> None:
+        """Make these its nodes, in this order."""
+        _set_nodes(self.graph, list(nodes))
+        self.refresh()
+
     def prune(self) -> int:
         """Drop nodes and initializers that no output needs; returns how many."""
         needed, stack = set(), list(self.outputs)

@@ -240,6 +240,8 @@ _SESSION = _object(
         "state": _list(_object({"input": _text, "output": _text, "init": _text})),
         "prefix": _object({"input": _text, "from": _text, "dim": _SIZE}),
         "kv": _list(_object({"input": _text, "output": _text, "heads": _SIZE, "dim": _SIZE})),
+        "positions": _SIZE,
+        "cache": _object({"filled": _text}),
     },
 )
 _MANIFEST = _object(
@@ -370,6 +372,24 @@ def _check_session(manifest: dict[str, Any]) -> None:
                 raise _Bad(f"session names {name}, which is not among graphs.{graph}.outputs")
     if session.get("photo") and "photo_index" not in session:
         raise _Bad("session.photo needs session.photo_index, the input that says which photo a row belongs to")
+    if "cache" in session:
+        _check_cache(session, decoder)
+
+
+def _check_cache(session: dict[str, Any], decoder: dict[str, Any]) -> None:
+    """What a cache that is written in place needs: keys and values of one shape, and that sizes are known."""
+    kv = session.get("kv", [])
+    if not kv or "positions" not in session or session["ids"]["rank"] != 2 or session.get("state"):
+        raise _Bad("session.cache needs kv, positions and ids of rank 2, and no state")
+    if not isinstance(decoder["outputs"][session["logits"]]["shape"][-1], int):
+        raise _Bad(f"session.cache needs the size of the vocabulary in graphs.decoder.outputs.{session['logits']}")
+    size, dtype = (kv[0]["heads"], kv[0]["dim"]), decoder["inputs"][kv[0]["input"]]["dtype"]
+    for entry in kv:
+        for role in ("input", "output"):
+            tensor = decoder[f"{role}s"][entry[role]]
+            shape = tensor["shape"]
+            if len(shape) != 4 or (shape[1], shape[3]) != size or tensor["dtype"] != dtype:
+                raise _Bad(f"session.kv and graphs.decoder.{role}s disagree about {entry[role]}")
 
 
 def decoder_inputs(session: dict[str, Any]) -> list[str]:
@@ -377,6 +397,7 @@ def decoder_inputs(session: dict[str, Any]) -> list[str]:
     names = [session["ids"]["input"], *session.get("photo", {})]
     names += [entry["input"] for entry in [*session.get("state", []), *session.get("kv", [])]]
     names += [session[key] for key in ("photo_index", "beam_idx") if key in session]
+    names += [session["cache"]["filled"]] if "cache" in session else []
     return names + ([session["prefix"]["input"]] if "prefix" in session else [])
 
 

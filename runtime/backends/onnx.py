@@ -11,6 +11,7 @@ from ..errors import BundleError, EdgecapError, UsageError
 
 if TYPE_CHECKING:
     from ..bundle import Bundle
+    from ..kv_cache import SavedKV
     from ..session import Ids, Logits, Pixels
 
 
@@ -32,6 +33,7 @@ class OnnxModel:
         if "prefix" in self.roles:
             sources.append(self.roles["prefix"]["from"])
         self.encoder_outputs = list(dict.fromkeys(sources))
+        self.openings: dict[tuple[int, ...], SavedKV] = {}  # fixed texts → what one row holds behind them
         self.decoder_outputs = [self.roles["logits"], *(entry["output"] for entry in self.carried)]
 
     @classmethod
@@ -44,7 +46,11 @@ class OnnxModel:
         )
 
     def session(self) -> OnnxSession:
-        return OnnxSession(self)
+        if "cache" not in self.roles:
+            return OnnxSession(self)
+        from .onnx_cache import CachedSession
+
+        return CachedSession(self)
 
     def encode(self, pixels: Pixels) -> dict[str, np.ndarray]:
         """Photos uint8 [N, H, W, 3] → the encoder outputs that the roles use."""
@@ -80,24 +86,29 @@ class OnnxSession:
     def prefill(self, prompt_ids: Ids | None = None) -> Logits:
         """The second half of `start`: feed BOS and the prompt to the decoder; logits [N, vocab]."""
         model, roles = self.model, self.model.roles
-        encoded, photos = self._encoded, self._count
-        self._encoded = {}
-        self._fixed = {name: encoded[source] for name, source in model.photo.items()}
-        self._rows = {state["input"]: encoded[state["init"]] for state in roles.get("state", [])}
+        prefix, ids = self._first(prompt_ids)
         for kv in roles.get("kv", []):
-            self._rows[kv["input"]] = np.zeros((photos, kv["heads"], 0, kv["dim"]), model.dtypes[kv["input"]])
-        if "photo_index" in roles:
-            self._rows[roles["photo_index"]] = np.arange(photos)
-
-        first = np.concatenate([[model.bos], np.asarray(prompt_ids if prompt_ids is not None else [], np.int64)])
-        ids = np.tile(first.astype(np.int64), (photos, 1))  # [photos, 1 + prompt]
-        prefix = encoded[roles["prefix"]["from"]] if "prefix" in roles else None
+            self._rows[kv["input"]] = np.zeros((len(ids), kv["heads"], 0, kv["dim"]), model.dtypes[kv["input"]])
         if roles["ids"]["rank"] == 2:
             return self._run(ids, prefix)
         for column in ids.T:
             logits = self._run(np.ascontiguousarray(column), prefix)
             prefix = None
         return logits
+
+    def _first(self, prompt_ids: Ids | None) -> tuple[np.ndarray | None, Ids]:
+        """What was encoded, to where the decoder's inputs are kept: the prefix, if any, and BOS and prompt of each
+        photo [photos, 1 + prompt]."""
+        model, roles = self.model, self.model.roles
+        encoded, photos = self._encoded, self._count
+        self._encoded = {}
+        self._fixed = {name: encoded[source] for name, source in model.photo.items()}
+        self._rows = {state["input"]: encoded[state["init"]] for state in roles.get("state", [])}
+        if "photo_index" in roles:
+            self._rows[roles["photo_index"]] = np.arange(photos)
+        first = np.concatenate([[model.bos], np.asarray(prompt_ids if prompt_ids is not None else [], np.int64)])
+        prefix = encoded[roles["prefix"]["from"]] if "prefix" in roles else None
+        return prefix, np.tile(first.astype(np.int64), (photos, 1))
 
     def step(self, ids: Ids, parents: Ids) -> Logits:
         """See `Session.step`."""
@@ -125,8 +136,13 @@ def run_graph(graph: ort.InferenceSession, outputs: list[str], feed: dict[str, n
     try:
         return graph.run(outputs, feed)
     except Exception as error:  # onnxruntime's exceptions share no base class
-        reason = " ".join(str(error).split())[:300]
-        raise EdgecapError(f"ONNX Runtime {ort.__version__} failed in the bundle's graph: {reason}") from None
+        raise failed(error) from None
+
+
+def failed(error: Exception) -> EdgecapError:
+    """What to raise for an exception of the engine in a run."""
+    reason = " ".join(str(error).split())[:300]
+    return EdgecapError(f"ONNX Runtime {ort.__version__} failed in the bundle's graph: {reason}")
 
 
 def session_options(threads: int | None) -> ort.SessionOptions:

@@ -286,6 +286,7 @@ class LanguageModelDecoder(nn.Module):
             "ids": {"input": "ids", "rank": 2},
             "logits": "logits",
             "prefix": {"input": "prefix", "from": "prefix", "dim": self.dim},
+            "positions": self.max_positions,
             "kv": [
                 {
                     "input": f"past_{part}_{i}",

@@ -193,6 +193,7 @@ class TransformerDecoder(nn.Module):
             "logits": "logits",
             "photo_index": "photo",
             "photo": {name: name for name in self.photo_outputs},
+            "positions": self.max_positions,
             "kv": [{"input": f"past_{place}", "output": f"present_{place}", **sizes} for place in places],
         }
 
