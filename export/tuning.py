@@ -22,6 +22,7 @@ from ..runtime.backends.onnx import OnnxModel
 from ..runtime.errors import UsageError
 from .artifact import BuildOptions
 from .calibration import engine
+from .kv_cache import share_cache
 from .onnx_quantized import PARTS, quantize
 
 if TYPE_CHECKING:
@@ -182,6 +183,7 @@ def _models(source: Source, progress: Callable[[str, int, int], None]) -> dict[s
             model = getattr(pair, part)
             quantize(source, part, model, precision)
             models[part][precision] = model
+        share_cache(pair.decoder, pair.session)  # as it is shipped
     progress("build graphs", len(PRECISIONS), len(PRECISIONS))
     return models
 
@@ -194,7 +196,8 @@ def _time(
     The least, not the median: graphs that run the same kernels must come out alike on a CPU that does other work, too.
     """
     pair, calibration = source.trunk(), source.calibration
-    manifest = {"session": pair.session, "tokens": calibration.tokens, "graphs": pair.graphs()}
+    roles, _ = share_cache(pair.decoder, pair.session)
+    manifest = {"session": roles, "tokens": calibration.tokens, "graphs": pair.graphs()}
     encoder = engine(models["encoder"]["fp32"])
     pixels = np.ascontiguousarray(calibration.pixels[:1])
     tokens = (list(calibration.captions[0]) * TOKENS)[:TOKENS] or [calibration.tokens["eos"]] * TOKENS

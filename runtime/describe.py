@@ -29,7 +29,8 @@ def print_description(bundle: Bundle, console: Console) -> None:
     manifest = bundle.manifest
     preprocess, tokens, golden = manifest["preprocess"], manifest["tokens"], manifest["golden"]
     decoder = manifest.get("session", {})
-    state = "KV cache" if "kv" in decoder else "recurrent state" if "state" in decoder else "none"
+    cache = "KV cache, in place" if "cache" in decoder else "KV cache"
+    state = cache if "kv" in decoder else "recurrent state" if "state" in decoder else "none"
     height, width = preprocess["size"]
     head = Table.grid(padding=(0, 2))
     for name, value in {

@@ -388,7 +388,8 @@ def _check_cache(session: dict[str, Any], decoder: dict[str, Any]) -> None:
         for role in ("input", "output"):
             tensor = decoder[f"{role}s"][entry[role]]
             shape = tensor["shape"]
-            if len(shape) != 4 or (shape[1], shape[3]) != size or tensor["dtype"] != dtype:
+            said = (entry["heads"], entry["dim"])
+            if len(shape) != 4 or (shape[1], shape[3]) != size or said != size or tensor["dtype"] != dtype:
                 raise _Bad(f"session.kv and graphs.decoder.{role}s disagree about {entry[role]}")
 
 
