@@ -173,8 +173,9 @@ def _length(graph: Graph, shape: str) -> int | None:
 def _projection(graph: Graph, heads: str) -> tuple[str, list[NodeProto]]:
     """[rows, heads, length, size] → the name of the [rows, length, heads · size] it was cut from, and what makes it."""
     turn = graph.producer.get(heads)
-    view = graph.producer.get(turn.input[0]) if turn is not None and turn.op_type == "Transpose" else None
-    if view is None or view.op_type != "Reshape" or attribute(turn, "perm") != [0, 2, 1, 3]:
+    turned = turn is not None and turn.op_type == "Transpose" and attribute(turn, "perm") == [0, 2, 1, 3]
+    view = graph.producer.get(turn.input[0]) if turn is not None and turned else None
+    if view is None or view.op_type != "Reshape":
         raise _unknown(f"{heads} was not cut into heads from a projection")
     if _rank(graph, view.input[0]) == 3:
         return view.input[0], []

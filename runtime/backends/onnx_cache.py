@@ -41,6 +41,9 @@ class CachedSession(OnnxSession):
     def open(self, ids: Ids, rows: int) -> None:
         """Begin with `rows` rows that have read the fixed text `ids` [length], which a process computes once."""
         key = tuple(np.asarray(ids).tolist())
+        if not key:
+            self.begin(rows)
+            return
         saved = self.model.openings.get(key)
         if saved is None:
             self.begin(1)

@@ -335,9 +335,11 @@ def test_a_prompt_read_in_pieces_is_the_prompt(case: Any) -> None:
     again.open(text, 1)
     again.read(after[:1], seen[:1])
     np.testing.assert_allclose(again.step(tail[0], np.array([0])), wanted.numpy()[:1], atol=2e-5, rtol=1e-4)
-    again.begin(2)  # both texts and the photo from nothing, as one batch
-    first = again.read(np.tile(text, (2, 1)))
-    np.testing.assert_allclose(first[0], first[1], atol=1e-6)
+    for empty in (lambda: again.begin(2), lambda: again.open(text[:0], 2)):  # nothing read yet: as one batch
+        empty()
+        first = again.read(np.tile(text, (2, 1)))
+        np.testing.assert_allclose(first[0], first[1], atol=1e-6)
+    assert list(case.shared.openings) == [tuple(text)]
 
 
 # --- with the other passes --------------------------------------------------------------------------
