@@ -91,9 +91,8 @@ def _unknown(what: str) -> EdgecapError:
 
 def _layers(graph: Graph, entries: list[dict[str, Any]]) -> list[_Layer]:
     """The attentions that read the cache, in the order of the roles."""
-    found: dict[
-        str, dict[int, tuple[dict[str, Any], str, int]]
-    ] = {}  # attention → its input → entry, what is new, groups
+    # An attention's output → which of its inputs is read → the role's entry, what is new, how often heads are repeated.
+    found: dict[str, dict[int, tuple[dict[str, Any], str, int]]] = {}
     for entry in entries:
         concat = graph.producer.get(entry["output"])
         if concat is None or concat.op_type != "Concat" or concat.input[0] != entry["input"] or len(concat.input) != 2:
