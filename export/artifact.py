@@ -38,13 +38,15 @@ class BuildOptions:
 class Source:
     """A loaded checkpoint, its calibration data, and the fp32 ONNX graphs, traced when first asked for.
 
-    scratch: an empty folder for the build's temporary files.
+    scratch: an empty folder for the build's temporary files. frames: the manifest's "frames" of a captioner whose
+    photos the runtime cuts, None where the graph takes them whole.
     """
 
     checkpoint: Checkpoint
     calibration: Calibration
     scratch: Path
     options: BuildOptions = field(default_factory=BuildOptions)
+    frames: dict[str, Any] | None = None
     progress: Callable[[str, int, int], None] = lambda phase, done, total: None
     _trunk: OnnxPair | None = None
     statistics: dict[str, Any] = field(default_factory=dict)  # of the fp32 graphs: see onnx_quantized
@@ -53,7 +55,11 @@ class Source:
         """The fp32 graphs; a fresh copy each time, to be changed at will. Raises EdgecapError if torch cannot trace."""
         if self._trunk is None:
             self.progress("graphs", 0, 2)
-            self._trunk = to_onnx(self.checkpoint.model, report=lambda done: self.progress("graphs", done, 2))
+            self._trunk = to_onnx(
+                self.checkpoint.model,
+                framed=self.frames is not None,
+                report=lambda done: self.progress("graphs", done, 2),
+            )
         return self._trunk.copy()
 
 

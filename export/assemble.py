@@ -25,8 +25,12 @@ def assemble(
     artifact: Artifact,
     golden: Golden,
     before: list[PassResult],
+    frames: dict[str, Any] | None = None,
 ) -> tuple[dict[str, Any], dict[str, bytes | Path]]:
-    """The manifest (without "files" and "measured") and files of a bundle. before: passes of the checkpoint itself."""
+    """The manifest (without "files" and "measured") and files of a bundle.
+
+    before: passes of the checkpoint itself. frames: as of the Source.
+    """
     recipe = loaded.recipe.to_dict()
     # What a user's folders are called is nobody's business on another machine.
     recipe["data"]["spec"] = public_spec(recipe["data"]["spec"])
@@ -51,6 +55,7 @@ def assemble(
         "decoding": recipe["decoding"],
         "graphs": artifact.graphs,
         **({} if artifact.session is None else {"session": artifact.session}),
+        **({} if frames is None else {"frames": frames}),
         **artifact.more,
         "golden": {
             "image": IMAGE,

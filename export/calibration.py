@@ -9,38 +9,49 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx
 import onnxruntime as ort
+from PIL import Image
 
 from ..runtime.backends.onnx import OnnxModel
+from ..runtime.framed import FramedModel, read_frames
 from .statistics import Feeds
 from .trunk import OnnxPair
 
 if TYPE_CHECKING:
-    from ..runtime.session import Session
+    from ..runtime.session import Model, Session
 
 BATCH = 8
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """pixels uint8 [N, H, W, 3]; captions: token ids of one caption of each photo, without BOS and EOS."""
+    """pixels uint8 [N, H, W, 3]; captions: token ids of one caption of each photo, without BOS and EOS.
+
+    frames: as of the Source.
+    """
 
     pixels: np.ndarray
     captions: Sequence[Sequence[int]]
     tokens: dict[str, int]
     progress: Callable[[str, int, int], None] = lambda phase, done, total: None
+    frames: dict[str, Any] | None = None
 
     def reporter(self, name: str, total: int) -> Callable[[int], None]:
         return lambda done: self.progress(f"calibrate {name}", done, total)
 
     def encoder_feeds(self) -> list[Feeds]:
-        """One photo a run."""
-        return [{"pixels": self.pixels[i : i + 1]} for i in range(len(self.pixels))]
+        """One photo a run, or all of its frames."""
+        if self.frames is None:
+            return [{"pixels": self.pixels[i : i + 1]} for i in range(len(self.pixels))]
+        framing, _ = read_frames(self.frames)
+        return [{"pixels": framing(Image.fromarray(photo)).pixels} for photo in self.pixels]
 
     def decoder_feeds(self, pair: OnnxPair) -> list[Feeds]:
         """The decoder's inputs while it is fed the photos' own captions, several photos a run."""
         manifest = {"session": pair.session, "tokens": self.tokens, "graphs": pair.graphs()}
         recorder = _Recorder(pair.decoder)
-        model = OnnxModel(manifest, engine(pair.encoder), recorder)  # type: ignore[arg-type]
+        model: Model = OnnxModel(manifest, engine(pair.encoder), recorder)  # type: ignore[arg-type]
+        if self.frames is not None:
+            model = FramedModel.of(model, self.frames)  # type: ignore[arg-type]
         for start in range(0, len(self.pixels), BATCH):
             teacher_force(model.session(), self.pixels[start : start + BATCH], self.captions[start : start + BATCH])
         return recorder.feeds

@@ -20,6 +20,7 @@ from ..train.checkpoint import Checkpoint, load_checkpoint, require_captioner
 from ..train.data.cache import load_pixels
 from ..train.lora import refuse_adapter
 from ..train.run import RUNS, latest_run
+from ..train.smolvlm import frames_of
 from ..train.tokenizer import caption_text
 from .artifact import Artifact, BuildOptions, Source, size_of
 from .assemble import assemble, public_spec
@@ -128,10 +129,11 @@ def export(
         looked_at = _calibration(whole, dataset, max(calibration, PRUNING_PHOTOS), progress)
         loaded = make_smaller(whole, smaller, dataset, looked_at, progress, say, skip_bad=skip_bad)
     before = prune_passes(loaded.metrics)
-    calibrator = _calibration(loaded, dataset, calibration if chosen.calibrated else 1, progress)
+    frames = frames_of(loaded) if chosen.frames and not options.fused else None
+    calibrator = _calibration(loaded, dataset, calibration if chosen.calibrated else 1, progress, frames)
     with folder_beside(out) as scratch:
         (scratch / "build").mkdir()
-        source = Source(loaded, calibrator, scratch / "build", options, progress)
+        source = Source(loaded, calibrator, scratch / "build", options, frames, progress)
         name = out.name.removesuffix(".edgecap")
         entry = as_tuned(chosen, known.graphs) if known else chosen
         job = Job(source, whole, target, entry, name, photos, max_cider_drop, scratch, progress, before)
@@ -254,10 +256,13 @@ class Job:
         """The fp32 graphs of the whole captioner as a loaded bundle."""
         entry, place = TARGETS[REFERENCE], self.scratch / REFERENCE
         if self.pruned:
-            source, golden = Source(self.whole, self.source.calibration, self.scratch), make_golden(self.whole)
+            calibration, frames = self.source.calibration, frames_of(self.whole) if self.source.frames else None
+            source, golden = Source(self.whole, calibration, self.scratch, frames=frames), make_golden(self.whole)
         else:
             source, golden = replace(self.source, options=BuildOptions()), self.golden
-        write_bundle(place, *assemble(self.whole, (REFERENCE, entry), self.name, entry.build(source), golden, []))
+        label = (REFERENCE, entry)
+        written = assemble(self.whole, label, self.name, entry.build(source), golden, [], source.frames)
+        write_bundle(place, *written)
         return Captioner.load(place, verify="sizes")
 
     def _counting(self, phase: str) -> Callable[[int], None]:
@@ -324,7 +329,8 @@ class Job:
 
     def _assembled(self, artifact: Artifact) -> tuple[dict[str, Any], dict[str, bytes | Path]]:
         target = (self.target, self.chosen)
-        return assemble(self.source.checkpoint, target, self.name, artifact, self.golden, self.before)
+        source = self.source
+        return assemble(source.checkpoint, target, self.name, artifact, self.golden, self.before, source.frames)
 
     def write(self, artifact: Artifact, measured: dict[str, Any], out: Path) -> None:
         manifest, files = self._assembled(artifact)
@@ -368,14 +374,16 @@ def _split(dataset: Dataset, split: str) -> Sequence[Example]:
     return examples
 
 
-def _calibration(loaded: Checkpoint, dataset: Dataset, count: int, progress: Progress) -> Calibration:
+def _calibration(
+    loaded: Checkpoint, dataset: Dataset, count: int, progress: Progress, frames: dict[str, Any] | None = None
+) -> Calibration:
     """Photos of the training split, chosen by a fixed seed, each with its first caption."""
     train = _split(dataset, "train")
     picks = sorted(np.random.default_rng(SEED).permutation(len(train))[:count].tolist())
     examples = [train[index] for index in picks]
     longest = loaded.recipe.tokenizer.max_length
     captions = [loaded.tokenizer.encode(caption_text(example.captions[0]))[:longest] for example in examples]
-    return Calibration(load_pixels(examples, loaded.preprocess), captions, loaded.tokens, progress)
+    return Calibration(load_pixels(examples, loaded.preprocess), captions, loaded.tokens, progress, frames)
 
 
 def _notes(target: str, measured: dict[str, Any]) -> list[str]:

@@ -22,7 +22,8 @@ class Target:
 
     packages: what building it imports, of the extra `extra`. refuses: `module:function`, called with the recipe's
     parts ({"encoder": kind, "bridge": kind, "decoder": kind}) and the BuildOptions: why it cannot be, or None.
-    needs_system: the sys.platform that its engine runs on, "" for any.
+    needs_system: the sys.platform that its engine runs on, "" for any. frames: its backend reads a photo's frames one
+    by one, among the prompt's words.
     """
 
     backend: str
@@ -36,6 +37,10 @@ class Target:
     extra: str = "export"
     refuses: str = ""
     needs_system: str = ""
+
+    @property
+    def frames(self) -> bool:
+        return self.backend in ("onnx",)
 
     @property
     def runs_here(self) -> bool:

@@ -53,9 +53,12 @@ class OnnxPair:
         return {name: _describe(name, getattr(self, name)) for name in ("encoder", "decoder")}
 
 
-def to_onnx(model: CaptionModel, *, report: Callable[[int], None] = lambda done: None) -> OnnxPair:
-    """Trace both graphs of a captioner. `report` is called with 1 and 2 when the first and second are done."""
-    pair = model.graphs()
+def to_onnx(
+    model: CaptionModel, *, framed: bool = False, report: Callable[[int], None] = lambda done: None
+) -> OnnxPair:
+    """Trace both graphs of a captioner. framed: see `CaptionModel.graphs`. `report` is called with 1 and 2 when the
+    first and second are done."""
+    pair = model.graphs(framed=framed)
     attention = bool(pair.session.get("kv"))
     opset = OPSET_ATTENTION if attention else OPSET_PLAIN
     encoder = trace(pair.encoder, pair.encoder_inputs, pair.encoder_outputs, OPSET_PLAIN)

@@ -20,6 +20,17 @@ T = TypeVar("T")
 @click.argument("photos", nargs=-1, required=True, metavar="PHOTO...")
 @click.option("--beam", type=click.IntRange(1, 64), help="Beam size; 1 is greedy.  [default: the bundle's]")
 @click.option("--prompt", help="Text that the caption continues.")
+@click.option("--max-tokens", type=click.IntRange(1, 4096), help="Longest caption.  [default: the bundle's]")
+@click.option(
+    "--deadline-ms",
+    type=click.FloatRange(1),
+    metavar="MS",
+    help="Say the best that is there after so many milliseconds.",
+)
+@click.option(
+    "--image-size", type=click.IntRange(1, 4096), metavar="PX", help="SmolVLM: pixels a side of what it sees."
+)
+@click.option("--tiles/--no-tiles", default=None, help="SmolVLM: look at a photo in tiles, or as a whole only.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per photo, one per line.")
 @click.option("--threads", type=click.IntRange(1, 1024), help="Threads of the engine.  [default: its own choice]")
 def caption(
@@ -27,6 +38,10 @@ def caption(
     photos: tuple[str, ...],
     beam: int | None,
     prompt: str | None,
+    max_tokens: int | None,
+    deadline_ms: float | None,
+    image_size: int | None,
+    tiles: bool | None,
     as_json: bool,
     threads: int | None,
 ) -> None:
@@ -41,6 +56,7 @@ def caption(
       edgecap caption runs/x.edgecap photo.jpg
       edgecap caption runs/x.edgecap photos/ https://example.org/cat.jpg --beam 3 --json
       find / -name '*.jpg' | edgecap caption runs/x.edgecap -
+      edgecap caption smolvlm.edgecap photo.jpg --image-size 256 --deadline-ms 800
     """
     import warnings
 
@@ -53,7 +69,16 @@ def caption(
     failed: list[str] = []
     with Captioner.load(bundle, threads=threads) as captioner:
         sources = find_photos(photos, click.get_binary_stream("stdin"))
-        results = caption_sources(captioner, sources, beam=beam, prompt=prompt)
+        results = caption_sources(
+            captioner,
+            sources,
+            beam=beam,
+            prompt=prompt,
+            max_length=max_tokens,
+            deadline_ms=deadline_ms,
+            image_size=image_size,
+            tiles=tiles,
+        )
         for source, result in _with_progress(results, show=any(os.path.isdir(photo) for photo in photos)):
             if isinstance(result, EdgecapError):
                 failed.append(result.message)

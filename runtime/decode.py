@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 MAX_BEAM = 64
 MAX_LENGTH = 4096
+MAX_DEADLINE = 10**9
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,8 @@ class DecodeOptions:
     length_penalty ≥ 0: hypotheses are ranked by logprob / length**penalty, where length counts EOS too
     (Wu et al. 2016 in the simple form that transformers and fairseq use; 0 ranks by log-probability).
     no_repeat_ngram: no n-gram of this many tokens twice in one caption; 0 allows any.
+    deadline_ms: milliseconds from the call's beginning after which the search ends with the best that it has, of one
+    token at least; 0 is none. A step is not broken off: the last one may end later.
     Raises UsageError for values out of range.
     """
 
@@ -34,6 +38,7 @@ class DecodeOptions:
     min_length: int = 0
     length_penalty: float = 0.0
     no_repeat_ngram: int = 0
+    deadline_ms: float = 0
 
     def __post_init__(self) -> None:
         for name, low, high in (
@@ -48,6 +53,9 @@ class DecodeOptions:
         penalty = self.length_penalty
         if isinstance(penalty, bool) or not isinstance(penalty, int | float) or not 0 <= penalty <= 10:
             raise UsageError(f"length_penalty must be a number from 0 to 10, not {penalty!r}")
+        limit = self.deadline_ms
+        if isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 <= limit <= MAX_DEADLINE:
+            raise UsageError(f"deadline_ms must be a number from 0 to {MAX_DEADLINE}, not {limit!r}")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> DecodeOptions:
@@ -64,13 +72,15 @@ class Hypothesis:
     """One decoded caption: ids without BOS, prompt and EOS.
 
     logprob: sum of the model's log softmax over the ids, and over EOS when it was emitted (natural log, ≤ 0),
-    before anything was suppressed. finished: EOS was emitted; otherwise max_length cut it off.
+    before anything was suppressed. finished: EOS was emitted; otherwise max_length cut it off, or, where `cut`, the
+    deadline.
     """
 
     token_ids: tuple[int, ...]
     logprob: float
     score: float
     finished: bool
+    cut: bool = False
 
 
 def never_said(tokens: Mapping[str, int]) -> tuple[int, ...]:
@@ -90,16 +100,20 @@ def decode(
     eos_id: int,
     suppress: Sequence[int] = (),
     prompt_ids: Ids | None = None,
+    began: float | None = None,
 ) -> list[list[Hypothesis]]:
     """Caption photos uint8 [N, H, W, 3]: per photo up to `options.beam` hypotheses, best first.
 
-    `suppress` are ids never emitted (BOS, padding, unknown). Ties go to the lower beam, then the lower id, so
-    results do not depend on how photos are batched. Raises EdgecapError if the model yields NaN.
+    began: the time.monotonic() from which the deadline counts, by default now. `suppress` are ids never emitted (BOS,
+    padding, unknown). Ties go to the lower beam, then the lower id, so results do not depend on how photos are batched.
+    Raises EdgecapError if the model yields NaN.
     """
     if len(pixels) == 0:
         return []
+    end = (time.monotonic() if began is None else began) + options.deadline_ms / 1000
     logits = session.start(pixels, prompt_ids)
-    rules = _Rules(options, eos_id, np.asarray(sorted(set(suppress) - {eos_id}), np.int64))
+    banned = np.asarray(sorted(set(suppress) - {eos_id}), np.int64)
+    rules = _Rules(options, eos_id, banned, end if options.deadline_ms else math.inf)
     return (_greedy if options.beam == 1 else _beam)(session, logits, rules)
 
 
@@ -114,6 +128,12 @@ class _Rules:
     options: DecodeOptions
     eos_id: int
     suppress: Ids
+    end: float = math.inf  # of time.monotonic()
+
+    @property
+    def late(self) -> bool:
+        """Whether the deadline has passed."""
+        return self.end < math.inf and time.monotonic() >= self.end
 
     def shift(self, logits: Logits) -> tuple[Logits, list[float]]:
         """Logits [rows, vocab] → a copy less each row's largest, and log Σ exp of that [rows].
@@ -153,10 +173,11 @@ def _greedy(session: Session, logits: Logits, rules: _Rules) -> list[list[Hypoth
     tokens: list[list[int]] = [[] for _ in live]  # of each row
     logprobs = [0.0 for _ in live]
 
-    def close(row: int, finished: bool) -> None:
+    def close(row: int, finished: bool, cut: bool = False) -> None:
         score = _score(logprobs[row], len(tokens[row]) + finished, options.length_penalty)
-        found[live[row]].append(Hypothesis(tuple(tokens[row]), logprobs[row], score, finished))
+        found[live[row]].append(Hypothesis(tuple(tokens[row]), logprobs[row], score, finished, cut))
 
+    cut = False  # by the deadline
     for length in range(options.max_length):
         shifted, normaliser = rules.shift(logits)
         best = shifted.argmax(axis=1)  # [rows]
@@ -177,9 +198,11 @@ def _greedy(session: Session, logits: Logits, rules: _Rules) -> list[list[Hypoth
             live, tokens, logprobs = ([values[row] for row in going] for values in (live, tokens, logprobs))
         if not live or length + 1 == options.max_length:
             break
+        if cut := rules.late:
+            break
         logits = session.step(best[going], np.array(going))
     for row in range(len(live)):
-        close(row, finished=False)
+        close(row, finished=False, cut=cut)
     return found
 
 
@@ -199,7 +222,9 @@ def _beam(session: Session, logits: Logits, rules: _Rules) -> list[list[Hypothes
     totals = [0.0] * len(live)  # log-probability of each row so far
 
     for length in range(options.max_length):
-        last = length + 1 == options.max_length
+        longest = length + 1 == options.max_length
+        cut = not longest and rules.late
+        last = longest or cut
         shifted, normaliser = rules.shift(logits)
         rules.ban(shifted, tokens)
         tops = shifted.argmax(axis=1).tolist()  # [rows]
@@ -219,7 +244,7 @@ def _beam(session: Session, logits: Logits, rules: _Rules) -> list[list[Hypothes
                 if rank < width and (last or token == eos):
                     text = tokens[rows.start + beam] + (() if token == eos else (token,))
                     score = _score(total, length + 1, options.length_penalty)
-                    pool.append(Hypothesis(text, total, score, token == eos))
+                    pool.append(Hypothesis(text, total, score, token == eos, cut and token != eos))
             if not alive and not pool:  # every continuation is banned
                 pool.extend(_cut_off(tokens[rows], totals[rows], options))
             pool.sort(key=lambda hypothesis: -hypothesis.score)  # stable: earlier finds stay first

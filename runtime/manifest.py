@@ -255,7 +255,7 @@ _MANIFEST = _object(
         "preprocess": _object(
             {
                 "size": _list(_integer(1)),
-                "mode": _one_of("squash", "crop"),
+                "mode": _one_of("squash", "crop", "keep"),
                 "resample": _one_of("bilinear", "bicubic"),
             }
         ),
@@ -277,6 +277,7 @@ _MANIFEST = _object(
         "created_with": _mapping(_text),
         "graphs": _graphs,
         "session": _SESSION,
+        "frames": _mapping(_any),
         "lineage": _object(
             {},
             {
@@ -319,6 +320,12 @@ def _check_values(manifest: dict[str, Any]) -> None:
     try:
         Preprocess.from_dict(manifest["preprocess"])
         DecodeOptions.from_dict(manifest["decoding"])
+        if "frames" in manifest:
+            from .framed import read_frames  # which few bundles need
+
+            read_frames(manifest["frames"], vocab_size=manifest["tokens"]["vocab_size"])
+        elif manifest["preprocess"]["mode"] == "keep":
+            raise _Bad("preprocess.mode keep needs frames, which say how photos are cut")
     except EdgecapError as error:
         raise _Bad(error.message) from None
     tokens = manifest["tokens"]
@@ -353,7 +360,11 @@ def _check_session(manifest: dict[str, Any]) -> None:
     if len(encoder["inputs"]) != 1:
         raise _Bad("graphs.encoder must have one input, the pixels")
     (pixels,) = encoder["inputs"].values()
-    shape = [*manifest["preprocess"]["size"], 3]
+    if "frames" in manifest:
+        _check_frames(manifest["frames"], session, pixels)
+        shape = pixels["shape"][1:]
+    else:
+        shape = [*manifest["preprocess"]["size"], 3]
     if pixels["dtype"] != "uint8" or len(pixels["shape"]) != 4 or pixels["shape"][1:] != shape:
         raise _Bad(f"graphs.encoder must take uint8 pixels [batch, {', '.join(map(str, shape))}], as preprocess says")
 
@@ -374,6 +385,15 @@ def _check_session(manifest: dict[str, Any]) -> None:
         raise _Bad("session.photo needs session.photo_index, the input that says which photo a row belongs to")
     if "cache" in session:
         _check_cache(session, decoder)
+
+
+def _check_frames(frames: dict[str, Any], session: dict[str, Any], pixels: dict[str, Any]) -> None:
+    """The encoder takes square frames of the framing's side, or of any."""
+    side, shape = frames["side"], pixels["shape"]
+    if len(shape) != 4 or shape[3] != 3 or any(type(size) is int and size != side for size in shape[1:3]):
+        raise _Bad(f"graphs.encoder must take frames [frames, {side}, {side}, 3], as frames says")
+    if "prefix" not in session or session["ids"]["rank"] != 2:
+        raise _Bad("frames needs session.prefix, and ids of rank 2")
 
 
 def _check_cache(session: dict[str, Any], decoder: dict[str, Any]) -> None:

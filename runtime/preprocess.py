@@ -152,17 +152,18 @@ class Preprocess:
     """RGB image → pixels uint8 [H, W, 3] of the size the encoder takes.
 
     size: (height, width). mode "squash": the whole photo, aspect ratio not kept; "crop": the largest centred
-    part of the target's aspect ratio. resample: Pillow's antialiased "bilinear" or "bicubic". A photo that
+    part of the target's aspect ratio; "keep": photos stay as they are, for the frames they are cut into, which have
+    this size. resample: Pillow's antialiased "bilinear" or "bicubic". A photo that
     already has the size is not resampled. Raises UsageError for other values.
     """
 
     size: tuple[int, int]
-    mode: Literal["squash", "crop"] = "squash"
+    mode: Literal["squash", "crop", "keep"] = "squash"
     resample: Literal["bilinear", "bicubic"] = "bilinear"
 
     def __post_init__(self) -> None:
-        if self.mode not in ("squash", "crop"):
-            raise UsageError(f"preprocessing mode must be 'squash' or 'crop', not {self.mode!r}")
+        if self.mode not in ("squash", "crop", "keep"):
+            raise UsageError(f"preprocessing mode must be 'squash', 'crop' or 'keep', not {self.mode!r}")
         if self.resample not in _RESAMPLE:
             raise UsageError(f"preprocessing resample must be 'bilinear' or 'bicubic', not {self.resample!r}")
         good = len(self.size) == 2 and all(type(side) is int and 1 <= side <= MAX_SIDE for side in self.size)
@@ -171,14 +172,14 @@ class Preprocess:
 
     def load(self, source: ImageSource, *, name: str | None = None) -> Pixels:
         """Open a photo (see `load_image`) → uint8 [H, W, 3]."""
-        return self(load_image(source, name=name, target=self.size))
+        return self(load_image(source, name=name, target=None if self.mode == "keep" else self.size))
 
     def __call__(self, image: Image.Image) -> Pixels:
         """RGB image of any size → uint8 [H, W, 3]."""
         height, width = self.size
         if image.mode != "RGB":
             image = _to_rgb(image)
-        if image.size != (width, height):
+        if image.size != (width, height) and self.mode != "keep":
             image = image.resize((width, height), _RESAMPLE[self.resample], box=self._box(image))
         return np.asarray(image)  # [H, W, 3]
 

@@ -8,14 +8,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from .captioner import BATCH, Caption, Captioner
 from .errors import EdgecapError
 
 if TYPE_CHECKING:
     from .preprocess import Preprocess
     from .session import Pixels
+    from .view import View
 
 SUFFIXES = {
     ".jpg",
@@ -55,12 +54,12 @@ class Source:
         """The location as text that can be printed: file names need not be valid Unicode."""
         return os.fsencode(self.location).decode("utf-8", "replace")
 
-    def load(self, preprocess: Preprocess) -> Pixels:
+    def load(self, view: Preprocess | View) -> Pixels:
         """Pixels uint8 [H, W, 3]. Raises EdgecapError naming the photo."""
         if self.problem:
             raise EdgecapError(f"{self.name}: {self.problem}")
         photo = fetch(self.location) if is_url(self.location) else self.location
-        return preprocess.load(photo, name=self.name)
+        return view.load(photo, name=self.name)
 
 
 def is_url(location: str) -> bool:
@@ -147,11 +146,14 @@ def caption_sources(
 
     Photos are captioned up to BATCH at a time, a source that is `alone` as soon as it comes.
     """
-    captioner.settings(**options)  # a bad option is the caller's error, not each photo's
+    # A bad option is the caller's error, not each photo's.
+    budget = {name: options.get(name) for name in ("image_size", "tiles")}
+    captioner.settings(**{name: value for name, value in options.items() if name not in budget})
+    view = captioner.view(**budget)
     waiting: list[tuple[Source, Pixels | EdgecapError]] = []
     for source in sources:
         try:
-            waiting.append((source, source.load(captioner.preprocess)))
+            waiting.append((source, source.load(view)))
         except EdgecapError as error:
             waiting.append((source, error))
         if source.alone or len(waiting) == BATCH:
@@ -164,6 +166,6 @@ def _finish(
     captioner: Captioner, waiting: list[tuple[Source, Pixels | EdgecapError]], options: dict[str, Any]
 ) -> Iterator[tuple[Source, Caption | EdgecapError]]:
     good = [pixels for _, pixels in waiting if not isinstance(pixels, EdgecapError)]
-    captions = iter(captioner.caption_arrays(np.stack(good), **options) if good else [])
+    captions = iter(captioner.caption_arrays(good, **options) if good else [])
     for source, result in waiting:
         yield source, result if isinstance(result, EdgecapError) else next(captions)

@@ -72,7 +72,13 @@ def load_model(bundle: Bundle, *, threads: int | None = None) -> Model:
         install = f"'edgecap[{backend.extra}]'" if backend.extra else backend.package
         raise UsageError(f"{bundle.path} needs {need}, {found} is installed: pip install -U {install}")
     module, _, attribute = backend.code.partition(":")
-    return getattr(import_module(f".{module}", __package__), attribute).load(bundle, threads=threads)
+    model = getattr(import_module(f".{module}", __package__), attribute).load(bundle, threads=threads)
+    frames = bundle.manifest.get("frames")
+    if frames is None:
+        return model
+    from ..framed import FramedModel
+
+    return FramedModel.of(model, frames)
 
 
 def _version(text: str) -> tuple[int, ...]:

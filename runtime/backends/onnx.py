@@ -12,6 +12,7 @@ from ..errors import BundleError, EdgecapError, UsageError
 if TYPE_CHECKING:
     from ..bundle import Bundle
     from ..kv_cache import SavedKV
+    from ..prompt import Segments
     from ..session import Ids, Logits, Pixels
 
 
@@ -79,21 +80,54 @@ class OnnxSession:
         return self.prefill(prompt_ids)
 
     def encode(self, pixels: Pixels) -> None:
-        """The first half of `start`, what the encoder graph does: apart, so that it can be timed apart."""
-        self._encoded = self.model.encode(np.ascontiguousarray(pixels))
+        """The first half of `start`, what the encoder graph does: apart, so that it can be timed apart. Photos in
+        frames: uint8 [N, F, S, S, 3]."""
+        frames = pixels.shape[1] if pixels.ndim == 5 else 0
+        self._encoded = self.model.encode(np.ascontiguousarray(pixels.reshape(-1, *pixels.shape[-3:])))
+        if frames:
+            self._encoded = {
+                name: value.reshape(len(pixels), frames, *value.shape[1:]) for name, value in self._encoded.items()
+            }
         self._count = len(pixels)
 
-    def prefill(self, prompt_ids: Ids | None = None) -> Logits:
-        """The second half of `start`: feed BOS and the prompt to the decoder; logits [N, vocab]."""
-        model, roles = self.model, self.model.roles
+    def prefill(self, prompt_ids: Ids | None = None, segments: Segments | None = None) -> Logits:
+        """The second half of `start`: feed BOS and the prompt to the decoder; logits [N, vocab]. segments: the words
+        around the frames, BOS the last of them."""
+        if segments is not None:
+            return self._between(segments, prompt_ids)
         prefix, ids = self._first(prompt_ids)
-        for kv in roles.get("kv", []):
-            self._rows[kv["input"]] = np.zeros((len(ids), kv["heads"], 0, kv["dim"]), model.dtypes[kv["input"]])
-        if roles["ids"]["rank"] == 2:
+        self.begin(len(ids))
+        if self.model.roles["ids"]["rank"] == 2:
             return self._run(ids, prefix)
         for column in ids.T:
             logits = self._run(np.ascontiguousarray(column), prefix)
             prefix = None
+        return logits
+
+    def begin(self, rows: int) -> None:
+        """Begin with `rows` rows that have read nothing."""
+        for kv in self.model.roles.get("kv", []):
+            self._rows[kv["input"]] = np.zeros((rows, kv["heads"], 0, kv["dim"]), self.model.dtypes[kv["input"]])
+
+    def open(self, ids: Ids, rows: int) -> None:
+        """Begin with `rows` rows that have read the fixed text `ids` [length]."""
+        self.begin(rows)
+        if len(ids):
+            self.read(np.tile(np.asarray(ids, np.int64), (rows, 1)))
+
+    def read(self, ids: Ids, prefix: np.ndarray | None = None) -> Logits:
+        """Read on: prefix [rows, places, dim] or None, then ids [rows, length] → next-token logits [rows, vocab]."""
+        return self._run(ids, prefix)
+
+    def _between(self, segments: Segments, prompt_ids: Ids | None) -> Logits:
+        """The segments of a prompt, with the embeddings of the encoded frames between them."""
+        from ..framed import pieces  # which few bundles need
+
+        seen, photos = self._encoded[self.model.roles["prefix"]["from"]], self._count  # [N, F, places, dim]
+        self._encoded = {}
+        self.open(np.array(segments.before, np.int64), photos)
+        for frame, ids in enumerate(pieces(segments, prompt_ids)):
+            logits = self.read(np.tile(ids, (photos, 1)), seen[:, frame])
         return logits
 
     def _first(self, prompt_ids: Ids | None) -> tuple[np.ndarray | None, Ids]:

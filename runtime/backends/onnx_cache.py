@@ -12,6 +12,7 @@ from ..kv_cache import KVCache
 from .onnx import OnnxSession, failed
 
 if TYPE_CHECKING:
+    from ..prompt import Segments
     from ..session import Ids, Logits
     from .onnx import OnnxModel
 
@@ -67,8 +68,10 @@ class CachedSession(OnnxSession):
         cache.advance(count)
         return logits[0] if len(logits) == 1 else np.concatenate(logits)
 
-    def prefill(self, prompt_ids: Ids | None = None) -> Logits:
+    def prefill(self, prompt_ids: Ids | None = None, segments: Segments | None = None) -> Logits:
         """See `OnnxSession.prefill`."""
+        if segments is not None:
+            return self._between(segments, prompt_ids)
         prefix, ids = self._first(prompt_ids)
         for name, value in self._fixed.items():
             self._feed(name, value)

@@ -14,6 +14,7 @@ from ...runtime.errors import UsageError
 from .bridges import BRIDGES
 from .decoders import DECODERS
 from .encoders import ENCODERS
+from .framed import FrameGraph
 from .siglip import fit
 
 BAD_SETTINGS = (TypeError, ValueError, RuntimeError, ArithmeticError, AttributeError)  # what impossible sizes raise
@@ -80,15 +81,26 @@ class CaptionModel(nn.Module):
     def session(self) -> TorchSession:
         return TorchSession(self)
 
-    def graphs(self) -> GraphPair:
-        """The encoder graph (pixels → photo tensors) and the decoder graph (prefill and step)."""
+    def graphs(self, *, framed: bool = False) -> GraphPair:
+        """The encoder graph (pixels → photo tensors) and the decoder graph (prefill and step).
+
+        framed: a SmolVLM's encoder takes single frames, of any size, and knows nothing of the prompt (FrameGraph).
+        """
+        if framed:
+            side = self.encoder.tile or self.size[0]
+            frames = torch.randint(0, 256, (3, side, side, 3), dtype=torch.uint8)
+            axes = {0: "frames", 1: "height", 2: "width"}
+            return self._pair(FrameGraph(self), {"pixels": (frames, axes)}, cells=0)
         with torch.no_grad():
             pixels = torch.randint(0, 256, (2, *self.size, 3), dtype=torch.uint8)
             cells = self.eval().memory(pixels=pixels).shape[1]
+        return self._pair(EncoderGraph(self), {"pixels": (pixels, {0: "batch"})}, cells=cells)
+
+    def _pair(self, encoder: nn.Module, inputs: dict[str, Any], *, cells: int) -> GraphPair:
         return GraphPair(
-            encoder=EncoderGraph(self).eval(),
+            encoder=encoder.eval(),
             decoder=DecoderGraph(self).eval(),
-            encoder_inputs={"pixels": (pixels, {0: "batch"})},
+            encoder_inputs=inputs,
             encoder_outputs=tuple(self.decoder.photo_outputs),
             decoder_inputs=self.decoder.graph_inputs(cells),
             decoder_outputs=tuple(self.decoder.graph_outputs),
