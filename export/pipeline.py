@@ -18,9 +18,9 @@ from ..runtime.fused import FusedCaptioner, check_fused
 from ..runtime.verify import verify_golden
 from ..train.checkpoint import Checkpoint, load_checkpoint, require_captioner
 from ..train.data.cache import load_pixels
+from ..train.framing import frames_of
 from ..train.lora import refuse_adapter
 from ..train.run import RUNS, latest_run
-from ..train.smolvlm import frames_of
 from ..train.tokenizer import caption_text
 from .artifact import Artifact, BuildOptions, Source, size_of
 from .assemble import assemble, public_spec

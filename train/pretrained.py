@@ -25,6 +25,7 @@ from .tokenizer import SPECIALS, named_tokens, token_ids, train_tokenizer
 # A prompt, and the tokenizer if it is a pretrained one → the prompt.
 Frame: TypeAlias = Callable[[str, Tokenizer | None], str]
 # What a tokenizer that edgecap trains says around the user's words, having no template: SmolVLM's dialogue.
+SPACE = {"type": "Prepend", "prepend": " "}  # the normalizer of captions that follow a word
 DIALOGUE = "<|im_start|>User:{chat}<end_of_utterance>\nAssistant:"
 
 
@@ -145,8 +146,19 @@ def _continuing(tokenizer: Tokenizer, last: int) -> Tokenizer:
     if text[-1:].isspace() or tokenizer.encode("a b").ids == tokenizer.encode(" a b").ids:
         return tokenizer
     tree = json.loads(tokenizer.to_str())
-    steps = [step for step in (tree["normalizer"], {"type": "Prepend", "prepend": " "}) if step]
+    steps = [step for step in (tree["normalizer"], SPACE) if step]
     tree["normalizer"] = {"type": "Sequence", "normalizers": steps}
+    return Tokenizer.from_str(json.dumps(tree, ensure_ascii=False))
+
+
+def not_continuing(tokenizer: Tokenizer) -> Tokenizer:
+    """What a tokenizer for captions that follow a word was made of."""
+    tree = json.loads(tokenizer.to_str())
+    normalizer = tree["normalizer"] or {}
+    if normalizer.get("type") != "Sequence" or normalizer["normalizers"][-1:] != [SPACE]:
+        return tokenizer
+    steps = normalizer["normalizers"][:-1]
+    tree["normalizer"] = {"type": "Sequence", "normalizers": steps} if steps else None
     return Tokenizer.from_str(json.dumps(tree, ensure_ascii=False))
 
 

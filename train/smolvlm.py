@@ -6,22 +6,16 @@ Marafioti et al. 2025, arXiv:2504.05299; Laurençon et al. 2024, arXiv:2408.1263
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tokenizers import Tokenizer
 
 from ..runtime.errors import UsageError
-from ..runtime.framed import write_frames
-from ..runtime.frames import Framing
-from ..runtime.prompt import Prompt
 from .models.hub import check_kind, read_config
-from .models.language_model import IMAGE, PHOTO, LanguageModelDecoder
+from .models.language_model import IMAGE, PHOTO
 from .models.language_models import LlamaDecoder
 from .models.siglip import VLMS
 from .settings import Recipe
-
-if TYPE_CHECKING:
-    from .checkpoint import Checkpoint
 
 FAKE, GLOBAL = "<fake_token_around_image>", "<global-img>"
 VISION = (
@@ -177,62 +171,3 @@ def _vision(recipe: Recipe) -> dict[str, Any]:
         return recipe.encoder.config
     found = read_config(source, "encoder")
     return _sizes(found, source)[0] if found.get("model_type") in VLMS else found.get("vision_config", found)
-
-
-# --- what the runtime must know ---------------------------------------------------------------------------------------
-
-
-def frames_of(loaded: Checkpoint) -> dict[str, Any] | None:
-    """The manifest's "frames" of a SmolVLM whose decoder is a language model; None for other captioners."""
-    recipe, model = loaded.recipe, loaded.model
-    if not is_vlm(recipe) or not isinstance(getattr(model, "decoder", None), LanguageModelDecoder):
-        return None
-    config, scale = model.encoder.body.config, model.bridge.scale
-    side = model.encoder.tile or model.size[0]
-    if config.image_size // config.patch_size % scale:
-        return None
-    framing = Framing(side, config.image_size, config.patch_size, scale, split=bool(model.encoder.tile))
-    return write_frames(framing, _prompt(loaded, tiles(recipe)))
-
-
-def _prompt(loaded: Checkpoint, k: int) -> Prompt:
-    """The words around the frames of a photo in k × k tiles, 0 = unsplit; and around those of fewer, where the
-    tokenizer has SmolVLM's own tokens for them."""
-    ids, bos, tokenizer = loaded.model.decoder.prompt, loaded.tokens["bos"], loaded.tokenizer
-    if not ids:
-        return Prompt((), (bos,))
-    first, last = ids.index(PHOTO), len(ids) - 1 - ids[::-1].index(PHOTO)
-    known = {name: tokenizer.inner.token_to_id(name) for name in (FAKE, GLOBAL)}
-    if None in known.values() or ids[last - 2 : last] != [known[FAKE], known[GLOBAL]]:
-        if k:
-            raise UsageError("its prompt does not name the tiles of a photo, which the runtime would cut")
-        return Prompt(tuple(ids[:first]), (*ids[last + 1 :], bos))
-    fake, whole = known[FAKE], (known[FAKE], known[GLOBAL])
-    names = _tile_names(tokenizer.inner)
-    prompt = Prompt(
-        before=tuple(ids[: ids.index(fake)]),
-        after=(*ids[last + 2 :], bos),
-        whole=whole,
-        end=(fake,),
-        row=_inside(tokenizer.inner, "\n", fake) if names else (),
-        rows=_inside(tokenizer.inner, "\n\n", fake) if names else (),
-        tiles=tuple(tuple((fake, name) for name in row) for row in names),
-    )
-    if prompt.segments(k, k).flat(PHOTO, 1) != [*ids, bos]:
-        raise UsageError("its prompt does not surround the frames of a photo as SmolVLM's does")
-    return prompt
-
-
-def _inside(tokenizer: Tokenizer, text: str, fake: int) -> tuple[int, ...]:
-    """The ids of a text between FAKEs, wherever a tokenizer for captions puts a space in front of all."""
-    ids = tokenizer.encode(f"{FAKE}{text}{FAKE}", add_special_tokens=False).ids
-    return tuple(ids[ids.index(fake) + 1 : -1])
-
-
-def _tile_names(tokenizer: Tokenizer) -> list[list[int]]:
-    """The ids of as many rows of as many tiles as the tokenizer has names for."""
-    side = 0
-    while tokenizer.token_to_id(f"<row_{side + 1}_col_{side + 1}>") is not None:
-        side += 1
-    found = [[tokenizer.token_to_id(f"<row_{r}_col_{c}>") for c in range(1, side + 1)] for r in range(1, side + 1)]
-    return found if all(name is not None for row in found for name in row) else []
