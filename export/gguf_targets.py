@@ -76,7 +76,7 @@ def _encoder(
     """Adds the encoder's file; the manifest's "gguf" and "graphs.encoder", the passes, and what running it requires."""
     options = source.options
     if options.mmproj:
-        if source.checkpoint.model.decoder.prompt:
+        if source.checkpoint.model.decoder.prompt and source.frames is None:
             raise UsageError("--mmproj: llama.cpp's encoder gives the photo without the prompt around it; leave it out")
         keep = {name.removeprefix("encoder:") for name in options.keep if name.startswith("encoder:")}
         written, bias = write_mmproj(folder / ENCODER, source.checkpoint.model, options.mmproj, keep=keep)

@@ -40,7 +40,7 @@ class Target:
 
     @property
     def frames(self) -> bool:
-        return self.backend in ("onnx",)
+        return self.backend in ("onnx", "openvino", "gguf")
 
     @property
     def runs_here(self) -> bool:

@@ -12,6 +12,7 @@ from .llama import MAX_ROWS, Context, LlamaModel, Pool
 
 if TYPE_CHECKING:
     from ..bundle import Bundle
+    from ..prompt import Segments
     from ..session import Ids, Logits, Pixels
 
 PHOTOS = 4  # of one context: with the widest beam, its rows are all that a context can have
@@ -29,6 +30,7 @@ class GgufModel:
     def __init__(self, encoder: Encoder, decoder: LlamaModel, manifest: dict[str, Any]) -> None:
         self.encoder, self.decoder, self.pool = encoder, decoder, Pool(decoder)
         self.bos: int = manifest["tokens"]["bos"]
+        self.openings: dict[tuple[int, ...], bytes] = {}  # fixed texts → one row behind them
         defaults = manifest["decoding"]
         self.beam, self.length = defaults.get("beam", 1), defaults.get("max_length", 24)
 
@@ -81,24 +83,55 @@ def _onnx_encoder(bundle: Bundle, settings: dict[str, Any], decoder: LlamaModel)
 
 
 class Lane:
-    """A few photos in one context: `rows` are llama.cpp's sequences, all at the same `position`."""
+    """A few photos in one context: `rows` are llama.cpp's sequences, all at the same `position`.
 
-    def __init__(self, model: GgufModel, prefix: np.ndarray, first: np.ndarray, contexts: list[Context]) -> None:
-        photos, length, dim = prefix.shape
-        self.start = length + len(first)
+    parts: what they read, one after the other: ids [length], the same for all of them, or embeddings [photos, length,
+    dim]; ids come last. opening: ids in front of them, which a process reads once.
+    """
+
+    def __init__(
+        self,
+        model: GgufModel,
+        photos: int,
+        parts: list[np.ndarray],
+        contexts: list[Context],
+        opening: tuple[int, ...] = (),
+    ) -> None:
+        self.start = len(opening) + sum(part.shape[-2] if part.ndim == 3 else len(part) for part in parts)
         self.photos, self.position = photos, self.start
         cells = photos * (self.start + model.beam * model.length)
         context = model.pool.take(cells, photos * model.beam)
         self.contexts, self.index = contexts, len(contexts)
         contexts.append(context)
         self.rows = np.arange(photos, dtype=np.int32)
-        places = np.tile(np.arange(self.start, dtype=np.int32), photos)
-        rows = np.repeat(self.rows, self.start)
-        of_photo = places < length
-        context.decode(np.ascontiguousarray(prefix.reshape(-1, dim)), places[of_photo], rows[of_photo])
-        ids = np.tile(first.astype(np.int32), photos)  # [photos · (1 + prompt)]
-        wanted = (places[~of_photo] == self.start - 1).astype(np.int8)
-        self.logits = context.logits(ids, places[~of_photo], rows[~of_photo], wanted)  # [photos, vocab]
+        position = self._open(model, context, opening)
+        for part in parts:
+            length = part.shape[-2] if part.ndim == 3 else len(part)
+            places = np.tile(np.arange(position, position + length, dtype=np.int32), photos)
+            rows = np.repeat(self.rows, length)
+            position += length
+            if part.ndim == 3:
+                context.decode(np.ascontiguousarray(part.reshape(-1, part.shape[-1])), places, rows)
+            elif position < self.start:
+                context.decode(np.tile(part.astype(np.int32), photos), places, rows)
+            else:
+                wanted = (places == self.start - 1).astype(np.int8)
+                ids = np.tile(part.astype(np.int32), photos)
+                self.logits = context.logits(ids, places, rows, wanted)  # [photos, vocab]
+
+    def _open(self, model: GgufModel, context: Context, opening: tuple[int, ...]) -> int:
+        """Let the first row read the opening, or remember it, and the others continue that; the position behind it."""
+        if not opening:
+            return 0
+        if opening not in model.openings:
+            ids = np.array(opening, np.int32)
+            context.decode(ids, np.arange(len(ids), dtype=np.int32), np.zeros(len(ids), np.int32))
+            model.openings[opening] = context.saved(0)
+        else:
+            context.load(0, model.openings[opening])
+        for row in self.rows[1:].tolist():
+            context.copy(0, row)
+        return len(opening)
 
     def step(self, ids: np.ndarray, parents: np.ndarray) -> Logits:
         """Each new row continues the sequence `parents` names. The first child of a sequence goes on in its place."""
@@ -146,20 +179,34 @@ class GgufSession:
         return self.prefill(prompt_ids)
 
     def encode(self, pixels: Pixels) -> None:
-        """The first half of `start`: what the encoder does."""
-        self._prefix = self.model.encode(pixels)
+        """The first half of `start`: what the encoder does. Photos in frames: uint8 [N, F, S, S, 3]."""
+        self._prefix = self.model.encode(pixels.reshape(-1, *pixels.shape[-3:]))
+        if pixels.ndim == 5:
+            self._prefix = self._prefix.reshape(*pixels.shape[:2], *self._prefix.shape[1:])
 
-    def prefill(self, prompt_ids: Ids | None = None) -> Logits:
-        """The second half of `start`: feed prefix, BOS and prompt to the decoder; logits [N, vocab]."""
+    def prefill(self, prompt_ids: Ids | None = None, segments: Segments | None = None) -> Logits:
+        """The second half of `start`: feed prefix, BOS and prompt to the decoder; logits [N, vocab]. segments: the
+        words around the frames, BOS the last of them."""
         model, prefix = self.model, self._prefix
         self._prefix = np.zeros((0, 0, 0), np.float32)
         model.pool.give_back(self._contexts)
-        first = np.concatenate([[model.bos], np.asarray(prompt_ids if prompt_ids is not None else [], np.int64)])
         chunks = [prefix[at : at + PHOTOS] for at in range(0, len(prefix), PHOTOS)]
-        self._lanes = [Lane(model, chunk, first, self._contexts) for chunk in chunks]
+        self._lanes = [self._read(chunk, prompt_ids, segments) for chunk in chunks]
         self._lane = np.repeat(np.arange(len(chunks)), [len(chunk) for chunk in chunks])
         self._row = np.concatenate([lane.rows for lane in self._lanes])
         return np.concatenate([lane.logits for lane in self._lanes])
+
+    def _read(self, chunk: np.ndarray, prompt_ids: Ids | None, segments: Segments | None) -> Lane:
+        """The lane of a few photos, whose embeddings are [photos, places, dim] or [photos, F, places, dim]."""
+        if segments is None:
+            more = np.asarray(prompt_ids if prompt_ids is not None else [], np.int64)
+            return Lane(self.model, len(chunk), [chunk, np.concatenate([[self.model.bos], more])], self._contexts)
+        from ..framed import pieces  # which few bundles need
+
+        parts = []
+        for frame, ids in enumerate(pieces(segments, prompt_ids)):
+            parts += [chunk[:, frame], ids]
+        return Lane(self.model, len(chunk), parts, self._contexts, segments.before)
 
     def step(self, ids: Ids, parents: Ids) -> Logits:
         """See `Session.step`."""

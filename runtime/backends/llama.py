@@ -136,6 +136,18 @@ class Context:
         """Let the empty `row` continue what `parent` holds."""
         lib.llama_memory_seq_cp(self.memory, parent, row, -1, -1)
 
+    def saved(self, row: int) -> bytes:
+        """What a row holds."""
+        size = lib.llama_state_seq_get_size(self.pointer, row)
+        state = (ctypes.c_uint8 * size)()
+        return bytes(memoryview(state)[: lib.llama_state_seq_get_data(self.pointer, state, size, row)])
+
+    def load(self, row: int, saved: bytes) -> None:
+        """Let an empty row hold what another one did."""
+        state = (ctypes.c_uint8 * len(saved)).from_buffer_copy(saved)
+        if not lib.llama_state_seq_set_data(self.pointer, state, len(saved), row):
+            raise EdgecapError("llama.cpp cannot take up a text that it has read before")
+
     def drop(self, row: int) -> None:
         lib.llama_memory_seq_rm(self.memory, row, -1, -1)
 

@@ -11,6 +11,7 @@ from ..errors import EdgecapError, UsageError
 
 if TYPE_CHECKING:
     from ..bundle import Bundle
+    from ..prompt import Segments
     from ..session import Ids, Logits, Pixels
 
 _DTYPES = {
@@ -40,6 +41,7 @@ class OpenVinoModel:
         if "prefix" in self.roles:
             sources.append(self.roles["prefix"]["from"])
         self.encoder_outputs = list(dict.fromkeys(sources))
+        self.openings: dict[tuple[int, ...], dict[str, np.ndarray]] = {}  # fixed texts → one row's state behind them
 
     @classmethod
     def load(cls, bundle: Bundle, *, threads: int | None = None) -> OpenVinoModel:
@@ -83,13 +85,20 @@ class OpenVinoSession:
 
     def encode(self, pixels: Pixels) -> None:
         """The first half of `start`, what the encoder graph does: apart, so that it can be timed apart."""
-        self._encoder.bind(self.model.pixels, np.asarray(pixels, np.uint8))
+        self._encoder.bind(self.model.pixels, np.asarray(pixels, np.uint8).reshape(-1, *pixels.shape[-3:]))
         self._encoder.run()
         self._encoded = {name: self._encoder.output(name) for name in self.model.encoder_outputs}
+        if pixels.ndim == 5:  # photos in frames: [N, F, S, S, 3]
+            self._encoded = {
+                name: value.reshape(*pixels.shape[:2], *value.shape[1:]) for name, value in self._encoded.items()
+            }
         self._index = np.arange(len(pixels))
 
-    def prefill(self, prompt_ids: Ids | None = None) -> Logits:
-        """The second half of `start`: feed BOS and the prompt to the decoder; logits [N, vocab]."""
+    def prefill(self, prompt_ids: Ids | None = None, segments: Segments | None = None) -> Logits:
+        """The second half of `start`: feed BOS and the prompt to the decoder; logits [N, vocab]. segments: the words
+        around the frames, BOS the last of them."""
+        if segments is not None:
+            return self._between(segments, prompt_ids)
         model, roles, decoder = self.model, self.model.roles, self._decoder
         for name, source in model.photo.items():
             decoder.bind(name, self._encoded[source])
@@ -109,6 +118,29 @@ class OpenVinoSession:
                 self._carry(same)
             logits = self._run(column, same, prefix if not position else None)
         return logits
+
+    def _between(self, segments: Segments, prompt_ids: Ids | None) -> Logits:
+        """The segments of a prompt, with the embeddings of the encoded frames between them."""
+        from ..framed import pieces  # which few bundles need
+
+        seen = self._encoded[self.model.roles["prefix"]["from"]]  # [N, F, places, dim]
+        self._open(segments.before)
+        for frame, ids in enumerate(pieces(segments, prompt_ids)):
+            logits = self._run(np.tile(ids, (len(self._index), 1)), np.arange(len(self._index)), seen[:, frame])
+        return logits
+
+    def _open(self, ids: tuple[int, ...]) -> None:
+        """All rows have read the fixed text `ids`, which a process computes once."""
+        request, openings = self._decoder.request, self.model.openings
+        request.reset_state()
+        if not ids:
+            return
+        if ids not in openings:
+            self._run(np.array([ids], np.int64), np.zeros(1, np.int64), None)
+            openings[ids] = {each.name: each.state.data.copy() for each in request.query_state()}
+        for each in request.query_state():
+            rows = np.repeat(openings[ids][each.name], len(self._index), axis=0)
+            each.state = ov.Tensor(np.ascontiguousarray(rows))
 
     def step(self, ids: Ids, parents: Ids) -> Logits:
         """See `Session.step`."""
