@@ -24,7 +24,8 @@ BATCH = 8
 
 @dataclass(frozen=True)
 class Calibration:
-    """pixels uint8 [N, H, W, 3]; captions: token ids of one caption of each photo, without BOS and EOS.
+    """pixels uint8 [N, H, W, 3], or a list of photos that keep their sizes; captions: token ids of one caption of each
+    photo, without BOS and EOS.
 
     frames: as of the Source.
     """
@@ -52,8 +53,9 @@ class Calibration:
         model: Model = OnnxModel(manifest, engine(pair.encoder), recorder)  # type: ignore[arg-type]
         if self.frames is not None:
             model = FramedModel.of(model, self.frames)  # type: ignore[arg-type]
-        for start in range(0, len(self.pixels), BATCH):
-            teacher_force(model.session(), self.pixels[start : start + BATCH], self.captions[start : start + BATCH])
+        count = BATCH if isinstance(self.pixels, np.ndarray) else 1  # photos of other sizes have other tiles
+        for start in range(0, len(self.pixels), count):
+            teacher_force(model.session(), self.pixels[start : start + count], self.captions[start : start + count])
         return recorder.feeds
 
 

@@ -13,6 +13,12 @@ from ..runtime.errors import EdgecapError, need
 @click.command()
 @click.argument("checkpoint", required=False, type=click.Path(path_type=Path))
 @click.option("--target", required=True, metavar="TARGET", help="What to make: see edgecap targets.")
+@click.option(
+    "--from",
+    "source",
+    metavar="SOURCE",
+    help="Instead of CHECKPOINT: a published SmolVLM or Idefics3, by hub id or directory, as it is.",
+)
 @click.option("--data", metavar="SPEC", help="Photos for calibration and gate; default: what it was trained on.")
 @click.option("--skip-bad", is_flag=True, help="Leave bad examples out; always so where the recipe did.")
 @click.option(
@@ -59,6 +65,7 @@ from ..runtime.errors import EdgecapError, need
 def export(
     checkpoint: Path | None,
     target: str,
+    source: str | None,
     data: str | None,
     skip_bad: bool,
     max_cider_drop: float,
@@ -91,6 +98,7 @@ def export(
       edgecap export runs/a --target openvino-int4 --data flickr8k:DIR --json
       edgecap export runs/a --target onnx-int4 --prune channels=0.2 --prune vocab=5 --finetune 4
       edgecap export runs/a --target onnx-int8 --autotune --device cpu --fused
+      edgecap export --from HuggingFaceTB/SmolVLM-256M-Instruct --target onnx-int8 --data coco:DIR
     """
     for module in ("torch", "transformers", "accelerate", "onnx", "onnxscript"):
         need(module, extra="export", command="edgecap export")
@@ -102,6 +110,8 @@ def export(
 
     if autotune and tuning:
         raise click.UsageError("--autotune makes a tuning.json and --tuning uses one: give one of them")
+    if source and checkpoint:
+        raise click.UsageError("--from takes the place of CHECKPOINT: give one of them")
     if device and not autotune:
         raise click.UsageError("--device says where --autotune measures: give both")
 
@@ -109,6 +119,7 @@ def export(
         result = run_export(
             checkpoint,
             target=target,
+            source=source,
             data=data,
             skip_bad=skip_bad,
             max_cider_drop=max_cider_drop,

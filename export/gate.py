@@ -16,7 +16,7 @@ from ..runtime.preprocess import Preprocess
 from ..runtime.verify import teacher_forced
 from ..train.data.cache import load_pixels
 from ..train.validate import caption_rows
-from .golden import reference_logits
+from .golden import reference_logits, torch_model
 
 if TYPE_CHECKING:
     from ..train.checkpoint import Checkpoint
@@ -110,6 +110,10 @@ def _cider(scores: CaptionScores) -> dict[str, Any]:
 def torch_captions(checkpoint: Checkpoint, artifact: Captioner) -> CaptionBatch:
     """The reference for fp32: the torch model with the bundle's decoding."""
     options, _ = artifact.settings()
+
+    if checkpoint.preprocess.mode == "keep":
+        captioner = Captioner(artifact.bundle, torch_model(checkpoint), artifact.tokenizer)
+        return bundle_captions(captioner)
 
     def caption(pixels: np.ndarray) -> list[str]:
         model, tokenizer = checkpoint.model, checkpoint.tokenizer.inner

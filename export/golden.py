@@ -13,6 +13,7 @@ from ..runtime.decode import DecodeOptions, decode, never_said
 from .threads import one_thread
 
 if TYPE_CHECKING:
+    from ..runtime.session import Model
     from ..train.checkpoint import Checkpoint
 
 IMAGE, LOGITS = "golden.png", "golden.npy"
@@ -45,6 +46,19 @@ def draw() -> Image.Image:
     return image
 
 
+def torch_model(checkpoint: Checkpoint) -> Model:
+    """The torch model, for photos as the checkpoint preprocesses them."""
+    if checkpoint.preprocess.mode != "keep":
+        return checkpoint.model
+    from ..runtime.framed import FramedModel
+    from ..train.framing import frames_of
+    from ..train.models.framed import TorchFrames
+
+    frames = frames_of(checkpoint)
+    assert frames is not None  # photos that keep their sizes are cut
+    return FramedModel.of(TorchFrames(checkpoint.model), frames)
+
+
 def make_golden(checkpoint: Checkpoint) -> Golden:
     """Caption the drawn picture greedily with the torch model and record its logits."""
     buffer = io.BytesIO()
@@ -55,13 +69,13 @@ def make_golden(checkpoint: Checkpoint) -> Golden:
     options = DecodeOptions(max_length=checkpoint.recipe.decoding.max_length)
     suppress = never_said(tokens)
     with one_thread():
-        ((best,),) = decode(checkpoint.model.session(), pixels, options, eos_id=tokens["eos"], suppress=suppress)
+        ((best,),) = decode(torch_model(checkpoint).session(), pixels, options, eos_id=tokens["eos"], suppress=suppress)
     return Golden(buffer.getvalue(), list(best.token_ids), reference_logits(checkpoint, pixels, best.token_ids))
 
 
 def reference_logits(checkpoint: Checkpoint, pixels: np.ndarray, token_ids: list[int] | tuple[int, ...]) -> np.ndarray:
     """torch's logits [T + 1, vocab] for one photo [1, H, W, 3] before each given token and after the last."""
-    session = checkpoint.model.session()
+    session = torch_model(checkpoint).session()
     with one_thread():
         rows = [session.start(pixels)]
         rows += [session.step(np.array([token]), np.zeros(1, np.int64)) for token in token_ids]

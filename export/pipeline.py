@@ -16,6 +16,7 @@ from ..runtime.bundle import check_place, folder_beside
 from ..runtime.errors import EdgecapError, UsageError
 from ..runtime.fused import FusedCaptioner, check_fused
 from ..runtime.verify import verify_golden
+from ..train.adopt import adopt
 from ..train.checkpoint import Checkpoint, load_checkpoint, require_captioner
 from ..train.data.cache import load_pixels
 from ..train.framing import frames_of
@@ -43,6 +44,7 @@ from .tuning import autotune as run_autotune
 Progress = Callable[[str, int, int], None]
 REFERENCE = "onnx-fp32"
 SEED = 0
+DRAWN = "scenes"  # what a published captioner is calibrated on and compared by where no photos are named
 PRUNING_PHOTOS = 512  # with 128, what is refitted after pruning is visibly worse
 FUSED_PHOTOS, FUSED_SAME = 64, 0.95  # photos the fused graph is compared on; share that must be the same
 
@@ -72,6 +74,7 @@ def export(
     checkpoint: Path | None,
     *,
     target: str,
+    source: str | None = None,
     data: str | None = None,
     skip_bad: bool = False,
     max_cider_drop: float = 0.02,
@@ -90,6 +93,7 @@ def export(
 ) -> Exported:
     """Export a checkpoint (default: the newest finished run) and let the gate judge the artifact.
 
+    source: instead of a checkpoint a published SmolVLM, by hub id or directory, whose weights are taken as they are.
     data: spec for calibration (train split) and gate (val split), by default the recipe's. skip_bad: leave bad examples
     out; always so where the recipe did. limit: validation photos for the gate. calibration: training photos. A bundle
     that fails is written only with `force`, and then says so. raise_layers: where the gate fails, raise the precision
@@ -112,9 +116,10 @@ def export(
             raise UsageError("--autotune and --tuning keep only what passes the gate: leave --recover out")
     if (autotune or known) and not (chosen.backend == "onnx" and chosen.calibrated):
         raise UsageError(f"--autotune and --tuning go with onnx-int8 and onnx-int4, not with {target}")
-    run = _find(checkpoint, unfinished_ok)
-    refuse_adapter(run)
-    loaded = require_captioner(load_checkpoint(run, unfinished_ok=unfinished_ok))
+    if source is None:
+        loaded = _load(checkpoint, unfinished_ok)
+    else:
+        loaded, data = adopt(source), data or DRAWN
     if reason := chosen.refusal(recipe_parts(loaded), options):
         raise UsageError(f"{target} cannot be made of {loaded.path}: {reason}")
     label = f"pruned-{target}" if smaller.items else target
@@ -133,24 +138,24 @@ def export(
     calibrator = _calibration(loaded, dataset, calibration if chosen.calibrated else 1, progress, frames)
     with folder_beside(out) as scratch:
         (scratch / "build").mkdir()
-        source = Source(loaded, calibrator, scratch / "build", options, frames, progress)
+        begun = Source(loaded, calibrator, scratch / "build", options, frames, progress)
         name = out.name.removesuffix(".edgecap")
         entry = as_tuned(chosen, known.graphs) if known else chosen
-        job = Job(source, whole, target, entry, name, photos, max_cider_drop, scratch, progress, before)
+        job = Job(begun, whole, target, entry, name, photos, max_cider_drop, scratch, progress, before)
         try:
             notes: list[str] = []
             if autotune:
-                known, artifact, result = run_autotune(source, chosen.build, autotune, job.gate, progress=progress)
+                known, artifact, result = run_autotune(begun, chosen.build, autotune, job.gate, progress=progress)
                 job.chosen = as_tuned(chosen, known.graphs)
                 if result.passed:
                     kept = " and ".join(f"the {part} in {precision}" for part, precision in known.graphs.items())
                     notes.append(f"--autotune keeps {kept}: the fastest on {autotune} that the gate passes")
             else:
-                artifact = chosen.build(source)
+                artifact = chosen.build(begun)
                 result = job.gate(artifact)
             if raise_layers:
                 first = (artifact, result)
-                artifact, result, done = recover(source, target, chosen.build, job.gate, first=first)
+                artifact, result, done = recover(begun, target, chosen.build, job.gate, first=first)
                 artifact.passes.append(done)
                 notes.append(recovery_note(done))
             if known:
@@ -188,9 +193,7 @@ def prune(
 ) -> Checkpoint:
     """The pruned checkpoint of a checkpoint (default: the newest finished run), as `export` would make it first."""
     smaller.check()
-    run = _find(checkpoint, unfinished_ok)
-    refuse_adapter(run)
-    whole = require_captioner(load_checkpoint(run, unfinished_ok=unfinished_ok))
+    whole = _load(checkpoint, unfinished_ok)
     learnt = whole.recipe.data
     dataset = open_dataset(data or learnt.spec, skip_bad=skip_bad or learnt.skip_bad)
     looked_at = _calibration(whole, dataset, calibration, progress)
@@ -350,6 +353,12 @@ def recipe_parts(loaded: Checkpoint) -> dict[str, str]:
     """The kinds of encoder, bridge and decoder."""
     recipe = loaded.recipe
     return {"encoder": recipe.encoder.kind, "bridge": recipe.bridge["kind"], "decoder": recipe.decoder["kind"]}
+
+
+def _load(checkpoint: Path | None, unfinished_ok: bool) -> Checkpoint:
+    run = _find(checkpoint, unfinished_ok)
+    refuse_adapter(run)
+    return require_captioner(load_checkpoint(run, unfinished_ok=unfinished_ok))
 
 
 def _find(checkpoint: Path | None, unfinished_ok: bool) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
@@ -31,6 +32,7 @@ T = TypeVar("T")
     "--image-size", type=click.IntRange(1, 4096), metavar="PX", help="SmolVLM: pixels a side of what it sees."
 )
 @click.option("--tiles/--no-tiles", default=None, help="SmolVLM: look at a photo in tiles, or as a whole only.")
+@click.option("--batch", type=click.IntRange(1, 1024), default=8, show_default=True, help="Photos captioned together.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per photo, one per line.")
 @click.option("--threads", type=click.IntRange(1, 1024), help="Threads of the engine.  [default: its own choice]")
 def caption(
@@ -42,6 +44,7 @@ def caption(
     deadline_ms: float | None,
     image_size: int | None,
     tiles: bool | None,
+    batch: int,
     as_json: bool,
     threads: int | None,
 ) -> None:
@@ -49,7 +52,7 @@ def caption(
 
     PHOTO is a file, a folder (searched recursively), an http(s) address, or - for a stream of paths on
     standard input, captioned as they come. A photo that cannot be read is told on standard error, the rest
-    still get their captions, and the exit code is 1.
+    still get their captions, and the exit code is 1. Of a folder, standard error says how many photos a second.
 
     \b
     Examples:
@@ -65,13 +68,15 @@ def caption(
 
     warnings.simplefilter("ignore")  # Pillow's, about odd files: whether a photo can be read is told below
 
-    alone = len(photos) == 1 and photos[0] != "-" and not os.path.isdir(photos[0])
+    folders = any(os.path.isdir(photo) for photo in photos)
+    alone = len(photos) == 1 and photos[0] != "-" and not folders
     failed: list[str] = []
     with Captioner.load(bundle, threads=threads) as captioner:
         sources = find_photos(photos, click.get_binary_stream("stdin"))
         results = caption_sources(
             captioner,
             sources,
+            batch=batch,
             beam=beam,
             prompt=prompt,
             max_length=max_tokens,
@@ -79,7 +84,9 @@ def caption(
             image_size=image_size,
             tiles=tiles,
         )
-        for source, result in _with_progress(results, show=any(os.path.isdir(photo) for photo in photos)):
+        began, count = time.monotonic(), 0
+        for source, result in _with_progress(results, show=folders):
+            count += not isinstance(result, EdgecapError)
             if isinstance(result, EdgecapError):
                 failed.append(result.message)
                 click.echo(f"Error: {result.message}", err=True)
@@ -90,6 +97,8 @@ def caption(
                 click.echo(json.dumps(line, ensure_ascii=False))
             else:
                 click.echo(result.text if alone else f"{source.name}\t{result.text}")
+        if folders:
+            click.echo(f"{count} photos, {count / max(time.monotonic() - began, 1e-6):.1f} photos/s", err=True)
     if failed:
         if not alone:
             click.echo(f"{len(failed)} could not be captioned:", err=True)

@@ -68,8 +68,8 @@ class FramedSession:
         """The first half of `start`: cut the photos, and the vision graph. Raises UsageError where one has more frames
         than another."""
         side = self.framing.side
-        if isinstance(pixels, np.ndarray) and pixels.shape[1:3] == (side, side):  # there is nothing to cut
-            self._segments, frames = self.prompt.segments(), pixels[:, None]
+        if isinstance(pixels, np.ndarray) and pixels.shape[1:3] == (side, side) and not self.framing.longest_edge:
+            self._segments, frames = self.prompt.segments(), pixels[:, None]  # there is nothing to cut
         else:
             cut = [self.framing(Image.fromarray(photo)) for photo in pixels]
             grids = {(each.rows, each.columns) for each in cut}

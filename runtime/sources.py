@@ -140,11 +140,11 @@ def fetch(url: str) -> bytes:
 
 
 def caption_sources(
-    captioner: Captioner, sources: Iterable[Source], **options: Any
+    captioner: Captioner, sources: Iterable[Source], *, batch: int = BATCH, **options: Any
 ) -> Iterator[tuple[Source, Caption | EdgecapError]]:
     """Each source, in order, with its caption or what is wrong with it. Options as in a `Captioner` call.
 
-    Photos are captioned up to BATCH at a time, a source that is `alone` as soon as it comes.
+    Photos are captioned up to `batch` at a time, a source that is `alone` as soon as it comes.
     """
     # A bad option is the caller's error, not each photo's.
     budget = {name: options.get(name) for name in ("image_size", "tiles")}
@@ -156,7 +156,7 @@ def caption_sources(
             waiting.append((source, source.load(view)))
         except EdgecapError as error:
             waiting.append((source, error))
-        if source.alone or len(waiting) == BATCH:
+        if source.alone or len(waiting) == batch:
             yield from _finish(captioner, waiting, options)
             waiting = []
     yield from _finish(captioner, waiting, options)

@@ -21,6 +21,12 @@ if TYPE_CHECKING:
 def frames_of(loaded: Checkpoint) -> dict[str, Any] | None:
     """The manifest's "frames" of a SmolVLM whose decoder is a language model; None for other captioners."""
     recipe, model = loaded.recipe, loaded.model
+    framing = getattr(loaded, "framing", None)
+    if framing is not None:  # a published model's own
+        prompt = _prompt(loaded, 0)
+        if (framing.most or 0) > len(prompt.tiles):
+            raise UsageError(f"photos become {framing.most} tiles a side, which the tokenizer has no names for")
+        return write_frames(framing, prompt)
     if not is_vlm(recipe) or not isinstance(getattr(model, "decoder", None), LanguageModelDecoder):
         return None
     config, scale = model.encoder.body.config, model.bridge.scale

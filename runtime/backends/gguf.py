@@ -66,7 +66,8 @@ def _mmproj_encoder(bundle: Bundle, settings: dict[str, Any], decoder: LlamaMode
     bias = settings.get("bias")
     if not isinstance(bias, list) or len(bias) != decoder.dim or not all(type(value) is float for value in bias):
         raise EdgecapError(f"{bundle.path}/bundle.json: gguf.bias must be {decoder.dim} numbers; export it again")
-    return MtmdEncoder(bundle.path / bundle.manifest["graphs"]["encoder"]["file"], decoder, np.array(bias))
+    side = bundle.manifest["frames"]["native"] if "frames" in bundle.manifest else None
+    return MtmdEncoder(bundle.path / bundle.manifest["graphs"]["encoder"]["file"], decoder, np.array(bias), side)
 
 
 def _onnx_encoder(bundle: Bundle, settings: dict[str, Any], decoder: LlamaModel) -> Encoder:

@@ -13,7 +13,7 @@ import llama_cpp as lib
 import numpy as np
 from llama_cpp import mtmd_cpp as mtmd
 
-from ..errors import EdgecapError
+from ..errors import EdgecapError, UsageError
 from .llama import LlamaModel, callback, clear_error, last_error
 
 if TYPE_CHECKING:
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 class MtmdEncoder:
     """Photos of the encoder's own size only: mtmd would scale others its own way.
 
-    bias [dim] is added to what the file gives. Raises EdgecapError if llama.cpp cannot load the file, or it does not
-    fit the decoder.
+    side: that size, where it is known. bias [dim] is added to what the file gives. Raises EdgecapError if llama.cpp
+    cannot load the file, or it does not fit the decoder.
     """
 
-    def __init__(self, path: Path, decoder: LlamaModel, bias: np.ndarray) -> None:
-        self.decoder, self.bias = decoder, bias.astype(np.float32)
+    def __init__(self, path: Path, decoder: LlamaModel, bias: np.ndarray, side: int | None = None) -> None:
+        self.decoder, self.bias, self.side = decoder, bias.astype(np.float32), side
         vocabulary = lib.llama_model_get_vocab(decoder.pointer)
         if lib.llama_vocab_type(vocabulary) == lib.LLAMA_VOCAB_TYPE_NONE:  # looking for a marker would end the process
             raise EdgecapError(f"{path} needs a decoder that names its words; export the bundle again")
@@ -47,7 +47,9 @@ class MtmdEncoder:
         self._lock = threading.Lock()  # a context holds the output of the last photo
 
     def __call__(self, pixels: Pixels) -> np.ndarray:
-        """Photos uint8 [N, H, W, 3] → float32 [N, L, dim]."""
+        """Photos uint8 [N, H, W, 3] → float32 [N, L, dim]. UsageError for another size."""
+        if self.side and pixels.shape[1:3] != (self.side, self.side):
+            raise UsageError(f"llama.cpp's encoder sees photos of {self.side} px only: leave image_size out")
         with self._lock:
             return np.stack([self._encode(np.ascontiguousarray(photo)) for photo in pixels]) + self.bias
 

@@ -47,6 +47,10 @@ def test_a_smolvlm_with_photos_in_tiles_trains_exports_and_captions(
         with Captioner.load(result.path) as captioner:
             assert verify_golden(captioner).ok
             captions = [caption.text for caption in captioner.caption_arrays(photos, max_length=6)]
+            seen = captioner.view(image_size=16, tiles=False)
+            assert seen.preprocess.size == (16, 16) and captioner(photos, image_size=16, tiles=False, max_length=2)
+            whole = captioner.view(image_size=tile, tiles=False)
+            assert whole.preprocess.size == (tile, tile) and captioner.view(image_size=16).preprocess.size == (32, 32)
         if target == "onnx-fp32":
             assert captions == wanted
         assert all(captions)

@@ -71,9 +71,10 @@ def test_bad_photos_among_good_ones(bundle_path, album):
     assert done.returncode == 1
     assert [line.split("\t")[0] for line in done.stdout.splitlines()] == [str(album / "0.png"), str(album / "2.png")]
     errors = done.stderr.splitlines()
-    assert [line.startswith("Error: ") for line in errors] == [True, True, False, False, False]
-    assert errors[2] == "2 could not be captioned:"
-    assert str(album / "1.png") in errors[3] and str(album / "none.jpg") in errors[4]
+    assert [line.startswith("Error: ") for line in errors] == [True, True, False, False, False, False]
+    assert errors[2].startswith("2 photos, ") and errors[2].endswith(" photos/s")
+    assert errors[3] == "2 could not be captioned:"
+    assert str(album / "1.png") in errors[4] and str(album / "none.jpg") in errors[5]
 
     done = edgecap("caption", bundle_path, album, "--json")
     assert done.returncode == 1

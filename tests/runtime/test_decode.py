@@ -210,3 +210,27 @@ def test_best_is_a_stable_sort(beams, vocab, count, seed):
     assert [total for total, _, _ in found] == [sums[i] for i in order]
     if vocab > 1:  # within one sum and beam, larger values come first; which here are equal only for equal sums
         assert [beam * vocab + token for _, beam, token in found] == order
+
+
+@pytest.mark.parametrize("beam", [1, 3])
+@pytest.mark.parametrize("steps", [1, 3, 100])
+def test_a_deadline_ends_the_search_with_the_best_so_far(beam, steps, monkeypatch):
+    """A clock that a step moves by one second."""
+    clock = [0.0]
+    session = HashSession(9, 4, -20.0, False)  # that hardly ever ends by itself
+    step = session.step
+    monkeypatch.setattr("edgecap.runtime.decode.time.monotonic", lambda: clock[0])
+
+    def slow(ids, parents):
+        clock[0] += 1
+        return step(ids, parents)
+
+    monkeypatch.setattr(session, "step", slow)
+    pixels = np.arange(6, dtype=np.uint8).reshape(2, 1, 1, 3)
+    found = run(session, pixels, DecodeOptions(beam=beam, max_length=8, deadline_ms=1000 * steps))
+    for hypotheses in found:
+        best = hypotheses[0]
+        assert best.cut is (steps < 7) and not best.finished
+        assert len(best.token_ids) == min(steps + 1, 8)
+        uncut = run(HashSession(9, 4, -20.0, False), pixels, DecodeOptions(beam=beam, max_length=len(best.token_ids)))
+        assert best.token_ids in {each[0].token_ids for each in uncut}

@@ -131,7 +131,8 @@ def load_pixels(
     flip: bool = False,
     change: Callable[[int, Image.Image], Image.Image] | None = None,
 ) -> np.ndarray:
-    """Photos decoded and resized, on two threads: uint8 [N, H, W, 3]; `flip` mirrors them left to right.
+    """Photos decoded and resized, on two threads: uint8 [N, H, W, 3]; `flip` mirrors them left to right. Where they
+    keep their sizes: a list of uint8 [H, W, 3].
 
     change: gives another photo for the i-th of the examples, before it is resized.
     """
@@ -144,7 +145,10 @@ def load_pixels(
         return preprocess(change(i, load_image(example.path or example.load(), target=preprocess.size)))
 
     with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
-        pixels = np.stack(list(pool.map(one, range(len(examples)))))
+        found = list(pool.map(one, range(len(examples))))
+    if preprocess.mode == "keep":
+        return found  # type: ignore[return-value]
+    pixels = np.stack(found)
     return np.ascontiguousarray(pixels[:, :, ::-1]) if flip else pixels
 
 

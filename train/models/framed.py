@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ...runtime.framed import pieces
+
 if TYPE_CHECKING:
+    from ...runtime.prompt import Segments
     from .captioner import CaptionModel
 
 
@@ -51,3 +55,49 @@ class FrameGraph(nn.Module):
         x = x.reshape(frames, cells, scale, cells, scale, x.shape[-1]).transpose(2, 3)
         x = self.across(x.reshape(frames, cells * cells, -1))
         return (self.project(x),)
+
+
+class TorchFrames:
+    """A model for photos in frames, computed in torch: the reference for every backend that reads them in pieces.
+
+    It is a `FrameModel` of runtime/framed.py, and reads prompt and photo as one prefix.
+    """
+
+    def __init__(self, model: CaptionModel) -> None:
+        self.model, self.graph = model.eval(), FrameGraph(model).eval()
+
+    def session(self) -> TorchFrameSession:
+        return TorchFrameSession(self)
+
+
+class TorchFrameSession:
+    def __init__(self, frames: TorchFrames) -> None:
+        self.graph = frames.graph
+        self.inner: Any = frames.model.session()
+
+    @torch.inference_mode()
+    def encode(self, pixels: np.ndarray) -> None:
+        """uint8 [N, F, S, S, 3]."""
+        seen = self.graph(torch.from_numpy(np.ascontiguousarray(pixels)).flatten(0, 1))[0]
+        self.seen = seen.unflatten(0, pixels.shape[:2])  # [N, F, tokens, dim]
+
+    @torch.inference_mode()
+    def prefill(self, prompt_ids: np.ndarray | None = None, segments: Segments | None = None) -> np.ndarray:
+        """Logits [N, V]."""
+        assert segments is not None
+        decoder, photos = self.inner.model.decoder, len(self.seen)
+        *between, last = pieces(segments, prompt_ids)
+        parts = [self._words(np.array(segments.before, np.int64), photos)]
+        for frame, ids in enumerate((*between, last[:0])):
+            parts += [self.seen[:, frame], self._words(ids, photos)]
+        ids = torch.from_numpy(np.tile(last, (photos, 1)))
+        self.inner.photo = {"prefix": torch.cat(parts, 1)}
+        self.inner.index = torch.arange(photos)
+        logits, self.inner.state = decoder.begin(self.inner.photo, ids)
+        return logits.float().numpy()
+
+    def step(self, ids: np.ndarray, parents: np.ndarray) -> np.ndarray:
+        return self.inner.step(ids, parents)
+
+    def _words(self, ids: np.ndarray, photos: int) -> Tensor:
+        return self.inner.model.decoder.embedding(torch.from_numpy(ids)).expand(photos, -1, -1)

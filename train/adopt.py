@@ -1,0 +1,77 @@
+"""A published SmolVLM or Idefics3 as it is, without training: what `edgecap export --from` begins with."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..runtime.errors import UsageError
+from ..runtime.frames import Framing
+from ..runtime.preprocess import Preprocess
+from ..runtime.tokenizer import Tokenizer
+from .checkpoint import Checkpoint, model_for
+from .models.hub import reading
+from .pretrained import open_captions
+from .recipe import load_recipe
+from .smolvlm import CHAT, with_vlm
+from .state import fingerprint, model_tensors
+from .tokenizer import token_ids
+
+RECIPE = "smolvlm-lora"  # what it takes from there: lengths and search
+PROCESSOR = "preprocessor_config.json"
+
+
+@dataclass(frozen=True)
+class Published(Checkpoint):
+    """A captioner that keeps photos as they are; framing: how its own image processor cuts them."""
+
+    framing: Framing
+
+
+def adopt(source: str, *, chat: str = CHAT) -> Published:
+    """The captioner of a hub id or directory with weights: its parts, its processing of photos, its chat template
+    around them. chat: what the user says.
+
+    Raises UsageError where it is another kind of model, or is not all there.
+    """
+    recipe = load_recipe(RECIPE)
+    recipe = dataclasses.replace(
+        recipe,
+        name=Path(source).name,
+        data=dataclasses.replace(recipe.data, spec=""),
+        decoder={**recipe.decoder, "max_positions": 2**31 - 1},  # the model's own
+        prompt=dataclasses.replace(recipe.prompt, chat=chat, text=""),
+        lora=dataclasses.replace(recipe.lora, rank=0),
+        stages=(),
+    )
+    tokenizer, recipe = open_captions(with_vlm(recipe, source), [])
+    tokens = token_ids(tokenizer, recipe.tokenizer.ids)
+    model = model_for(recipe, tokens, load_weights=True)
+    config = model.encoder.body.config
+    framing = Framing.from_processor(
+        _processor(source), native=config.image_size, patch=config.patch_size, scale=model.bridge.scale
+    )
+    return Published(
+        path=Path(Path(source).name),
+        recipe=recipe,
+        tokenizer=Tokenizer.load(tokenizer.to_str().encode()),
+        tokens=tokens,
+        preprocess=Preprocess((framing.side, framing.side), "keep"),
+        metrics={"finished": True},
+        sha256=fingerprint(model_tensors(model)),
+        model=model,
+        framing=framing,
+    )
+
+
+def _processor(source: str) -> dict[str, Any]:
+    """The image processor's settings, in a file of their own or among those of the whole processor."""
+    from transformers.models.auto.image_processing_auto import get_image_processor_config
+
+    with reading(source, "vlm") as place:
+        found = get_image_processor_config(place)
+    if not found:
+        raise UsageError(f"vlm {source}: there is no {PROCESSOR}, which says how photos are cut")
+    return found
