@@ -198,7 +198,8 @@ def load_graph(bundle: Bundle, graph: dict[str, Any], options: ort.SessionOption
     """Load the file that an entry of the manifest's "graphs" names. Raises BundleError if the engine cannot."""
     where = f"{bundle.path}: {graph['file']}"
     try:
-        return ort.InferenceSession(bundle.read(graph["file"]), options, providers=["CPUExecutionProvider"])
+        # By its path: of bytes the engine keeps a copy beside the weights that it packs for its kernels.
+        return ort.InferenceSession(str(bundle.file(graph["file"])), options, providers=["CPUExecutionProvider"])
     except BundleError:
         raise
     except Exception as error:  # onnxruntime's exceptions share no base class

@@ -197,11 +197,11 @@ class _Request:
 
 def _load(core: ov.Core, bundle: Bundle, graph: dict[str, Any], options: dict[str, Any]) -> ov.CompiledModel:
     where = f"{bundle.path}: {graph['file']}"
-    text, weights = bundle.read(graph["file"]), bundle.read(graph["weights"]) if "weights" in graph else b""
-    if not text.lstrip().startswith(b"<"):  # the engine would guess at any other format
+    if not bundle.read(graph["file"]).lstrip().startswith(b"<"):  # the engine would guess at any other format
         raise EdgecapError(f"{where} is not an OpenVINO graph; export it again")
     try:
-        model = core.read_model(text, weights)
+        # By its path: the weights are then mapped, not copied.
+        model = core.read_model(*(str(bundle.file(graph[part])) for part in ("file", "weights") if part in graph))
         for role, ports in (("inputs", model.inputs), ("outputs", model.outputs)):
             _compare(where, role, graph[role], ports)
         return core.compile_model(model, "CPU", options)
