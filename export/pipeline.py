@@ -16,7 +16,7 @@ from ..runtime.bundle import check_place, folder_beside
 from ..runtime.errors import EdgecapError, UsageError
 from ..runtime.fused import FusedCaptioner, check_fused
 from ..runtime.verify import verify_golden
-from ..train.adopt import adopt
+from ..train.adopt import Published, adopt
 from ..train.checkpoint import Checkpoint, load_checkpoint, require_captioner
 from ..train.data.cache import load_pixels
 from ..train.framing import frames_of
@@ -131,8 +131,13 @@ def export(
     require_decodable(photos, dataset.spec)
     whole = loaded
     if smaller.items:
-        looked_at = _calibration(whole, dataset, max(calibration, PRUNING_PHOTOS), progress)
-        loaded = make_smaller(whole, smaller, dataset, looked_at, progress, say, skip_bad=skip_bad)
+        published = whole if isinstance(whole, Published) else None
+        if published and smaller.epochs:
+            raise UsageError("--finetune is taught by a checkpoint, which --from does not name; leave it out")
+        seen = published.squashed if published else whole
+        looked_at = _calibration(seen, dataset, max(calibration, PRUNING_PHOTOS), progress)
+        loaded = make_smaller(seen, smaller, dataset, looked_at, progress, say, skip_bad=skip_bad)
+        loaded = published.pruned_to(loaded) if published else loaded
     before = prune_passes(loaded.metrics)
     frames = frames_of(loaded) if chosen.frames and not options.fused else None
     calibrator = _calibration(loaded, dataset, calibration if chosen.calibrated else 1, progress, frames)

@@ -22,7 +22,9 @@ from ..runtime.tokenizer import Tokenizer
 from ..train.checkpoint import METRICS, RECIPE, TOKENIZER, WEIGHTS, Checkpoint, model_for
 from ..train.models import CaptionModel
 from ..train.models.language_model import PHOTO
+from ..train.pretrained import not_continuing
 from ..train.settings import Recipe
+from ..train.smolvlm import is_vlm
 from ..train.state import model_tensors, write_bytes, write_json, write_tensors
 from ..train.tokenizer import token_ids
 from .graph import PassResult
@@ -190,6 +192,9 @@ def _prune(
     if plan.vocab:
         needed = [tokens[name] for name in ("bos", "eos", "pad", "unk")]
         needed += [i for i in recipe.decoder.get("prompt", ()) if i != PHOTO]
+        if is_vlm(recipe):  # what stands between the rows of tiles
+            plain = not_continuing(tokenizer.inner)
+            needed += [i for text in ("\n", "\n\n") for i in plain.encode(text, add_special_tokens=False).ids]
         inner, old = shrink_vocab(tokenizer.inner, corpus, plan.vocab, needed)
         recipe = _renumbered(recipe, old)
         tokenizer, tokens = Tokenizer(inner), token_ids(inner, recipe.tokenizer.ids)

@@ -15,6 +15,7 @@ from .checkpoint import Checkpoint, model_for
 from .models.hub import reading
 from .pretrained import open_captions
 from .recipe import load_recipe
+from .run import RUNS
 from .smolvlm import CHAT, with_vlm
 from .state import fingerprint, model_tensors
 from .tokenizer import token_ids
@@ -29,6 +30,15 @@ class Published(Checkpoint):
 
     framing: Framing
 
+    @property
+    def squashed(self) -> Checkpoint:
+        """The same for photos that are squashed to one frame, as training and pruning take them."""
+        return dataclasses.replace(self, preprocess=dataclasses.replace(self.preprocess, mode="squash"))
+
+    def pruned_to(self, smaller: Checkpoint) -> Published:
+        """What was pruned from it, with its processing of photos."""
+        return Published(**{**vars(smaller), "preprocess": self.preprocess}, framing=self.framing)
+
 
 def adopt(source: str, *, chat: str = CHAT) -> Published:
     """The captioner of a hub id or directory with weights: its parts, its processing of photos, its chat template
@@ -40,11 +50,9 @@ def adopt(source: str, *, chat: str = CHAT) -> Published:
     recipe = dataclasses.replace(
         recipe,
         name=Path(source).name,
-        data=dataclasses.replace(recipe.data, spec=""),
         decoder={**recipe.decoder, "max_positions": 2**31 - 1},  # the model's own
         prompt=dataclasses.replace(recipe.prompt, chat=chat, text=""),
         lora=dataclasses.replace(recipe.lora, rank=0),
-        stages=(),
     )
     tokenizer, recipe = open_captions(with_vlm(recipe, source), [])
     tokens = token_ids(tokenizer, recipe.tokenizer.ids)
@@ -54,7 +62,7 @@ def adopt(source: str, *, chat: str = CHAT) -> Published:
         _processor(source), native=config.image_size, patch=config.patch_size, scale=model.bridge.scale
     )
     return Published(
-        path=Path(Path(source).name),
+        path=RUNS / Path(source).name,
         recipe=recipe,
         tokenizer=Tokenizer.load(tokenizer.to_str().encode()),
         tokens=tokens,

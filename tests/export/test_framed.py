@@ -14,12 +14,14 @@ from PIL import Image
 from edgecap.export.artifact import BuildOptions, Source
 from edgecap.export.assemble import assemble
 from edgecap.export.calibration import Calibration
-from edgecap.export.golden import make_golden
+from edgecap.export.golden import make_golden, torch_model
+from edgecap.export.prune import prune_checkpoint
 from edgecap.export.targets import TARGETS
 from edgecap.runtime import Captioner, UsageError, verify_golden, write_bundle
 from edgecap.runtime.decode import never_said
 from edgecap.runtime.frames import Framing
 from edgecap.train.adopt import Published, adopt
+from edgecap.train.checkpoint import load_checkpoint
 from edgecap.train.framing import frames_of
 from edgecap.train.smolvlm import CHAT
 
@@ -119,8 +121,6 @@ def test_photos_are_cut_and_the_golden_pair_holds(captioner: Captioner) -> None:
 
 
 def test_beams_continue_a_prompt_as_torch_does(captioner: Captioner, published: Published) -> None:
-    from edgecap.export.golden import torch_model
-
     pictures = drawn()[:2]
     reference = Captioner(captioner.bundle, torch_model(published), captioner.tokenizer)
     for options in ({"beam": 3}, {"beam": 2, "prompt": "a cat"}):
@@ -172,3 +172,27 @@ def test_what_is_published_must_be_all_there(vlm: Path, published: Published, tm
     wide = dataclasses.replace(published, framing=dataclasses.replace(published.framing, longest_edge=48 * 5))
     with pytest.raises(UsageError, match="5 tiles a side, which the tokenizer has no names for"):
         frames_of(wide)
+
+
+def test_a_pruned_vocabulary_says_the_same_of_what_it_kept(
+    source: Source, published: Published, vlm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logits of the tokens that stay, through graphs and runtime; tiles and prompt stay as they are."""
+    monkeypatch.chdir(tmp_path)
+    corpus = ["a red circle above a blue square"]
+    out = prune_checkpoint(
+        published.squashed,
+        ["vocab=used"],
+        pixels=pictures(1, NATIVE),
+        captions=[[60]],
+        corpus=corpus,
+        out=Path("small"),
+    )
+    small = published.pruned_to(load_checkpoint(out))
+    names = {published.tokenizer.inner.id_to_token(i): i for i in range(published.tokens["vocab_size"])}
+    old = [names[small.tokenizer.inner.id_to_token(i)] for i in range(small.tokens["vocab_size"])]
+    assert len(old) < len(names)
+    for image in drawn()[:2]:
+        wanted, found = (torch_model(each).session().start([np.asarray(image)]) for each in (published, small))
+        np.testing.assert_allclose(wanted[:, old], found, atol=1e-6)  # one row: summed in another order
+    assert frames_of(small)["prompt"].keys() == frames_of(published)["prompt"].keys()
