@@ -4,8 +4,8 @@ Requests and answers are JSON lines on stdin and stdout:
   {"op": "load", "path", "threads", "decoding"}  → {"import_s", "load_s", "facts"}
   {"op": "time", "photos": [file, …]}            → {"runs": [{stage: seconds, "tokens": n}, …]}
   {"op": "caption", "photos": [file, …]}         → {"captions": [{"text", "logprob", "tokens"}, …]}
-Each answer has "ok" (false comes with "error", one line) and "peak_rss" in bytes. The process ends with its
-input.
+logprob is null where an engine does not tell it. Each answer has "ok" (false comes with "error", one line) and
+"peak_rss" in bytes. The process ends with its input.
 """
 
 from __future__ import annotations
@@ -73,7 +73,12 @@ class Clock:
 
 
 def time_stages(engine: Engine, photo: str) -> dict[str, float]:
-    """Seconds of each part of captioning one photo; parts that do not apply are left out."""
+    """Seconds of each part of captioning one photo; parts that do not apply are left out.
+
+    An engine that searches by itself has no session to watch: its own `stages` tells.
+    """
+    if hasattr(engine, "stages"):
+        return engine.stages(photo)
     begin = perf_counter()
     pixels = engine.pixels(photo)
     ready = perf_counter()

@@ -21,4 +21,13 @@ class Peer:
 
 PEERS: dict[str, Peer] = {
     "torch": Peer("edgecap.benchmarks.peers.torch_eager", "CHECKPOINT", "a checkpoint in torch eager, fp32"),
+    "transformers": Peer(
+        "edgecap.benchmarks.peers.transformers_generate", "FOLDER", "a SmolVLM in transformers' generate"
+    ),
+    "optimum_intel": Peer("edgecap.benchmarks.peers.optimum_intel", "FOLDER", "a SmolVLM in optimum-intel"),
+    "openvino_genai": Peer("edgecap.benchmarks.peers.openvino_genai", "FOLDER", "a SmolVLM in OpenVINO GenAI"),
+    "llama_cpp": Peer("edgecap.benchmarks.peers.llama_cpp", "FOLDER", "a SmolVLM in llama.cpp"),
+    "onnxruntime_genai": Peer(
+        "edgecap.benchmarks.peers.onnxruntime_genai", "FOLDER", "a SmolVLM in ONNX Runtime GenAI"
+    ),
 }
