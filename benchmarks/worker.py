@@ -4,6 +4,7 @@ Requests and answers are JSON lines on stdin and stdout:
   {"op": "load", "path", "threads", "decoding"}  → {"import_s", "load_s", "facts"}
   {"op": "time", "photos": [file, …]}            → {"runs": [{stage: seconds, "tokens": n}, …]}
   {"op": "caption", "photos": [file, …]}         → {"captions": [{"text", "logprob", "tokens"}, …]}
+  {"op": "pass", "photo": file, "logits": file}  → {"run": {"first", "next", "whole": seconds, "ids"}}; see `watched`
 logprob is null where an engine does not tell it. Each answer has "ok" (false comes with "error", one line) and
 "peak_rss" in bytes. The process ends with its input.
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -122,6 +123,46 @@ def time_photos(engine: Engine, photos: list[str]) -> list[dict[str, float]]:
     return runs
 
 
+class Marks:
+    """When one caption's tokens were there, and the logits of the first where they are wanted and can be had."""
+
+    def __init__(self, *, keep: bool = False) -> None:
+        self.encoded: float | None = None
+        self.tokens: list[float] = []
+        self.keep, self.logits = keep, None
+
+    def encode(self) -> None:
+        self.encoded = perf_counter()
+
+    def token(self, logits: Any = None) -> None:
+        """Logits [vocabulary] that the token is taken from."""
+        self.tokens.append(perf_counter())
+        if self.keep and len(self.tokens) == 1 and logits is not None:
+            import numpy as np
+
+            self.logits = np.array(logits, np.float32).reshape(-1)
+
+
+def watched(engine: Any, photo: str, logits: str | None) -> dict[str, Any]:
+    """One caption, from file to text, for engines that `mark` it: seconds to the first token and of each further one.
+
+    logits: an .npy file to write those of the first token to; nothing is written where the engine does not show them.
+    """
+    marks = Marks(keep=logits is not None)
+    begin = perf_counter()
+    ids = engine.mark(photo, marks)
+    whole = perf_counter() - begin
+    if not marks.tokens:
+        raise RuntimeError("nobody saw its tokens")
+    if marks.logits is not None:
+        import numpy as np
+
+        np.save(str(logits), marks.logits)
+    steps = len(marks.tokens) - 1
+    further = {"next": (marks.tokens[-1] - marks.tokens[0]) / steps} if steps else {}
+    return {"first": marks.tokens[0] - begin, **further, "whole": whole, "ids": [int(i) for i in ids]}
+
+
 def answer(state: dict[str, Engine], load: Loader, request: dict[str, Any]) -> dict[str, Any]:
     """Do what one request asks."""
     op = request.get("op")
@@ -132,6 +173,8 @@ def answer(state: dict[str, Engine], load: Loader, request: dict[str, Any]) -> d
         return {"runs": time_photos(state["engine"], request["photos"])}
     if op == "caption":
         return {"captions": [state["engine"].caption(photo) for photo in request["photos"]]}
+    if op == "pass":
+        return {"run": watched(state["engine"], request["photo"], request.get("logits"))}
     raise ValueError(f"unknown request {op!r}")
 
 
@@ -190,6 +233,35 @@ class BundleEngine:
     def caption(self, photo: Any) -> dict[str, Any]:
         caption = self._captioner(photo, **self._decoding)
         return {"text": caption.text, "logprob": float(caption.logprob), "tokens": len(caption.token_ids)}
+
+    def mark(self, photo: str, marks: Marks) -> Sequence[int]:
+        """The ids of a caption made by the call that an app makes, its session's calls marked."""
+        session = self._captioner.session
+        self._captioner.session = lambda: Marking(session(), marks)  # type: ignore[assignment, return-value]
+        try:
+            return self._captioner(photo, **self._decoding).token_ids
+        finally:
+            self._captioner.session = session  # type: ignore[method-assign]
+
+
+class Marking:
+    """A Session of one photo that marks every token's logits; in all else the one that it holds."""
+
+    def __init__(self, session: Any, marks: Marks) -> None:
+        self._session, self._marks = session, marks
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._session, name)
+
+    def start(self, *given: Any, **named: Any) -> np.ndarray:
+        logits = self._session.start(*given, **named)
+        self._marks.token(logits)
+        return logits
+
+    def step(self, *given: Any, **named: Any) -> np.ndarray:
+        logits = self._session.step(*given, **named)
+        self._marks.token()
+        return logits
 
 
 class FusedEngine:

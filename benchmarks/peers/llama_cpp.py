@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...runtime.errors import EdgecapError, UsageError
-from .vlm import Marks, Peer, Task, copy_words, main, words_by
+from .vlm import Marks, Peer, Task, copy_words, main, positions, words_by
 
 if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image
 
 TEXT, MMPROJ = "text.gguf", "mmproj.gguf"
+POSITIONS = "v.position_embd.weight"
 BLOCK = 32  # values that share a scale in q8_0 and q4_0
 LAYER = {
     "attn_norm": "input_layernorm",
@@ -46,11 +47,11 @@ FRAME_LAYER = {
 FRAME = {
     "v.patch_embd.weight": "embeddings.patch_embedding.weight",
     "v.patch_embd.bias": "embeddings.patch_embedding.bias",
-    "v.position_embd.weight": "embeddings.position_embedding.weight",
+    POSITIONS: "embeddings.position_embedding.weight",
     "v.post_ln.weight": "post_layernorm.weight",
     "v.post_ln.bias": "post_layernorm.bias",
 }
-EXACT = ("v.patch_embd.weight", "v.position_embd.weight")  # llama.cpp wants these in float32
+EXACT = ("v.patch_embd.weight", POSITIONS)  # llama.cpp wants these in float32
 
 
 class LlamaCppPeer(Peer):
@@ -63,10 +64,9 @@ class LlamaCppPeer(Peer):
     def make(cls, task: Task, folder: Path) -> None:
         """As llama.cpp's convert_hf_to_gguf.py does; the image encoder in f16 or q8_0."""
         config = json.loads((Path(task.model) / "config.json").read_text(encoding="utf-8"))
-        if task.size != config["vision_config"]["image_size"]:
-            raise UsageError("llama.cpp encodes pictures at the model's own size only")
         write_text(Path(task.model), config, folder / TEXT, task.precision)
-        write_mmproj(Path(task.model), config, folder / MMPROJ, "f16" if task.precision == "f16" else "q8_0")
+        vision = "f16" if task.precision == "f16" else "q8_0"
+        write_mmproj(Path(task.model), config, folder / MMPROJ, vision, task.size)
         copy_words(task, folder)
 
     def load(self, threads: int) -> None:
@@ -125,7 +125,7 @@ class LlamaCppPeer(Peer):
             if len(ids) < self.shortest:
                 logits[self.end] = -np.inf
             best = int(logits.argmax())
-            marks.token()
+            marks.token(logits)
             if best == self.end:
                 return ids
             ids.append(best)
@@ -283,8 +283,9 @@ def write_words(writer: Any, model: Path, text: dict[str, Any]) -> None:
     writer.add_add_bos_token(False)
 
 
-def write_mmproj(model: Path, config: dict[str, Any], file: Path, precision: str) -> None:
-    """Image encoder and pixel-shuffle projector as idefics3."""
+def write_mmproj(model: Path, config: dict[str, Any], file: Path, precision: str, size: int) -> None:
+    """Image encoder and pixel-shuffle projector as idefics3. size: of the pictures; it knows one size only, so fewer
+    positions are left in where that is smaller than the model's."""
     from gguf import GGUFType, GGUFWriter, LlamaFileType, VisionProjectorType
 
     frame = config["vision_config"]
@@ -297,7 +298,7 @@ def write_mmproj(model: Path, config: dict[str, Any], file: Path, precision: str
     writer.add_clip_projector_type(VisionProjectorType.IDEFICS3)
     writer.add_vision_use_gelu(True)
     writer.add_vision_projection_dim(config["text_config"]["hidden_size"])
-    writer.add_vision_image_size(frame["image_size"])
+    writer.add_vision_image_size(size)
     writer.add_vision_patch_size(frame["patch_size"])
     writer.add_vision_embedding_length(frame["hidden_size"])
     writer.add_vision_feed_forward_length(frame["intermediate_size"])
@@ -315,7 +316,9 @@ def write_mmproj(model: Path, config: dict[str, Any], file: Path, precision: str
                 names[f"model.vision_model.encoder.layers.{i}.{theirs}.{part}"] = f"v.blk.{i}.{ours}.{part}"
     for name, tensor in weights(model):
         if name in names:
-            add(writer, names.pop(name), tensor, precision)
+            if (found := names.pop(name)) == POSITIONS:
+                tensor = tensor[positions(frame, size)[0]]
+            add(writer, found, tensor, precision)
     if names:
         raise UsageError(f"{model} has no {next(iter(names))}")
     finish(writer)

@@ -24,10 +24,7 @@ if TYPE_CHECKING:
 
 VISION, EMBEDDING, DECODER = "vision.onnx", "embedding.onnx", "model.onnx"
 BUILDER = "onnxruntime_genai.models.builder"
-QUANTIZED = [
-    "block_size=32",
-    "accuracy_level=4",
-]  # activations are rounded to 8 bits, too
+QUANTIZED = ["block_size=32", "accuracy_level=4"]  # activations are rounded to 8 bits, too
 
 
 class OnnxRuntimeGenAIPeer(Peer):
@@ -79,9 +76,10 @@ class OnnxRuntimeGenAIPeer(Peer):
         generator.set_inputs(inputs)  # encodes the picture and fills the cache, in one call
         found: list[int] = []
         while not generator.is_done():
+            logits = generator.get_logits()[0, -1] if marks.keep and not found else None
             generator.generate_next_token()
             found.append(int(generator.get_next_tokens()[0]))
-            marks.token()
+            marks.token(logits)
         return [i for i in found if i != self.end]
 
     def words(self, ids: list[int]) -> str:

@@ -18,7 +18,7 @@ class Clock:
         self.marks = marks
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
-        self.marks.token()
+        self.marks.token(scores)
         return scores
 
 

@@ -20,7 +20,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...runtime.errors import UsageError
-from ..worker import decoded, serve
+from ..worker import Marks, decoded, serve
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,7 +34,8 @@ WEIGHTS = {".safetensors", ".bin", ".xml", ".onnx", ".data", ".gguf"}
 
 @dataclass(frozen=True)
 class Task:
-    """What a peer was made for. size: pixels a side; tokens: embeddings of the picture; settings: the engine's own."""
+    """What a peer was made for. size: pixels a side; tokens: embeddings of the picture; settings: the engine's own;
+    failed: why it could not be made."""
 
     kind: str
     model: str
@@ -43,6 +44,7 @@ class Task:
     size: int
     tokens: int
     settings: dict[str, str] = field(default_factory=dict)
+    failed: str = ""
 
     @classmethod
     def read(cls, folder: Path) -> Task:
@@ -62,19 +64,19 @@ class Task:
         return f"<|im_start|>User:{FAKE}{GLOBAL}{picture}{FAKE}{self.chat}<end_of_utterance>\nAssistant:"
 
 
-class Marks:
-    """When the parts of one caption were done."""
-
-    encoded: float | None = None
-
-    def __init__(self) -> None:
-        self.tokens: list[float] = []
-
-    def encode(self) -> None:
-        self.encoded = perf_counter()
-
-    def token(self) -> None:
-        self.tokens.append(perf_counter())
+def new_task(
+    kind: str, model: Path, precision: str, size: int, *, chat: str = CHAT, settings: dict[str, str] | None = None
+) -> Task:
+    """The task of a model's directory. UsageError where it is no SmolVLM's, or for a size that it cannot take."""
+    try:
+        config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+        patch, largest = config["vision_config"]["patch_size"], config["vision_config"]["image_size"]
+        unit = patch * config["scale_factor"]
+    except (OSError, KeyError, ValueError, TypeError) as error:
+        raise UsageError(f"{model} is no SmolVLM's directory: {error}") from None
+    if not unit <= size <= largest or size % unit:
+        raise UsageError(f"pictures of this model have a multiple of {unit} pixels a side, up to {largest}, not {size}")
+    return Task(kind, os.path.abspath(model), precision, chat, size, (size // unit) ** 2, settings or {})
 
 
 class Peer:
@@ -90,6 +92,8 @@ class Peer:
         self.task = Task.read(self.folder)
         if self.task.kind != self.kind:
             raise UsageError(f"{self.folder} was made for --peer {self.task.kind}, not {self.kind}")
+        if self.task.failed:
+            raise UsageError(f"could not be made: {self.task.failed}")
         decoding = dict(request["decoding"])
         for name, only in (("beam", 1), ("no_repeat_ngram", 0)):
             if decoding.get(name, only) != only:
@@ -144,7 +148,7 @@ class Peer:
 
     def run(self, inputs: Any, marks: Marks) -> list[int]:
         """Caption; marks.encode() after the picture's embeddings, where that can be seen, and marks.token() at every
-        token chosen. Returns the ids without prompt and end."""
+        token, with its logits where they can be seen. Returns the ids without prompt and end."""
         raise NotImplementedError
 
     def words(self, ids: list[int]) -> str:
@@ -164,6 +168,11 @@ class Peer:
     def caption(self, photo: str | Image) -> dict[str, Any]:
         ids = self.run(self.prepare(self.square(photo)), Marks())
         return {"text": self.words(ids), "logprob": None, "tokens": len(ids), "token_ids": ids}
+
+    def mark(self, photo: str, marks: Marks) -> list[int]:
+        ids = self.run(self.prepare(self.square(photo)), marks)
+        self.words(ids)
+        return ids
 
     def stages(self, photo: str) -> dict[str, float]:
         """Seconds of each part of captioning one photo; the engine's own image processing counts as preprocessing
@@ -226,14 +235,12 @@ def main(peer: type[Peer]) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="A setting of the engine.")
     given = parser.parse_args()
     try:
-        config = json.loads((given.model / "config.json").read_text(encoding="utf-8"))
-        side = given.size // config["vision_config"]["patch_size"] // config["scale_factor"]
         settings = dict(item.split("=", 1) for item in given.set)
-    except (OSError, KeyError, ValueError) as error:
-        sys.exit(f"{given.model} is no SmolVLM's directory, or a setting is not NAME=VALUE: {error}")
-    task = Task(peer.kind, os.path.abspath(given.model), given.precision, given.chat, given.size, side * side, settings)
-    given.folder.mkdir(parents=True, exist_ok=True)
+    except ValueError:
+        sys.exit("--set takes NAME=VALUE")
     try:
+        task = new_task(peer.kind, given.model, given.precision, given.size, chat=given.chat, settings=settings)
+        given.folder.mkdir(parents=True, exist_ok=True)
         task = peer.make(task, given.folder) or task
     except UsageError as error:
         sys.exit(error.message)

@@ -6,7 +6,6 @@ import os
 import subprocess
 from collections.abc import Callable, Iterator
 from functools import cache
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,10 @@ from edgecap.benchmarks.latency import STAGES
 from edgecap.benchmarks.peers import PEERS, published, vlm
 from edgecap.benchmarks.runner import Worker, WorkerFailed, python_module
 from edgecap.benchmarks.subjects import peer_subject
-from edgecap.benchmarks.worker import time_photos
+from edgecap.benchmarks.vlm import KINDS, peer_class
+from edgecap.benchmarks.worker import Marks, time_photos
 from edgecap.runtime.errors import UsageError
 
-KINDS = [kind for kind in PEERS if kind != "torch"]
 LENGTH = 6
 FORCED = {"beam": 1, "max_length": LENGTH, "min_length": LENGTH}
 
@@ -37,7 +36,7 @@ class Echo(vlm.Peer):
     def prepare(self, picture: Image.Image) -> Any:
         return np.asarray(picture)
 
-    def run(self, inputs: Any, marks: vlm.Marks) -> list[int]:
+    def run(self, inputs: Any, marks: Marks) -> list[int]:
         marks.encode()
         ids = [int(i) for i in inputs[0, :LENGTH, 0]]
         for _ in ids:
@@ -145,11 +144,6 @@ def test_the_tokenizer_counts_as_the_published_one_does() -> None:
     assert len(tokenizer.encode(asked).ids) == 81  # as SmolVLM-256M-Instruct's own
     text = "A dog runs, 12 times!\n\nOr café"
     assert tokenizer.decode(tokenizer.encode(text).ids) == text
-
-
-def peer_class(kind: str) -> type[vlm.Peer]:
-    module = import_module(PEERS[kind].module)
-    return next(v for v in vars(module).values() if isinstance(v, type) and v.__dict__.get("kind") == kind)
 
 
 def small() -> dict[str, Any]:

@@ -1,0 +1,118 @@
+"""SmolVLM side by side: one pass of each row a round; a row that fails says why, and the others go on."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edgecap.benchmarks import vlm
+from edgecap.benchmarks.peers.vlm import Task, new_task
+from edgecap.benchmarks.runner import Worker, WorkerFailed
+from edgecap.benchmarks.subjects import Subject, peer_subject
+from edgecap.benchmarks.worker import Marks, watched
+from edgecap.runtime.errors import UsageError
+
+from ..runtime.graphs import write_gru_bundle
+
+TOKENS = 5
+SMOLVLM = {"vision_config": {"patch_size": 16, "image_size": 512}, "scale_factor": 4}
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("vlm") / "small.edgecap"
+    write_gru_bundle(path, 0)
+    return path
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return vlm.draw(tmp_path_factory.mktemp("vlm") / "p.png", 64)
+
+
+def failed(folder: Path) -> Path:
+    folder.mkdir()
+    Task("llama_cpp", "m", "q8_0", "What?", 512, 64, failed="no such engine here").write(folder)
+    return folder
+
+
+def test_rows_of_one_run(bundle: Path, photo: Path, tmp_path: Path) -> None:
+    subjects = [vlm.subject(path, TOKENS) for path in (bundle, bundle, failed(tmp_path / "x"))]
+    first, second, third = vlm.run(subjects, photo, rounds=2, starts=0)
+    assert first["error"] is None and first["tokens"] == TOKENS == first["same_tokens"] == second["same_tokens"]
+    assert first["first"]["p50"] + 4 * first["next"]["p50"] <= first["whole"]["p50"]
+    assert second["cosine"] == pytest.approx(1) and set(second["speedup"]) == {"first", "next", "whole"}
+    assert first["bytes"]["total"] > 0 and first["cold_start"]["seconds"] > 0
+    assert third["error"] == "cold start: could not be made: no such engine here"
+
+
+def test_a_first_row_that_fails_leaves_the_others_without_ratios(bundle: Path, photo: Path, tmp_path: Path) -> None:
+    subjects = [vlm.subject(path, 1) for path in (failed(tmp_path / "x"), bundle)]
+    first, second = vlm.run(subjects, photo, rounds=2, starts=0)
+    assert first["error"] and "speedup" not in second and second["next"] is None
+    vlm.show({"device": {"cpu": {"model": "c"}}, "settings": {"threads": 1, "rounds": 2}, "rows": [first, second]})
+
+
+def test_the_command(bundle: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "edgecap.benchmarks.vlm", "run", str(bundle), "--rounds", "2", "--starts", "0"]
+    done = subprocess.run(
+        [*command, "--tokens", "3", "--json", str(tmp_path / "r.json")], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "r.json").read_text())
+    assert record["settings"] == {"threads": 1, "rounds": 2, "starts": 0, "tokens": 3}
+    assert "| small |" in done.stdout
+    done = subprocess.run([*command[:4], str(tmp_path / "no")], capture_output=True, text=True)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and "there is no such bundle" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("size", "tokens"), [(512, 64), (256, 16), (500, "multiple of 64"), (0, "up to 512"), (1024, "not 1024")]
+)
+def test_sizes_that_a_model_takes(size: int, tokens: int | str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(SMOLVLM))
+    if isinstance(tokens, int):
+        assert new_task("llama_cpp", tmp_path, "q8_0", size).tokens == tokens
+        return
+    with pytest.raises(UsageError, match=tokens):
+        new_task("llama_cpp", tmp_path, "q8_0", size)
+    with pytest.raises(UsageError, match="no SmolVLM's directory"):
+        new_task("llama_cpp", tmp_path / "none", "q8_0", 512)
+
+
+def test_a_peer_that_cannot_be_made_says_why_in_its_row(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(SMOLVLM))  # and no weights
+    made = vlm.make(model, tmp_path / "peers", kinds=["llama_cpp"])
+    assert [place.name for place in made] == ["llama_cpp-q8_0", "llama_cpp-q4_0", "llama_cpp-f16"]
+    assert all(Task.read(place).failed for place in made)
+    subject = peer_subject(f"llama_cpp:{made[0]}", {"beam": 1})
+    with Worker(subject.command) as worker, pytest.raises(WorkerFailed, match="could not be made"):
+        worker.ask("load", timeout=120, **subject.load_request(1))
+
+
+def test_nothing_is_measured_of_an_engine_that_nobody_saw() -> None:
+    class Blind:
+        def mark(self, photo: str, marks: Marks) -> list[int]:
+            return [1]
+
+    with pytest.raises(RuntimeError, match="nobody saw"):
+        watched(Blind(), "p.png", None)
+
+
+def test_one_round_is_none() -> None:
+    with pytest.raises(UsageError, match="two rounds"):
+        vlm.run([Subject("a", "b", Path(), ())], Path("p.png"), rounds=1)
+
+
+def test_logits_are_compared_where_both_are_finite() -> None:
+    row: Any = np.array([1.0, 2.0, -np.inf])
+    assert vlm.cosine(row, np.array([2.0, 4.0, 9.0])) == pytest.approx(1)
+    assert vlm.cosine(row, None) is None and vlm.cosine(row, np.ones(2)) is None
