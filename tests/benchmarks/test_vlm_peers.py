@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from collections.abc import Callable, Iterator
@@ -166,14 +167,15 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return published.save(tmp_path_factory.mktemp("peers") / "model", small())
 
 
+@cache
 def interpreter(kind: str) -> str:
     """The one that runs this kind; skips where it lacks what it needs."""
     python = peer_subject(f"{kind}:.", FORCED).command[0]
-    code = "; ".join(f"import {module}" for module in ("edgecap.runtime", *peer_class(kind).needs))
-    done = subprocess.run([python, "-c", code], capture_output=True, text=True)
-    if done.returncode:
-        said = (done.stderr.strip().splitlines() or ["no reason"])[-1]
-        pytest.skip(f"EDGECAP_PEER_{kind.upper()}_PYTHON: {python} cannot run it: {said}")
+    needs = ["edgecap", *(module.partition(".")[0] for module in peer_class(kind).needs)]
+    code = f"from importlib.util import find_spec; print(*(m for m in {needs} if find_spec(m) is None))"
+    missing = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    if missing:
+        pytest.skip(f"EDGECAP_PEER_{kind.upper()}_PYTHON: {python} has no {', '.join(missing)}")
     return python
 
 
@@ -199,14 +201,16 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [picture(folder / f"{i}.png", 128, i) for i in range(2)]
 
 
-def captions(kind: str, folder: Path, photos: list[str]) -> Iterator[list[int]]:
+def captions(kind: str, folder: Path, photos: list[str], image_tokens: int = 4) -> Iterator[list[int]]:
     subject = peer_subject(f"{kind}:{folder}", FORCED)
     with Worker(subject.command) as worker:
         facts = worker.ask("load", timeout=600, **subject.load_request(1))["facts"]
-        assert facts["image_tokens"] == 4 and facts["bytes"]["graphs"] and facts["load_s"] > 0
+        assert facts["image_tokens"] == image_tokens and facts["bytes"]["graphs"] and facts["load_s"] > 0
         runs = worker.ask("time", photos=photos[:1], timeout=600)["runs"]
         unseen = {"encode", "decode"} if kind == "onnxruntime_genai" else set()
         assert set(runs[0]) == {*STAGES, "tokens"} - unseen and all(value > 0 for value in runs[0].values()), runs
+        seen = worker.ask("pass", photo=photos[0], timeout=600)["run"]
+        assert len(seen["ids"]) == LENGTH and 0 < seen["first"] < seen["first"] + 4 * seen["next"] < seen["whole"]
         for said in worker.ask("caption", photos=photos, timeout=600)["captions"]:
             assert said["tokens"] == LENGTH and said["text"]
             yield said["token_ids"]
@@ -233,7 +237,15 @@ def reference(
 
 @pytest.mark.parametrize(
     ("kind", "precision"),
-    [(kind, precision) for kind in KINDS for precision in peer_class(kind).precisions if kind != "openvino_genai"],
+    [
+        ("transformers", "bf16"),
+        ("llama_cpp", "q4_0"),
+        ("llama_cpp", "f16"),
+        ("optimum_intel", "int8"),
+        ("optimum_intel", "fp32"),
+        ("onnxruntime_genai", "int8"),
+        ("onnxruntime_genai", "fp32"),
+    ],
 )
 def test_it_captions(
     kind: str, precision: str, model: Path, photos: list[str], reference: Callable[[str], Any], tmp_path: Path
@@ -248,6 +260,25 @@ def test_it_captions(
     said = list(captions(kind, folder, photos))
     if precision in ("fp32", "f16"):
         assert said == reference(python if kind == "optimum_intel" else interpreter("transformers"))
+
+
+def test_llama_cpp_sees_smaller_pictures_with_the_positions_that_transformers_gives_them(
+    model: Path, tmp_path: Path
+) -> None:
+    gguf = pytest.importorskip("gguf")
+    import torch
+    from safetensors.torch import load_file
+
+    from edgecap.benchmarks.peers.llama_cpp import POSITIONS, write_mmproj
+
+    config = json.loads((model / "config.json").read_text())
+    write_mmproj(model, config, tmp_path / "m.gguf", "f16", 64)
+    found = gguf.GGUFReader(tmp_path / "m.gguf")
+    assert found.get_field("clip.vision.image_size").contents() == 64
+    table = next(tensor.data for tensor in found.tensors if tensor.name == POSITIONS)
+    every_other = np.arange(64).reshape(8, 8)[::2, ::2].reshape(-1)
+    whole = load_file(model / "model.safetensors")["model.vision_model.embeddings.position_embedding.weight"]
+    np.testing.assert_array_equal(table, whole.to(torch.float32).numpy()[every_other])
 
 
 def test_openvino_genai_captions(
