@@ -129,7 +129,8 @@ class Marks:
     def __init__(self, *, keep: bool = False) -> None:
         self.encoded: float | None = None
         self.tokens: list[float] = []
-        self.keep, self.logits = keep, None
+        self.keep = keep
+        self.logits: np.ndarray | None = None
 
     def encode(self) -> None:
         self.encoded = perf_counter()
@@ -213,13 +214,15 @@ class BundleEngine:
         self._captioner = Captioner.load(request["path"], threads=request["threads"])
         loaded = perf_counter()
         self.facts = {"import_s": imported - begin, "load_s": loaded - imported, "versions": versions()}
+        if framing := self._captioner.view().framing:
+            self.facts["image_tokens"] = framing.tokens
         self._decoding = request["decoding"]
         self._decode = decode
         self._options = DecodeOptions.from_dict(self._decoding)
         self._eos, self._suppress = special_ids(self._captioner.tokens)
 
     def pixels(self, photo: str) -> np.ndarray | None:
-        return self._captioner.preprocess.load(photo)[None]  # [1, H, W, 3]
+        return self._captioner.view().load(photo)[None]  # [1, H, W, 3]
 
     def picture(self, photo: str) -> Any:
         return decoded(photo)
@@ -236,12 +239,23 @@ class BundleEngine:
 
     def mark(self, photo: str, marks: Marks) -> Sequence[int]:
         """The ids of a caption made by the call that an app makes, its session's calls marked."""
-        session = self._captioner.session
-        self._captioner.session = lambda: Marking(session(), marks)  # type: ignore[assignment, return-value]
+        captioner = self._captioner
+        model = captioner._model
+        captioner._model = MarkingModel(model, marks)
         try:
-            return self._captioner(photo, **self._decoding).token_ids
+            return captioner(photo, **self._decoding).token_ids
         finally:
-            self._captioner.session = session  # type: ignore[method-assign]
+            captioner._model = model
+
+
+class MarkingModel:
+    """A model whose sessions mark their tokens."""
+
+    def __init__(self, model: Any, marks: Marks) -> None:
+        self._model, self._marks = model, marks
+
+    def session(self, *given: Any) -> Any:
+        return Marking(self._model.session(*given), self._marks)
 
 
 class Marking:

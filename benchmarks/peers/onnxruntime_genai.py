@@ -148,7 +148,7 @@ def export(task: Task, folder: Path, scratch: Path) -> None:
     ids = torch.tensor([[1, image, image, 5]])
     features = torch.zeros(1, 2, rows.embedding_dim)
     plain = folder if task.precision == "fp32" else scratch
-    options = {"opset_version": 17, "dynamo": False}
+    options: Any = {"opset_version": 17, "dynamo": False}
     torch.onnx.export(
         Vision().eval(),
         (pixels,),

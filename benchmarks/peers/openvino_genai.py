@@ -99,7 +99,8 @@ def streamer(genai: Any) -> Any:
     class Clock(genai.StreamerBase):
         def __init__(self, marks: Marks) -> None:
             super().__init__()
-            self.marks, self.ids = marks, []
+            self.marks = marks
+            self.ids: list[int] = []
 
         def write(self, token: Any) -> Any:
             for each in token if isinstance(token, list) else [token]:

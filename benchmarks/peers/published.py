@@ -205,7 +205,7 @@ def save(folder: Path, config: dict[str, Any], *, seed: int = 0) -> Path:
 
     write()
     torch.manual_seed(seed)
-    model = Idefics3ForConditionalGeneration(AutoConfig.from_pretrained(folder))
+    model: Any = Idefics3ForConditionalGeneration(AutoConfig.from_pretrained(folder))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:

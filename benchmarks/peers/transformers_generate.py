@@ -64,7 +64,7 @@ def processor(task: Task) -> Any:
     try:
         from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil as Images
     except ImportError:  # transformers 4
-        from transformers import Idefics3ImageProcessor as Images
+        from transformers import Idefics3ImageProcessor as Images  # type: ignore[assignment]
     side = {"longest_edge": task.size}
     images = Images(size=side, max_image_size=side, do_image_splitting=False)
     tokenizer = AutoTokenizer.from_pretrained(task.model)

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from importlib import import_module, metadata, util
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from ...runtime.errors import UsageError
 from ..worker import Marks, decoded, serve
@@ -25,6 +25,8 @@ from ..worker import Marks, decoded, serve
 if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image
+
+    from ..worker import Loader
 
 TASK = "peer.json"
 CHAT = "Can you describe this image?"  # as in the published examples
@@ -224,7 +226,7 @@ def copy_words(task: Task, folder: Path) -> None:
 def main(peer: type[Peer]) -> None:
     """Serve the bench, or make a folder where there are arguments."""
     if len(sys.argv) < 2:
-        serve(peer)
+        serve(cast("Loader", peer))  # time_stages needs no session of a peer that has stages
         return
     parser = argparse.ArgumentParser(prog=f"python -m {peer.__module__}", description=f"Make a folder for {peer.kind}.")
     parser.add_argument("model", type=Path, help="A SmolVLM as a Hugging Face directory.")
