@@ -133,7 +133,9 @@ class Marks:
         self.logits: np.ndarray | None = None
 
     def encode(self) -> None:
-        self.encoded = perf_counter()
+        """The picture's embeddings are there. Some engines ask for them again at every step: only the first counts."""
+        if not self.tokens:
+            self.encoded = perf_counter()
 
     def token(self, logits: Any = None) -> None:
         """Logits [vocabulary] that the token is taken from."""
