@@ -19,6 +19,8 @@ from ..runtime.errors import EdgecapError, need
     metavar="SOURCE",
     help="Instead of CHECKPOINT: a published SmolVLM or Idefics3, by hub id or directory, as it is.",
 )
+@click.option("--image-size", type=click.IntRange(1, 4096), metavar="PX", help="With --from: pixels a side of a frame.")
+@click.option("--tiles/--no-tiles", default=None, help="With --from: whether photos are split into such frames.")
 @click.option("--data", metavar="SPEC", help="Photos for calibration and gate; default: what it was trained on.")
 @click.option("--skip-bad", is_flag=True, help="Leave bad examples out; always so where the recipe did.")
 @click.option(
@@ -66,6 +68,8 @@ def export(
     checkpoint: Path | None,
     target: str,
     source: str | None,
+    image_size: int | None,
+    tiles: bool | None,
     data: str | None,
     skip_bad: bool,
     max_cider_drop: float,
@@ -110,6 +114,8 @@ def export(
 
     if autotune and tuning:
         raise click.UsageError("--autotune makes a tuning.json and --tuning uses one: give one of them")
+    if not source and (image_size or tiles is not None):
+        raise click.UsageError("--image-size and --tiles go with --from; a checkpoint's photos are as it was trained")
     if source and checkpoint:
         raise click.UsageError("--from takes the place of CHECKPOINT: give one of them")
     if device and not autotune:
@@ -120,6 +126,8 @@ def export(
             checkpoint,
             target=target,
             source=source,
+            image_size=image_size,
+            tiles=tiles,
             data=data,
             skip_bad=skip_bad,
             max_cider_drop=max_cider_drop,

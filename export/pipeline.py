@@ -75,6 +75,8 @@ def export(
     *,
     target: str,
     source: str | None = None,
+    image_size: int | None = None,
+    tiles: bool | None = None,
     data: str | None = None,
     skip_bad: bool = False,
     max_cider_drop: float = 0.02,
@@ -94,6 +96,7 @@ def export(
     """Export a checkpoint (default: the newest finished run) and let the gate judge the artifact.
 
     source: instead of a checkpoint a published SmolVLM, by hub id or directory, whose weights are taken as they are.
+    image_size, tiles: how its bundle sees photos unless told otherwise, where not as published.
     data: spec for calibration (train split) and gate (val split), by default the recipe's. skip_bad: leave bad examples
     out; always so where the recipe did. limit: validation photos for the gate. calibration: training photos. A bundle
     that fails is written only with `force`, and then says so. raise_layers: where the gate fails, raise the precision
@@ -119,7 +122,7 @@ def export(
     if source is None:
         loaded = _load(checkpoint, unfinished_ok)
     else:
-        loaded, data = adopt(source), data or DRAWN
+        loaded, data = adopt(source, side=image_size, tiles=tiles), data or DRAWN
     if reason := chosen.refusal(recipe_parts(loaded), options):
         raise UsageError(f"{target} cannot be made of {loaded.path}: {reason}")
     label = f"pruned-{target}" if smaller.items else target

@@ -40,9 +40,10 @@ class Published(Checkpoint):
         return Published(**{**vars(smaller), "preprocess": self.preprocess}, framing=self.framing)
 
 
-def adopt(source: str, *, chat: str = CHAT) -> Published:
+def adopt(source: str, *, chat: str = CHAT, side: int | None = None, tiles: bool | None = None) -> Published:
     """The captioner of a hub id or directory with weights: its parts, its processing of photos, its chat template
-    around them. chat: what the user says.
+    around them. chat: what the user says; side: pixels of a frame, and tiles: whether photos are split into such, where
+    not as published.
 
     Raises UsageError where it is another kind of model, or is not all there.
     """
@@ -61,6 +62,7 @@ def adopt(source: str, *, chat: str = CHAT) -> Published:
     framing = Framing.from_processor(
         _processor(source), native=config.image_size, patch=config.patch_size, scale=model.bridge.scale
     )
+    framing = framing.at(side or framing.side, split=framing.split if tiles is None else tiles)
     return Published(
         path=RUNS / Path(source).name,
         recipe=recipe,

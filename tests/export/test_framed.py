@@ -169,6 +169,7 @@ def test_what_is_published_must_be_all_there(vlm: Path, published: Published, tm
         adopt(str(tmp_path / "vlm"))
     with pytest.raises(UsageError, match=r"no config\.json there"):
         adopt(str(tmp_path / "nowhere/at/all"))
+    assert adopt(str(vlm), side=32, tiles=False).framing == published.framing.at(32)
     wide = dataclasses.replace(published, framing=dataclasses.replace(published.framing, longest_edge=48 * 5))
     with pytest.raises(UsageError, match="5 tiles a side, which the tokenizer has no names for"):
         frames_of(wide)
