@@ -12,15 +12,24 @@ from ..runtime.errors import EdgecapError, need
 
 @click.command()
 @click.argument("checkpoint", required=False, type=click.Path(path_type=Path))
-@click.option("--target", required=True, metavar="TARGET", help="What to make: see edgecap targets.")
+@click.option("--target", metavar="TARGET", help="What to make: see edgecap targets. Needed, but with --from's graphs.")
 @click.option(
     "--from",
     "source",
     metavar="SOURCE",
-    help="Instead of CHECKPOINT: a published SmolVLM or Idefics3, by hub id or directory, as it is.",
+    help="Instead of CHECKPOINT: a published SmolVLM or Idefics3, by hub id or directory, as it is. Without --target: a "
+    "directory with the ONNX graphs of optimum or of the hub's community, which are taken as they are.",
 )
 @click.option("--image-size", type=click.IntRange(1, 4096), metavar="PX", help="With --from: pixels a side of a frame.")
 @click.option("--tiles/--no-tiles", default=None, help="With --from: whether photos are split into such frames.")
+@click.option(
+    "--variant",
+    multiple=True,
+    metavar="NAME",
+    help="Which of these graphs: fp32, fp16, int8, uint8, quantized, q4, q4f16, bnb4, or vision=, embed=, decoder=NAME "
+    "for one of them.  [default: fp32, or the first that all have]",
+)
+@click.option("--chat", metavar="TEXT", help="What these graphs are asked of a photo.")
 @click.option("--data", metavar="SPEC", help="Photos for calibration and gate; default: what it was trained on.")
 @click.option("--skip-bad", is_flag=True, help="Leave bad examples out; always so where the recipe did.")
 @click.option(
@@ -66,10 +75,12 @@ from ..runtime.errors import EdgecapError, need
 @click.option("--json", "as_json", is_flag=True, help="Print the verdict and what was measured as JSON.")
 def export(
     checkpoint: Path | None,
-    target: str,
+    target: str | None,
     source: str | None,
     image_size: int | None,
     tiles: bool | None,
+    variant: tuple[str, ...],
+    chat: str | None,
     data: str | None,
     skip_bad: bool,
     max_cider_drop: float,
@@ -103,7 +114,16 @@ def export(
       edgecap export runs/a --target onnx-int4 --prune channels=0.2 --prune vocab=5 --finetune 4
       edgecap export runs/a --target onnx-int8 --autotune --device cpu --fused
       edgecap export --from HuggingFaceTB/SmolVLM-256M-Instruct --target onnx-int8 --data coco:DIR
+      edgecap export --from ./SmolVLM-256M-Instruct --variant q4 -o smolvlm.edgecap
     """
+    if source is not None and target is None:
+        place = Path(source)
+        _wrap(place, variant=variant, chat=chat, data=data, skip_bad=skip_bad, limit=limit, out=out, as_json=as_json)
+        return
+    if variant or chat:
+        raise click.UsageError("--variant and --chat go with --from and without --target")
+    if target is None:
+        raise click.UsageError("Missing option '--target'.")
     for module in ("torch", "transformers", "accelerate", "onnx", "onnxscript"):
         need(module, extra="export", command="edgecap export")
     from ..benchmarks.progress import PhaseBars
@@ -150,6 +170,53 @@ def export(
         show(result)
     if result.path is None:
         raise EdgecapError(f"no bundle written: {result.gate.reason} (or --force)")
+
+
+# What --from understands of the options of `export` where it takes graphs as they are
+WITH_FROM = ("source", "variant", "chat", "data", "skip_bad", "limit", "out", "as_json")
+
+
+def _wrap(
+    source: Path,
+    *,
+    variant: tuple[str, ...],
+    chat: str | None,
+    data: str | None,
+    skip_bad: bool,
+    limit: int | None,
+    out: Path | None,
+    as_json: bool,
+) -> None:
+    """`edgecap export --from` without a target."""
+    from click.core import ParameterSource
+
+    context = click.get_current_context()
+    for option in context.command.params:
+        given = context.get_parameter_source(option.name or "") not in (ParameterSource.DEFAULT, None)
+        if given and option.name not in WITH_FROM:
+            what = option.opts[0] if option.opts[0].startswith("-") else "CHECKPOINT"
+            raise click.UsageError(f"{what} needs --target: without it, --from takes graphs as they are")
+    for module in ("onnx", "jinja2"):
+        need(module, extra="export", command="edgecap export")
+    from ..benchmarks.progress import PhaseBars
+    from .from_onnx import CHAT, wrap
+    from .listing import show_wrapped
+
+    with PhaseBars() as bars:
+        result = wrap(
+            source,
+            variants=variant,
+            chat=chat or CHAT,
+            data=data,
+            skip_bad=skip_bad,
+            limit=limit,
+            out=out,
+            progress=bars,
+        )
+    if as_json:
+        click.echo(json.dumps(result.to_dict(), indent=1))
+    else:
+        show_wrapped(result)
 
 
 @click.command()

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from rich.console import Console
 from rich.table import Table
 
 from ..runtime.describe import size
-from .pipeline import Exported
+
+if TYPE_CHECKING:
+    from .from_onnx import Wrapped
+    from .pipeline import Exported
 
 
 def show(result: Exported, console: Console | None = None) -> None:
@@ -36,3 +41,22 @@ def show(result: Exported, console: Console | None = None) -> None:
         if not result.gate.passed:
             console.print(f"written with --force although: {result.gate.reason}", markup=False)
         console.print(str(result.path), markup=False)
+
+
+def show_wrapped(result: Wrapped, console: Console | None = None) -> None:
+    """The same of a bundle that was made of an export: which of its files were taken first."""
+    console = console or Console(highlight=False)
+    measured = result.measured
+    for part, file in result.files.items():
+        console.print(f"{part}: {file}", markup=False)
+    golden = measured["golden"]
+    same = "the same tokens" if golden["same_tokens"] else "other tokens"
+    console.print(f"against the export's own graphs: {same}, logit cosine {golden['min_cosine']:.6f}", markup=False)
+    if "cider" in measured:
+        cider, photos = measured["cider"], f"{measured['photos']:,} photos of {measured['data']} {measured['split']}"
+        console.print(f"CIDEr {cider['value']:.4f} (95% {cider['low']:.4f} to {cider['high']:.4f}) on {photos}")
+    else:
+        console.print(f"quality {measured['quality']}", markup=False)
+    for note in result.notes:
+        console.print(note, markup=False)
+    console.print(str(result.path), markup=False)

@@ -67,7 +67,7 @@ class Captioner:
         self.tokens: dict[str, int] = manifest["tokens"]
         self._suppress = never_said(self.tokens)
         self._model: Model | None = model
-        self._view = whole_view(self.preprocess, manifest.get("frames"))
+        self._view = whole_view(self.preprocess, manifest)
 
     @classmethod
     def load(

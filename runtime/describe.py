@@ -62,6 +62,10 @@ def print_description(bundle: Bundle, console: Console) -> None:
         text = f"from checkpoint {origin}, trained on {_value(lineage.get('data', '?'))}"
         metrics = _pairs(checkpoint.get("metrics", {}))
         console.print(Text(text + (f" ({metrics})" if metrics else "")))
+    if export := lineage.get("export"):
+        console.print(
+            Text(f"from the ONNX export {_value(export.get('name', '?'))} ({_pairs(export.get('variants'))})")
+        )
     passes = Table("pass", "parameters", "cost", title="passes", title_justify="left")
     for each in lineage.get("passes", []):
         passes.add_row(Text(each["name"]), Text(_pairs(each.get("params", {}))), Text(_pairs(each.get("cost", {}))))

@@ -19,11 +19,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class View:
-    """preprocess: photo → pixels. framing and prompt: what these are cut into, and the words for it; None: nothing."""
+    """preprocess: photo → pixels. framing and prompt: what these are cut into, and the words for it; None: nothing.
+    one_side: the vision graph takes frames of framing.side alone.
+    """
 
     preprocess: Preprocess
     framing: Framing | None = None
     prompt: Prompt | None = None
+    one_side: bool = False
 
     @property
     def stacks(self) -> bool:
@@ -47,6 +50,8 @@ class View:
             return self
         if self.framing is None or self.prompt is None:
             raise UsageError("this captioner sees photos in one size: leave image_size and tiles out")
+        if self.one_side and side not in (None, self.framing.side):
+            raise UsageError(f"this captioner sees frames of {self.framing.side} px alone: leave image_size out")
         split = self.framing.split if tiles is None else tiles
         if split and not self.framing.split and (self.stacks or not self.prompt.tiles):
             raise UsageError("this captioner did not learn photos in tiles: leave tiles out")
@@ -82,10 +87,12 @@ class View:
         return model.session() if self.framing is None else model.session(self.framing)  # type: ignore[call-arg]
 
 
-def whole_view(preprocess: Preprocess, frames: Mapping[str, Any] | None) -> View:
+def whole_view(preprocess: Preprocess, manifest: Mapping[str, Any]) -> View:
     """As a bundle says: its preprocessing, and the manifest's "frames", if any."""
-    if frames is None:
+    if "frames" not in manifest:
         return View(preprocess)
     from .framed import read_frames
 
-    return View(preprocess, *read_frames(frames))
+    inputs = manifest.get("graphs", {}).get("encoder", {}).get("inputs", {})
+    one_side = any(type(size) is int for tensor in inputs.values() for size in tensor["shape"][1:3])
+    return View(preprocess, *read_frames(manifest["frames"]), one_side)

@@ -70,6 +70,16 @@ def add_quantized(folder: Path) -> None:
         onnx.save(model, place, save_as_external_data=True, location=f"{place.name}_data")
 
 
+def add_blocks(folder: Path) -> None:
+    """The q4 variant: matrices in blocks of 4 bits, and nothing else."""
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
+    for name in ("vision_encoder", "embed_tokens", "decoder_model_merged"):
+        quantizer = MatMulNBitsQuantizer(onnx.load(folder / f"onnx/{name}.onnx"), block_size=32)
+        quantizer.process()
+        quantizer.model.save_model_to_file(str(folder / f"onnx/{name}_q4.onnx"))
+
+
 def _eos(folder: Path) -> int:
     tokens = json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
     return next(token["id"] for token in tokens if token["content"] == "<end_of_utterance>")
