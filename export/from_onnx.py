@@ -37,7 +37,8 @@ from .targets import TARGETS
 from .trunk import OnnxPair
 
 MAX_LENGTH = 64  # of captions: such models answer in sentences
-MIN_ENGINE = "1.20"  # ONNX Runtime: the first whose GroupQueryAttention computes halves on CPUs
+# ONNX Runtime: the first whose GroupQueryAttention computes halves on CPUs, or that knows the graphs' opset
+MIN_ENGINE, MIN_ENGINES = "1.20", {23: "1.23", 24: "1.24"}
 BATCH = 8
 
 Progress = Callable[[str, int, int], None]
@@ -230,6 +231,8 @@ def _assemble(
 ) -> tuple[dict[str, Any], dict[str, bytes | Path]]:
     """The manifest, but for what is measured, and the files."""
     target = TARGETS[f"onnx-{found.precision}"]
+    models = (pair.encoder, pair.decoder)
+    opset = max(entry.version for model in models for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
     files: dict[str, bytes | Path] = {
         "encoder.onnx": save(pair.encoder),
         "decoder.onnx": save(pair.decoder),
@@ -244,7 +247,7 @@ def _assemble(
         "backend": "onnx",
         "target": f"onnx-{found.precision}",
         "precision": found.precision,
-        "requires": {"onnxruntime": MIN_ENGINE},
+        "requires": {"onnxruntime": MIN_ENGINES.get(opset, MIN_ENGINE)},
         "preprocess": {"size": [framing.side, framing.side], "mode": "keep", "resample": "bicubic"},
         "tokens": tokens,
         "decoding": {"beam": 1, "max_length": MAX_LENGTH},

@@ -17,25 +17,19 @@ from onnx import NodeProto, TensorProto, ValueInfoProto
 from onnx.helper import make_node, make_tensor_value_info, tensor_dtype_to_np_dtype
 
 from ..runtime.errors import UsageError
+from .from_onnx_nodes import SCOPE, Nodes, declare, kind_of, listed, one_opset, opened, sizes_of
 from .graph import Graph, PassResult, attribute
+from .tie import tie_embedding
 
 PIXELS, PREFIX, IDS, LOGITS, FILLED = "pixels", "prefix", "ids", "logits", "filled"
-SCOPE = "framed/"  # of what is added
 WORDS = "words/"  # of what was the embedding's graph
 MICROSOFT = "com.microsoft"
-OLDEST = 13  # the first opset where Squeeze, Unsqueeze and ReduceSum take their axes as an input
 FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16)
 ATTENDING = "GroupQueryAttention"  # whose past and present may be one buffer
 # What makes logits of hidden states, which are its first input; its result has as many dimensions as that.
 PRODUCTS = ("MatMul", "MatMulNBits", "MatMulBnb4", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul")
 PRODUCTS += ("FusedMatMul", "QLinearMatMul")
 EACH = ("Cast", "Identity", "Mul", "Div", "Add", "Sub", "DequantizeLinear")  # what may lie between it and the logits
-
-
-# Operators that later opsets read in another way, and nodes of older ones with them
-CHANGED = {"Split", "Resize", "Pad", "RoiAlign", "GridSample", "BatchNormalization", "GroupNormalization", "ReduceMean"}
-CHANGED |= {"ReduceMax", "ReduceMin", "ReduceProd", "ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp"}
-CHANGED |= {"ReduceSumSquare", "DFT", "ScatterElements", "ScatterND"}
 
 
 @dataclass(frozen=True)
@@ -55,20 +49,20 @@ def framed_vision(
 
     scale, shift [3]: what pixels of 0 to 255 are multiplied by and what is then added. UsageError for other graphs.
     """
-    graph = _opened(model, "the vision encoder")
+    graph = opened(model, "the vision encoder")
     inputs = {value.name: value for value in model.graph.input}
     images, mask = inputs.pop("pixel_values", None), inputs.pop("pixel_attention_mask", None)
-    if images is None or inputs or len(_sizes(images)) not in (4, 5):
+    if images is None or inputs or len(sizes_of(images)) not in (4, 5):
         raise UsageError(
-            f"the vision encoder takes {_listed(model.graph.input)}, where pixel_values [batch, photos, 3, height, "
+            f"the vision encoder takes {listed(model.graph.input)}, where pixel_values [batch, photos, 3, height, "
             "width] and pixel_attention_mask are known"
         )
     if len(model.graph.output) != 1:
-        raise UsageError(f"the vision encoder gives {_listed(model.graph.output)}, where image_features is known")
-    *counts, _, high, wide = _sizes(images)
+        raise UsageError(f"the vision encoder gives {listed(model.graph.output)}, where image_features is known")
+    *counts, _, high, wide = sizes_of(images)
     if all(counts) or high != wide:
-        raise UsageError(f"the vision encoder takes pixel_values {_sizes(images)}: it must take squares, any number")
-    nodes = _Nodes(graph)
+        raise UsageError(f"the vision encoder takes pixel_values {sizes_of(images)}: it must take squares, any number")
+    nodes = Nodes(graph)
     nodes.add("Cast", [PIXELS], "real", to=TensorProto.FLOAT)
     nodes.add("Mul", ["real", nodes.constant("scale", scale.astype(np.float32))], "scaled")
     nodes.add("Add", ["scaled", nodes.constant("shift", shift.astype(np.float32))], "normal")
@@ -83,19 +77,19 @@ def framed_vision(
             raise UsageError(f"the vision encoder takes {counts[axis]} batches at a time, where one is known")
         last = nodes.add("Unsqueeze", [last, nodes.constant("unit_axis", np.array([axis]))], "batch")
         sizes.insert(axis, nodes.constant("unit", np.array([1])))
-    nodes.cast(last, _kind(images), "pixel_values", source=TensorProto.FLOAT, own=True)
+    nodes.cast(last, kind_of(images), "pixel_values", source=TensorProto.FLOAT, own=True)
     if mask is not None:
-        ones = nodes.constant("seen", np.array(1, tensor_dtype_to_np_dtype(_kind(mask))))
+        ones = nodes.constant("seen", np.array(1, tensor_dtype_to_np_dtype(kind_of(mask))))
         nodes.add("Concat", sizes, "mask_shape", axis=0)
         nodes.add("Expand", [ones, "mask_shape"], "pixel_attention_mask", own=True)
     nodes.after = True
     (result,) = model.graph.output
-    features = nodes.cast(nodes.freed(result.name), TensorProto.FLOAT, "features", source=_kind(result))
+    features = nodes.cast(nodes.freed(result.name), TensorProto.FLOAT, "features", source=kind_of(result))
     ends = [nodes.constant(f"size{size}", np.array([size])) for size in (-1, dim)]
     nodes.add("Concat", ["frames", *ends], "prefix_shape", axis=0)
     nodes.add("Reshape", [features, "prefix_shape"], PREFIX, own=True)
     side: Any = high or "side"
-    _declare(
+    declare(
         graph,
         nodes,
         [make_tensor_value_info(PIXELS, TensorProto.UINT8, ["frames", side, side, 3])],
@@ -112,7 +106,7 @@ def framed_decoder(embed: onnx.ModelProto, model: onnx.ModelProto, *, dim: int, 
     (`share_cache` of kv_cache.py says how); other decoders give a present that is longer than the past.
     UsageError for graphs of other inputs and outputs.
     """
-    graph = _opened(model, "the decoder")
+    graph = opened(model, "the decoder")
     inputs = {value.name: value for value in model.graph.input}
     past = [name for name in inputs if name.startswith("past_key_values.")]
     known = {"inputs_embeds", "attention_mask", "position_ids", "num_logits_to_keep", *past}
@@ -120,16 +114,16 @@ def framed_decoder(embed: onnx.ModelProto, model: onnx.ModelProto, *, dim: int, 
         raise UsageError("the decoder has a use_cache_branch: it was merged by an optimum before 1.14; export it again")
     if "inputs_embeds" not in inputs or set(inputs) - known or not past:
         raise UsageError(
-            f"the decoder takes {_listed(model.graph.input)}, where inputs_embeds, attention_mask, "
+            f"the decoder takes {listed(model.graph.input)}, where inputs_embeds, attention_mask, "
             "position_ids and past_key_values.N.key and .value are known"
         )
     for name, rank in (("inputs_embeds", 3), ("attention_mask", 2), ("position_ids", 2)):
-        if name in inputs and len(_sizes(inputs[name])) != rank:
-            raise UsageError(f"the decoder's {name} has {len(_sizes(inputs[name]))} dimensions, not {rank}")
+        if name in inputs and len(sizes_of(inputs[name])) != rank:
+            raise UsageError(f"the decoder's {name} has {len(sizes_of(inputs[name]))} dimensions, not {rank}")
     logits = next((value for value in model.graph.output if value.name == "logits"), None)
-    if logits is None or len(_sizes(logits)) != 3:
+    if logits is None or len(sizes_of(logits)) != 3:
         raise UsageError(
-            f"the decoder gives {_listed(model.graph.output)}, where logits [rows, length, words] are known"
+            f"the decoder gives {listed(model.graph.output)}, where logits [rows, length, words] are known"
         )
     kv = _cache_roles(model, inputs, past)
     in_place = _in_place(graph, kv)
@@ -142,7 +136,7 @@ def framed_decoder(embed: onnx.ModelProto, model: onnx.ModelProto, *, dim: int, 
         "positions": min([positions, *filter(None, tables)]),
         **({"cache": {"filled": FILLED}} if in_place else {}),
     }
-    nodes = _Nodes(graph)
+    nodes = Nodes(graph)
     cut = _last_position(graph, nodes)
     words = _embedding(embed, model)
     nodes.made += words
@@ -153,16 +147,16 @@ def framed_decoder(embed: onnx.ModelProto, model: onnx.ModelProto, *, dim: int, 
         ends = [nodes.constant(f"last{i}", np.array([i])) for i in (-1, 2**62, 1)]
         last = nodes.add("Slice", [last, *ends], "last_logits")
     last = nodes.add("Squeeze", [last, nodes.constant("length_axis", np.array([1]))], "single")
-    nodes.cast(last, TensorProto.FLOAT, LOGITS, source=_kind(logits), own=True)
+    nodes.cast(last, TensorProto.FLOAT, LOGITS, source=kind_of(logits), own=True)
     graph.graph.initializer.extend(embed.graph.initializer)
-    kept = {value.name: _kind(value) for value in (*model.graph.input, *model.graph.output)}
+    kept = {value.name: kind_of(value) for value in (*model.graph.input, *model.graph.output)}
 
     def cache(role: str, axis: str) -> list[ValueInfoProto]:
         axis = "capacity" if in_place else axis
         shape = ["rows", kv[0]["heads"], axis, kv[0]["dim"]]
         return [make_tensor_value_info(entry[role], kept[entry[role]], shape) for entry in kv]
 
-    _declare(
+    declare(
         graph,
         nodes,
         [
@@ -180,18 +174,19 @@ def framed_decoder(embed: onnx.ModelProto, model: onnx.ModelProto, *, dim: int, 
             PassResult("inline_embedding", cost={"nodes": len(words)}),
             PassResult("last_position", cost={"in front of": cut or "nothing: of the logits"}),
             PassResult("kv_cache", cost={"in place": in_place, "layers": len(kv) // 2}),
+            tie_embedding(model),
         ],
     )
 
 
-def _in_front(nodes: _Nodes, inputs: dict[str, ValueInfoProto], said: ValueInfoProto, past: str) -> None:
+def _in_front(nodes: Nodes, inputs: dict[str, ValueInfoProto], said: ValueInfoProto, past: str) -> None:
     """What the decoder's own inputs are made of: ids, prefix and what has been read.
 
     said: the embedding's output. past: an input whose length that is, "" where FILLED counts it and the run.
     """
-    graph, kind = nodes.graph, _kind(inputs["inputs_embeds"])
+    graph, kind = nodes.graph, kind_of(inputs["inputs_embeds"])
     seen = nodes.cast(PREFIX, kind, "seen", source=TensorProto.FLOAT)
-    words = nodes.cast(said.name, kind, "words", source=_kind(said))
+    words = nodes.cast(said.name, kind, "words", source=kind_of(said))
     nodes.add("Concat", [seen, words], "inputs_embeds", own=True, axis=1)
     nodes.add("Shape", [IDS], "ids_shape")
     nodes.add("Shape", ["inputs_embeds"], "embeds_shape")
@@ -207,7 +202,7 @@ def _in_front(nodes: _Nodes, inputs: dict[str, ValueInfoProto], said: ValueInfoP
         nodes.add("Reshape", ["filled_wide", nodes.constant("flat", np.array([-1]))], "all")
         nodes.add("Sub", ["all", "new"], "before")
     if mask := inputs.get("attention_mask"):
-        ones = nodes.constant("visible", np.array(1, tensor_dtype_to_np_dtype(_kind(mask))))
+        ones = nodes.constant("visible", np.array(1, tensor_dtype_to_np_dtype(kind_of(mask))))
         nodes.add("Concat", ["rows", "all"], "mask_shape", axis=0)
         nodes.add("Expand", [ones, "mask_shape"], "attention_mask", own=True)
     if positions := inputs.get("position_ids"):
@@ -216,33 +211,12 @@ def _in_front(nodes: _Nodes, inputs: dict[str, ValueInfoProto], said: ValueInfoP
         nodes.add("Range", [*ends, nodes.constant("step", np.array(1))], "places")
         nodes.add("Concat", ["rows", "new"], "places_shape", axis=0)
         rows = nodes.add("Expand", ["places", "places_shape"], "places_of_rows")
-        nodes.cast(rows, _kind(positions), "position_ids", source=TensorProto.INT64, own=True)
+        nodes.cast(rows, kind_of(positions), "position_ids", source=TensorProto.INT64, own=True)
     if kept := inputs.get("num_logits_to_keep"):
-        graph.set_constant(kept.name, np.ones([1] * len(_sizes(kept)), tensor_dtype_to_np_dtype(_kind(kept))))
+        graph.set_constant(kept.name, np.ones([1] * len(sizes_of(kept)), tensor_dtype_to_np_dtype(kind_of(kept))))
 
 
 # --- reading their graphs -----------------------------------------------------------------------------
-
-
-def _opened(model: onnx.ModelProto, what: str) -> Graph:
-    """The graph, its functions inlined, its notes dropped. UsageError where it is too old."""
-    if model.functions:
-        from onnx.inliner import inline_local_functions
-
-        model.CopyFrom(inline_local_functions(model))
-    opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
-    if opset < OLDEST:
-        raise UsageError(f"{what} is of ONNX opset {opset}, and from {OLDEST} on is known: export it again")
-    model.producer_name, model.producer_version, model.doc_string = "edgecap", "", ""
-    del model.metadata_props[:]
-    del model.graph.value_info[:]
-    given = {tensor.name for tensor in model.graph.initializer}
-    kept = [value for value in model.graph.input if value.name not in given]  # before IR 4 constants were inputs
-    if len(kept) != len(model.graph.input):
-        copies = [ValueInfoProto.FromString(value.SerializeToString()) for value in kept]
-        del model.graph.input[:]
-        model.graph.input.extend(copies)
-    return Graph(model)
 
 
 def _cache_roles(model: onnx.ModelProto, inputs: dict[str, ValueInfoProto], past: list[str]) -> list[dict[str, Any]]:
@@ -253,8 +227,8 @@ def _cache_roles(model: onnx.ModelProto, inputs: dict[str, ValueInfoProto], past
         present = name.replace("past_key_values.", "present.")
         if present not in outputs:
             raise UsageError(f"the decoder takes {name} and gives no {present}")
-        sizes = _sizes(inputs[name])
-        if len(sizes) != 4 or not (sizes[1] and sizes[3]) or _kind(inputs[name]) not in FLOATS:
+        sizes = sizes_of(inputs[name])
+        if len(sizes) != 4 or not (sizes[1] and sizes[3]) or kind_of(inputs[name]) not in FLOATS:
             raise UsageError(f"the decoder's {name} is not floats [rows, heads, length, size] of known heads and size")
         kv.append({"input": name, "output": present, "heads": sizes[1], "dim": sizes[3]})
     if len({(entry["heads"], entry["dim"]) for entry in kv}) != 1:
@@ -285,10 +259,10 @@ def _position_limit(graph: Graph, op: str, place: int) -> int:
 
 def _embedding(embed: onnx.ModelProto, decoder: onnx.ModelProto) -> list[NodeProto]:
     """The embedding's nodes, renamed, reading IDS; both models are brought to one opset."""
-    _opened(embed, "the embedding")
+    opened(embed, "the embedding")
     if [value.name for value in embed.graph.input] != ["input_ids"] or len(embed.graph.output) != 1:
-        raise UsageError(f"the embedding takes {_listed(embed.graph.input)}, where input_ids is known")
-    kind, opsets = _kind(embed.graph.input[0]), _opsets(embed, decoder)
+        raise UsageError(f"the embedding takes {listed(embed.graph.input)}, where input_ids is known")
+    kind, opsets = kind_of(embed.graph.input[0]), one_opset(embed, decoder)
     del decoder.opset_import[:]
     decoder.opset_import.extend(opsets)
     decoder.ir_version = max(embed.ir_version, decoder.ir_version)
@@ -297,43 +271,7 @@ def _embedding(embed: onnx.ModelProto, decoder: onnx.ModelProto) -> list[NodePro
     return [ids, *embed.graph.node]
 
 
-def _opsets(embed: onnx.ModelProto, decoder: onnx.ModelProto) -> list[Any]:
-    """One opset for both: the decoder's, or else the embedding's, if the other's nodes mean the same in it. UsageError
-    if neither will do."""
-    domains: dict[str, int] = {}
-    for model in (embed, decoder):
-        for entry in model.opset_import:
-            name = "" if entry.domain == "ai.onnx" else entry.domain
-            domains[name] = max(domains.get(name, 0), entry.version)
-    own = {id(model): _plain_opset(model) for model in (embed, decoder)}
-    for chosen, other in ((decoder, embed), (embed, decoder)):
-        if all(_same_node(node, own[id(other)], own[id(chosen)]) for node in other.graph.node):
-            domains[""] = own[id(chosen)]
-            return [onnx.helper.make_opsetid(domain, version) for domain, version in domains.items()]
-    raise UsageError(
-        f"the embedding is of ONNX opset {own[id(embed)]} and the decoder of {own[id(decoder)]}, which do not go "
-        "together: take variants that were exported alike"
-    )
-
-
-def _plain_opset(model: onnx.ModelProto) -> int:
-    return next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
-
-
-def _same_node(node: NodeProto, old: int, new: int) -> bool:
-    """Whether a node of opset `old` says the same in opset `new`."""
-    if old == new or node.domain not in ("", "ai.onnx"):
-        return True
-    try:
-        before, after = (onnx.defs.get_schema(node.op_type, version, "") for version in (old, new))
-    except onnx.defs.SchemaError:  # ONNX Runtime's own in the plain domain, which have one version
-        return not onnx.defs.has(node.op_type)
-    if before.since_version == after.since_version:
-        return True
-    return node.op_type not in CHANGED and all(item.name in after.attributes for item in node.attribute)
-
-
-def _last_position(graph: Graph, nodes: _Nodes) -> str:
+def _last_position(graph: Graph, nodes: Nodes) -> str:
     """Let the output layer see the last position only: its operator; "" where it is not known."""
     name = "logits"
     for _ in range(8):
@@ -377,93 +315,3 @@ def _is_constant(graph: Graph, name: str, depth: int = 8) -> bool:
     if node is None:
         return name in graph.initializers or not name
     return depth > 0 and all(_is_constant(graph, each, depth - 1) for each in node.input)
-
-
-# --- writing --------------------------------------------------------------------------------------------
-
-
-class _Nodes:
-    """New nodes in their order. Names that are not those of the graph's own tensors get a scope, and are known by the
-    short one."""
-
-    def __init__(self, graph: Graph) -> None:
-        self.graph, self.made, self.behind = graph, [], []
-        self.after = False  # whether what is added goes behind the graph
-        self.known: dict[str, str] = {}
-
-    def add(self, op: str, inputs: list[str], output: str, *, own: bool = False, **attributes: Any) -> str:
-        """own: the output keeps its name, which the graph reads or gives."""
-        name = output if own else self.known.setdefault(output, SCOPE + output)
-        node = make_node(op, [self.known.get(each, each) for each in inputs], [name], name=SCOPE + output, **attributes)
-        (self.behind if self.after else self.made).append(node)
-        return name
-
-    def constant(self, name: str, value: np.ndarray) -> str:
-        return self.graph.set_constant(f"{SCOPE}constant/{name}", value)
-
-    def cast(self, name: str, kind: int, output: str, *, source: int, own: bool = False) -> str:
-        """`name`, of the type `source`, as `kind`."""
-        if kind != source:
-            return self.add("Cast", [name], output, own=own, to=kind)
-        return self.add("Identity", [name], output, own=own) if own else self.known.get(name, name)
-
-    def freed(self, name: str) -> str:
-        """Rename a tensor of the graph, so that its name can be given to another; its new name."""
-        new = f"{SCOPE}all_{name}"
-        node = self.graph.producer[name]
-        node.output[list(node.output).index(name)] = new
-        self.graph.reroute(name, new)
-        return new
-
-
-def _declare(graph: Graph, nodes: _Nodes, inputs: list[ValueInfoProto], outputs: list[ValueInfoProto]) -> None:
-    """Put the new nodes around the graph's own and give it these inputs and outputs."""
-    graph.set_nodes(_sorted([*nodes.made, *graph.graph.node, *nodes.behind]))
-    for values, wanted in ((graph.graph.input, inputs), (graph.graph.output, outputs)):
-        del values[:]
-        values.extend(wanted)
-    graph.graph.name = "graph"
-    graph.refresh()
-    graph.prune()
-
-
-def _sorted(nodes: list[NodeProto]) -> list[NodeProto]:
-    """Each behind those whose outputs it reads: converters append casts that engines sort in."""
-    maker = {name: index for index, node in enumerate(nodes) for name in node.output if name}
-    done, begun, order = set(), set(), []
-    for root in range(len(nodes)):
-        stack = [root]
-        while stack:
-            index = stack[-1]
-            waits = [maker[name] for name in _read(nodes[index]) if name in maker and maker[name] not in done]
-            if not waits:
-                if index not in done:
-                    order.append(nodes[index])
-                done.add(index)
-                stack.pop()
-            elif index in begun:
-                raise UsageError("the export's nodes wait for each other")
-            else:
-                begun.add(index)
-                stack += waits
-    return order
-
-
-def _read(node: NodeProto) -> list[str]:
-    """What a node reads, inside the graphs that it holds, too."""
-    inner = [item.g for item in node.attribute if item.type == onnx.AttributeProto.GRAPH]
-    return [*node.input, *(name for graph in inner for each in graph.node for name in _read(each))]
-
-
-def _kind(value: ValueInfoProto) -> int:
-    return value.type.tensor_type.elem_type
-
-
-def _sizes(value: ValueInfoProto) -> list[int]:
-    """Its sizes, 0 where one is open."""
-    return [dim.dim_value for dim in value.type.tensor_type.shape.dim]
-
-
-def _listed(values: Any) -> str:
-    names = [value.name for value in values]
-    return ", ".join(names[:6]) + (", …" if len(names) > 6 else "")

@@ -71,13 +71,13 @@ def add_quantized(folder: Path) -> None:
 
 
 def add_blocks(folder: Path) -> None:
-    """The q4 variant: matrices in blocks of 4 bits, and nothing else."""
+    """The q4 variant of the decoder: matrices in blocks of 4 bits."""
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
-    for name in ("vision_encoder", "embed_tokens", "decoder_model_merged"):
-        quantizer = MatMulNBitsQuantizer(onnx.load(folder / f"onnx/{name}.onnx"), block_size=32)
-        quantizer.process()
-        quantizer.model.save_model_to_file(str(folder / f"onnx/{name}_q4.onnx"))
+    place = folder / "onnx/decoder_model_merged.onnx"
+    quantizer = MatMulNBitsQuantizer(onnx.load(place), block_size=32)
+    quantizer.process()
+    quantizer.model.save_model_to_file(str(place).replace(".onnx", "_q4.onnx"))
 
 
 def _eos(folder: Path) -> int:

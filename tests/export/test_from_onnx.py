@@ -12,7 +12,7 @@ import onnx
 import pytest
 import torch
 from click.testing import CliRunner
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from edgecap.cli import cli
@@ -103,14 +103,18 @@ def test_the_other_variants(exports: dict[str, Path], tmp_path: Path) -> None:
     add_half(folder)
     add_quantized(folder)
     add_blocks(folder)
-    for variant, precision in (("fp16", "fp16"), ("int8", "int8"), ("q4", "int4")):
-        result = wrap(folder, variants=[variant], out=tmp_path / f"{variant}.edgecap")
+    cases = {"fp16": ["fp16"], "int8": ["int8"], "int4": ["int8", "decoder=q4"]}
+    for precision, variants in cases.items():
+        result = wrap(folder, variants=variants, out=tmp_path / f"{precision}.edgecap")
+        ends = variants[-1].removeprefix("decoder=")
         assert result.target == f"onnx-{precision}"
-        assert result.files["decoder_model_merged"] == f"onnx/decoder_model_merged_{variant}.onnx"
+        assert result.files["vision_encoder"] == f"onnx/vision_encoder_{variants[0]}.onnx"
+        assert result.files["decoder_model_merged"] == f"onnx/decoder_model_merged_{ends}.onnx"
         with Captioner.load(result.path) as captioner:
+            done = {each["name"]: each["cost"] for each in captioner.bundle.manifest["lineage"]["passes"]}
             assert captioner(photos(), max_length=LENGTH)
-    mixed = wrap(folder, variants=["int8", "vision=fp16"], out=tmp_path / "mixed.edgecap")
-    assert mixed.files["vision_encoder"].endswith("_fp16.onnx") and mixed.files["embed_tokens"].endswith("_int8.onnx")
+        layer = {"fp16": "MatMul", "int8": "MatMulInteger", "int4": "MatMulNBits"}[precision]
+        assert done["last_position"] == {"in front of": layer}
 
 
 def test_the_command_says_what_it_took_and_what_was_measured(
@@ -218,6 +222,11 @@ def test_decoders_of_other_inputs(exports: dict[str, Path]) -> None:
     decoder.opset_import[0].version = 11
     with pytest.raises(UsageError, match="the decoder is of ONNX opset 11"):
         framed_decoder(embed, decoder, **sizes)
+    embed, decoder = parts()
+    head = next(tensor for tensor in decoder.graph.initializer if tensor.name == "head")
+    head.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(embed.graph.initializer[0]).T.copy(), "head"))
+    made = framed_decoder(embed, decoder, **sizes)
+    assert made.passes[-1].cost["changed"]  # an output layer that is the embedding's is stored once
     embed, decoder = parts()
     embed.opset_import[0].version = 21
     assert framed_decoder(embed, decoder, **sizes).model.opset_import[0].version == 14
