@@ -17,8 +17,8 @@ from ..runtime.errors import EdgecapError, need
     "--from",
     "source",
     metavar="SOURCE",
-    help="Instead of CHECKPOINT: a published SmolVLM or Idefics3, by hub id or directory, as it is. Without --target: a "
-    "directory with the ONNX graphs of optimum or of the hub's community, which are taken as they are.",
+    help="Instead of CHECKPOINT: a published SmolVLM or Idefics3, by hub id or directory, as it is. Without --target: "
+    "a directory with the ONNX graphs of optimum or of the hub's community, which are taken as they are.",
 )
 @click.option("--image-size", type=click.IntRange(1, 4096), metavar="PX", help="With --from: pixels a side of a frame.")
 @click.option("--tiles/--no-tiles", default=None, help="With --from: whether photos are split into such frames.")

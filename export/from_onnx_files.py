@@ -123,7 +123,7 @@ def find(folder: Path, variants: Iterable[str] = ()) -> Community:
     plain ones, or the only ones that are there for all. UsageError for what is missing, or another architecture's.
     """
     if not folder.is_dir():
-        raise UsageError(f"{folder}: there is no such folder; --from takes one with config.json and onnx/*.onnx")
+        raise UsageError(f"{folder}: there is no such folder with {PARTS[2]}.onnx; weights are exported by --target")
     config = _json(folder, "config.json")
     kind = config.get("model_type")
     if kind not in KINDS:
@@ -157,7 +157,7 @@ def _variants(folder: Path, asked: Iterable[str]) -> dict[str, str]:
             older = " (decoder_model.onnx without a cache, of an older export, will not do)" * (
                 part == PARTS[2] and _place(folder, "decoder_model", "fp32").is_file()
             )
-            raise UsageError(f"{folder} has no onnx/{part}.onnx{older}")
+            raise UsageError(f"{folder} has no onnx/{part}.onnx{older}; what has weights is exported by --target")
     chosen: dict[str, str] = {}
     for text in asked:
         part, _, variant = text.rpartition("=")
