@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -118,7 +119,18 @@ def export(
     """
     if source is not None and target is None:
         place = Path(source)
-        _wrap(place, variant=variant, chat=chat, data=data, skip_bad=skip_bad, limit=limit, out=out, as_json=as_json)
+        _wrap(
+            place,
+            as_json=as_json,
+            variants=variant,
+            chat=chat,
+            image_size=image_size,
+            tiles=tiles,
+            data=data,
+            skip_bad=skip_bad,
+            limit=limit,
+            out=out,
+        )
         return
     if variant or chat:
         raise click.UsageError("--variant and --chat go with --from and without --target")
@@ -173,20 +185,10 @@ def export(
 
 
 # What --from understands of the options of `export` where it takes graphs as they are
-WITH_FROM = ("source", "variant", "chat", "data", "skip_bad", "limit", "out", "as_json")
+WITH_FROM = ("source", "variant", "chat", "image_size", "tiles", "data", "skip_bad", "limit", "out", "as_json")
 
 
-def _wrap(
-    source: Path,
-    *,
-    variant: tuple[str, ...],
-    chat: str | None,
-    data: str | None,
-    skip_bad: bool,
-    limit: int | None,
-    out: Path | None,
-    as_json: bool,
-) -> None:
+def _wrap(source: Path, *, as_json: bool, **options: Any) -> None:
     """`edgecap export --from` without a target."""
     from click.core import ParameterSource
 
@@ -199,20 +201,11 @@ def _wrap(
     for module in ("onnx", "jinja2"):
         need(module, extra="export", command="edgecap export")
     from ..benchmarks.progress import PhaseBars
-    from .from_onnx import CHAT, wrap
+    from .from_onnx import wrap
     from .listing import show_wrapped
 
     with PhaseBars() as bars:
-        result = wrap(
-            source,
-            variants=variant,
-            chat=chat or CHAT,
-            data=data,
-            skip_bad=skip_bad,
-            limit=limit,
-            out=out,
-            progress=bars,
-        )
+        result = wrap(source, **options, progress=bars)
     if as_json:
         click.echo(json.dumps(result.to_dict(), indent=1))
     else:

@@ -69,7 +69,9 @@ def wrap(
     folder: Path,
     *,
     variants: Sequence[str] = (),
-    chat: str = CHAT,
+    chat: str | None = None,
+    image_size: int | None = None,
+    tiles: bool | None = None,
     data: str | None = None,
     skip_bad: bool = False,
     limit: int | None = None,
@@ -78,11 +80,14 @@ def wrap(
 ) -> Wrapped:
     """Make a bundle of an export in `folder` (see from_onnx_files.py) and check it against the export's own graphs.
 
-    variants: see `find`. chat: what is asked of each photo. data: spec of photos whose val split is captioned, to say
-    what CIDEr the bundle has; limit: so many of them. out: by default named after the folder.
+    variants: see `find`. chat: what is asked of each photo, by default CHAT. image_size, tiles: pixels a side of a
+    frame, and whether photos are split into such, unless told otherwise, where not as the processor says. data: spec of
+    photos whose val split is captioned, to say what CIDEr the bundle has; limit: so many of them. out: by default named
+    after the folder.
     Raises UsageError for a folder that is none, EdgecapError where a graph does not run or gives something else.
     """
     found = find(folder.expanduser(), variants)
+    chat = chat or CHAT
     name = found.folder.resolve().name
     out = out or Path("runs") / f"{name}-{_label(found)}.edgecap"
     check_place(out)
@@ -90,7 +95,7 @@ def wrap(
     if data:
         photos, spec, fingerprint = _val(data, skip_bad, limit)
     progress("graphs", 0, 2)
-    encoder, framing, notes = _vision(found)
+    encoder, framing, notes = _vision(found, image_size, tiles)
     progress("graphs", 1, 2)
     decoder = framed_decoder(
         found.load(PARTS[1]), found.load(PARTS[2]), dim=found.dim, vocab=found.vocab, positions=found.positions
@@ -141,14 +146,17 @@ def _label(found: Community) -> str:
     return f"onnx-{variants.pop()}" if len(variants) == 1 else f"onnx-{found.variants[PARTS[2]]}-mixed"
 
 
-def _vision(found: Community) -> tuple[onnx.ModelProto, Framing, list[str]]:
+def _vision(found: Community, side: int | None, tiles: bool | None) -> tuple[onnx.ModelProto, Framing, list[str]]:
     """The vision graph, the frames that it takes, and what is to be said of them."""
     framing = found.framing()
+    framing = framing.at(side or framing.side, split=framing.split if tiles is None else tiles)
     model, fixed = framed_vision(found.load(PARTS[0]), *found.scaling(), found.dim)
     notes = []
     if not fixed:  # it names no side; whether it has one shows when it is run
         fixed = _only_side(model, framing, found.files[PARTS[0]])
     if fixed:
+        if side not in (None, fixed):
+            raise UsageError(f"the vision graph takes frames of {fixed} px alone: leave --image-size out")
         if fixed != framing.side:
             notes.append(f"the vision graph takes frames of {fixed} px alone, not the processor's {framing.side}")
             framing = dataclasses.replace(framing, side=fixed)

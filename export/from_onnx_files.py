@@ -91,8 +91,14 @@ class Community:
         return numbers[0] / numbers[2], -numbers[1] / numbers[2]
 
     def prompt(self, chat: str, framing: Framing) -> Prompt:
-        """The words around a photo and `chat`, the user's, as far as the answer."""
-        return Prompt.build(self.tokenizer, _dialogue(self.template, chat, self.folder), tiles=framing.most)
+        """The words around a photo and `chat`, the user's, as far as the answer, with those of as many tiles as the
+        tokenizer names: photos that are not split may be. UsageError where the framing cuts more."""
+        prompt = Prompt.build(self.tokenizer, _dialogue(self.template, chat, self.folder), tiles=None)
+        if (framing.most or framing.split) > min(prompt.most):
+            raise UsageError(
+                f"photos become {framing.most or 'any'} tiles a side, and the tokenizer names {min(prompt.most)}"
+            )
+        return prompt
 
     def bytes(self, *parts: str) -> int:
         """Of these graphs' files, with those of their weights."""

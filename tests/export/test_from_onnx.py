@@ -86,13 +86,21 @@ def test_a_bundle_says_what_transformers_says_in_one_frame_and_in_tiles(
     assert [len(caption.alternatives) for caption in beams] == [2] * len(photos())
 
 
-def test_only_an_open_vision_graph_takes_other_sizes(exports: dict[str, Path], bundles: dict[str, Path]) -> None:
+def test_only_an_open_vision_graph_takes_other_sizes(
+    exports: dict[str, Path], bundles: dict[str, Path], tmp_path: Path
+) -> None:
     photo = photos()[1]
     with Captioner.load(bundles[OPEN]) as captioner:
         end, side = captioner.tokens["eos"], captioner.bundle.manifest["frames"]["longest_edge"]
         other = 16 if captioner.bundle.manifest["frames"]["side"] == TILE else TILE
         small = captioner(photo, max_length=LENGTH, image_size=other, tiles=False)
     assert list(small.token_ids) == said_by_transformers(exports[OPEN], photo, side, other, False, end)
+    made = wrap(exports[OPEN], image_size=other, tiles=False, out=tmp_path / "small.edgecap")
+    with Captioner.load(made.path) as captioner:
+        assert captioner(photo, max_length=LENGTH).token_ids == small.token_ids
+        assert captioner(photo, max_length=LENGTH, image_size=TILE, tiles=True).text
+    with pytest.raises(UsageError, match=f"takes frames of {NATIVE} px alone"):
+        wrap(exports["multihead"], image_size=TILE, out=tmp_path / "other.edgecap")
     with Captioner.load(bundles["multihead"]) as captioner:
         with pytest.raises(UsageError, match=f"sees frames of {NATIVE} px alone"):
             captioner(photo, image_size=TILE)
