@@ -27,6 +27,7 @@ from ..runtime.frames import Framing
 from ..runtime.prompt import Prompt
 from ..runtime.tokenizer import Tokenizer
 from ..runtime.verify import Verification, verify_golden
+from .artifact import size_of
 from .from_onnx_card import card
 from .from_onnx_files import CHAT, PARTS, Community, find
 from .from_onnx_graphs import PIXELS, framed_decoder, framed_vision
@@ -127,7 +128,7 @@ def wrap(
                     "min_cosine": check.min_cosine,
                     "same_tokens": check.same_tokens,
                 },
-                "graph_bytes": sum(len(files[f"{part}.onnx"]) for part in ("encoder", "decoder")),
+                "graph_bytes": sum(size_of(files[f"{part}.onnx"]) for part in ("encoder", "decoder")),
             }
             if data:
                 measured |= _score(captioner, photos, progress)

@@ -27,8 +27,8 @@ MICROSOFT = "com.microsoft"
 FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16)
 ATTENDING = "GroupQueryAttention"  # whose past and present may be one buffer
 # What makes logits of hidden states, which are its first input; its result has as many dimensions as that.
-PRODUCTS = ("MatMul", "MatMulNBits", "MatMulBnb4", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul")
-PRODUCTS += ("FusedMatMul", "QLinearMatMul")
+PRODUCTS = {"MatMul", "MatMulNBits", "MatMulBnb4", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul"}
+PRODUCTS |= {"FusedMatMul", "QLinearMatMul"}
 EACH = ("Cast", "Identity", "Mul", "Div", "Add", "Sub", "DequantizeLinear")  # what may lie between it and the logits
 
 

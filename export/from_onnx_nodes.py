@@ -82,7 +82,9 @@ class Nodes:
     short one."""
 
     def __init__(self, graph: Graph) -> None:
-        self.graph, self.made, self.behind = graph, [], []
+        self.graph = graph
+        self.made: list[NodeProto] = []
+        self.behind: list[NodeProto] = []
         self.after = False  # whether what is added goes behind the graph
         self.known: dict[str, str] = {}
 
