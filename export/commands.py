@@ -30,7 +30,7 @@ from ..runtime.errors import EdgecapError, need
     help="Which of these graphs: fp32, fp16, int8, uint8, quantized, q4, q4f16, bnb4, or vision=, embed=, decoder=NAME "
     "for one of them.  [default: fp32, or the first that all have]",
 )
-@click.option("--chat", metavar="TEXT", help="What these graphs are asked of a photo.")
+@click.option("--chat", metavar="TEXT", help="With --from: what is asked of a photo.")
 @click.option("--data", metavar="SPEC", help="Photos for calibration and gate; default: what it was trained on.")
 @click.option("--skip-bad", is_flag=True, help="Leave bad examples out; always so where the recipe did.")
 @click.option(
@@ -132,8 +132,10 @@ def export(
             out=out,
         )
         return
-    if variant or chat:
-        raise click.UsageError("--variant and --chat go with --from and without --target")
+    if variant:
+        raise click.UsageError("--variant goes with --from and without --target")
+    if chat and not source:
+        raise click.UsageError("--chat goes with --from: a checkpoint has its own prompt")
     if target is None:
         raise click.UsageError("Missing option '--target'.")
     for module in ("torch", "transformers", "accelerate", "onnx", "onnxscript"):
@@ -160,6 +162,7 @@ def export(
             source=source,
             image_size=image_size,
             tiles=tiles,
+            chat=chat,
             data=data,
             skip_bad=skip_bad,
             max_cider_drop=max_cider_drop,

@@ -22,6 +22,7 @@ from ..train.data.cache import load_pixels
 from ..train.framing import frames_of
 from ..train.lora import refuse_adapter
 from ..train.run import RUNS, latest_run
+from ..train.smolvlm import CHAT
 from ..train.tokenizer import caption_text
 from .artifact import Artifact, BuildOptions, Source, size_of
 from .assemble import assemble, public_spec
@@ -77,6 +78,7 @@ def export(
     source: str | None = None,
     image_size: int | None = None,
     tiles: bool | None = None,
+    chat: str | None = None,
     data: str | None = None,
     skip_bad: bool = False,
     max_cider_drop: float = 0.02,
@@ -96,7 +98,8 @@ def export(
     """Export a checkpoint (default: the newest finished run) and let the gate judge the artifact.
 
     source: instead of a checkpoint a published SmolVLM, by hub id or directory, whose weights are taken as they are.
-    image_size, tiles: how its bundle sees photos unless told otherwise, where not as published.
+    image_size, tiles: how its bundle sees photos unless told otherwise, where not as published; chat: what the user
+    says.
     data: spec for calibration (train split) and gate (val split), by default the recipe's. skip_bad: leave bad examples
     out; always so where the recipe did. limit: validation photos for the gate. calibration: training photos. A bundle
     that fails is written only with `force`, and then says so. raise_layers: where the gate fails, raise the precision
@@ -122,7 +125,7 @@ def export(
     if source is None:
         loaded = _load(checkpoint, unfinished_ok)
     else:
-        loaded, data = adopt(source, side=image_size, tiles=tiles), data or DRAWN
+        loaded, data = adopt(source, chat=chat or CHAT, side=image_size, tiles=tiles), data or DRAWN
     if reason := chosen.refusal(recipe_parts(loaded), options):
         raise UsageError(f"{target} cannot be made of {loaded.path}: {reason}")
     label = f"pruned-{target}" if smaller.items else target

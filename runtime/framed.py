@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -14,6 +14,8 @@ from .prompt import Prompt, Segments
 
 if TYPE_CHECKING:
     from .session import Ids, Logits, Pixels, Session
+
+TOGETHER = 512 * 512  # pixels of frames that go through the vision graph in one run
 
 
 class FrameSession(Protocol):
@@ -103,6 +105,15 @@ def read_frames(frames: Mapping[str, Any], *, vocab_size: int | None = None) -> 
 def write_frames(framing: Framing, prompt: Prompt) -> dict[str, Any]:
     """As the manifest's "frames"."""
     return {**framing.to_dict(), "prompt": prompt.to_dict()}
+
+
+def few_at_a_time(pixels: Pixels) -> Iterator[Pixels]:
+    """uint8 [N, F, S, S, 3] → arrays [frames, S, S, 3], in order: so few frames that a run's activations are not many
+    times those of one large frame, and so many that small ones fill the kernels."""
+    frames = np.ascontiguousarray(pixels).reshape(-1, *pixels.shape[-3:])
+    count = max(1, TOGETHER // (frames.shape[1] * frames.shape[2]))
+    for start in range(0, len(frames), count):
+        yield frames[start : start + count]
 
 
 def pieces(segments: Segments, prompt_ids: Ids | None) -> list[np.ndarray]:

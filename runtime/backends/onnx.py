@@ -82,13 +82,17 @@ class OnnxSession:
     def encode(self, pixels: Pixels) -> None:
         """The first half of `start`, what the encoder graph does: apart, so that it can be timed apart. Photos in
         frames: uint8 [N, F, S, S, 3]."""
-        frames = pixels.shape[1] if pixels.ndim == 5 else 0
-        self._encoded = self.model.encode(np.ascontiguousarray(pixels.reshape(-1, *pixels.shape[-3:])))
-        if frames:
-            self._encoded = {
-                name: value.reshape(len(pixels), frames, *value.shape[1:]) for name, value in self._encoded.items()
-            }
         self._count = len(pixels)
+        if pixels.ndim == 4:
+            self._encoded = self.model.encode(np.ascontiguousarray(pixels))
+            return
+        from ..framed import few_at_a_time  # which few bundles need
+
+        parts = [self.model.encode(part) for part in few_at_a_time(pixels)]
+        self._encoded = {
+            name: np.concatenate([part[name] for part in parts]).reshape(*pixels.shape[:2], *value.shape[1:])
+            for name, value in parts[0].items()
+        }
 
     def prefill(self, prompt_ids: Ids | None = None, segments: Segments | None = None) -> Logits:
         """The second half of `start`: feed BOS and the prompt to the decoder; logits [N, vocab]. segments: the words

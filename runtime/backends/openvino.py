@@ -85,14 +85,25 @@ class OpenVinoSession:
 
     def encode(self, pixels: Pixels) -> None:
         """The first half of `start`, what the encoder graph does: apart, so that it can be timed apart."""
-        self._encoder.bind(self.model.pixels, np.asarray(pixels, np.uint8).reshape(-1, *pixels.shape[-3:]))
-        self._encoder.run()
-        self._encoded = {name: self._encoder.output(name) for name in self.model.encoder_outputs}
-        if pixels.ndim == 5:  # photos in frames: [N, F, S, S, 3]
-            self._encoded = {
-                name: value.reshape(*pixels.shape[:2], *value.shape[1:]) for name, value in self._encoded.items()
-            }
         self._index = np.arange(len(pixels))
+        if pixels.ndim == 4:
+            self._encoded = self._looked(np.asarray(pixels, np.uint8))
+            return
+        from ..framed import few_at_a_time  # photos in frames, [N, F, S, S, 3], which few bundles need
+
+        parts = [
+            {name: np.array(value) for name, value in self._looked(part).items()} for part in few_at_a_time(pixels)
+        ]
+        self._encoded = {
+            name: np.concatenate([part[name] for part in parts]).reshape(*pixels.shape[:2], *value.shape[1:])
+            for name, value in parts[0].items()
+        }
+
+    def _looked(self, pixels: Pixels) -> dict[str, np.ndarray]:
+        """What the encoder graph makes of photos: views that hold until the next ones."""
+        self._encoder.bind(self.model.pixels, pixels)
+        self._encoder.run()
+        return {name: self._encoder.output(name) for name in self.model.encoder_outputs}
 
     def prefill(self, prompt_ids: Ids | None = None, segments: Segments | None = None) -> Logits:
         """The second half of `start`: feed BOS and the prompt to the decoder; logits [N, vocab]. segments: the words

@@ -194,7 +194,7 @@ def test_what_is_missing_or_another_model_is_one_line(reason: str, exports: dict
         (["--variant", "q5"], "--variant q5: take fp32, fp16"),
         (["--finetune", "2"], "--finetune needs --target"),
         (["some/run"], "CHECKPOINT needs --target"),
-        (["--variant", "q4", "--target", "onnx-int8"], "go with --from and without --target"),
+        (["--variant", "q4", "--target", "onnx-int8"], "goes with --from and without --target"),
     ],
 )
 def test_options_that_it_does_not_take(more: list[str], reason: str, exports: dict[str, Path], tmp_path: Path) -> None:
@@ -203,7 +203,7 @@ def test_options_that_it_does_not_take(more: list[str], reason: str, exports: di
 
 
 def test_options_that_need_it() -> None:
-    assert "--variant and --chat go with" in CliRunner().invoke(cli, ["export", "--variant", "q4"]).output
+    assert "--variant goes with" in CliRunner().invoke(cli, ["export", "--variant", "q4"]).output
     assert "Missing option '--target'" in CliRunner().invoke(cli, ["export", "some/run"]).output
 
 
