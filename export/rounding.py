@@ -16,6 +16,7 @@ import numpy as np
 PAIR_LIMIT = 128  # 255 · 128 = 32640 < 2^15
 NIBBLE = 7  # 4-bit weights are -7..7
 MULTIPLIERS = 9  # 7 · 9 = 63: two neighbours stay within PAIR_LIMIT
+ROWS, COLUMNS = 2048, 32  # of a layer, rounded together
 
 
 @dataclass(frozen=True)
@@ -175,14 +176,13 @@ def _pass_on(
     pairs: bool = False,
 ) -> np.ndarray:
     """Weights [G, O, K] in whole steps ([G, O, 1] or [G, O, K]) within ±limit, each column's error passed on (GPTQ)."""
-    groups, _, width = weights.shape
+    groups, outputs, width = weights.shape
     steps = np.broadcast_to(steps, weights.shape)
-    whole = np.zeros(weights.shape)
     if covariance is None and not pairs:
         return np.clip(np.rint(weights / steps), -limit, limit)
     if covariance is None:
         order = np.arange(width)[None].repeat(groups, 0)
-        upper = np.eye(width)[None].repeat(groups, 0)
+        upper = None
     else:
         # The inputs that vary most come first.
         order = np.argsort(-np.einsum("gkk->gk", covariance), axis=1, kind="stable")
@@ -192,19 +192,40 @@ def _pass_on(
         ranked = ranked / np.where(power > 1e-12, power, 1.0) + damping * np.eye(width)
         inverse = np.linalg.inv(ranked)
         upper = np.linalg.cholesky((inverse + inverse.transpose(0, 2, 1)) / 2).transpose(0, 2, 1)  # [G, K, K]
-    group = np.arange(groups)
-    left = np.take_along_axis(weights.astype(np.float64), order[:, None, :], 2)
-    for done in range(width):
-        column, index = left[:, :, done], order[:, done]  # [G, O], [G]
-        step = steps[group, :, index]  # [G, O]
-        value = np.clip(np.rint(column / step), -limit, limit)
-        partner = index ^ 1
-        if pairs:
-            inside = partner < width
-            other = np.where(inside[:, None], whole[group, :, np.minimum(partner, width - 1)], 0)  # [G, O]
-            room = PAIR_LIMIT - np.where(np.sign(other) == np.sign(value), np.abs(other), 0)
-            value = np.clip(value, -room, room)
-        whole[group, :, index] = value
-        error = (column - value * step) / upper[:, done, done][:, None]
-        left[:, :, done + 1 :] -= error[:, :, None] * upper[:, done, None, done + 1 :]
+    whole = np.empty(weights.shape, np.int8)
+    for start in range(0, outputs, ROWS):  # outputs know nothing of each other: a few at a time stay in the cache
+        rows = slice(start, start + ROWS)
+        whole[:, rows] = _pass_on_rows(weights[:, rows], steps[:, rows], limit, order, upper, pairs)
     return whole
+
+
+def _pass_on_rows(
+    weights: np.ndarray, steps: np.ndarray, limit: int, order: np.ndarray, upper: np.ndarray | None, pairs: bool
+) -> np.ndarray:
+    """Some outputs' weights [G, O, K] in whole steps, column by column in `order` [G, K]; upper: [G, K, K] or None."""
+    groups, _, width = weights.shape
+    group = np.arange(groups)
+    left = np.take_along_axis(weights, order[:, None, :], 2).transpose(0, 2, 1).astype(np.float64)  # [G, K, O]
+    whole = np.zeros(left.shape)
+    errors = np.zeros((groups, min(COLUMNS, width), left.shape[2]))
+    for first in range(0, width, COLUMNS):  # errors reach the columns far behind in one product for a whole block
+        last = min(first + COLUMNS, width)
+        for done in range(first, last):
+            column, index = left[:, done], order[:, done]  # [G, O], [G]
+            step = steps[group, :, index]  # [G, O]
+            value = np.clip(np.rint(column / step), -limit, limit)
+            partner = index ^ 1
+            if pairs:
+                inside = partner < width
+                other = np.where(inside[:, None], whole[group, np.minimum(partner, width - 1)], 0)  # [G, O]
+                room = PAIR_LIMIT - np.where(np.sign(other) == np.sign(value), np.abs(other), 0)
+                value = np.clip(value, -room, room)
+            whole[group, index] = value
+            if upper is not None:
+                error = (column - value * step) / upper[:, done, done][:, None]
+                left[:, done + 1 : last] -= upper[:, done, done + 1 : last, None] * error[:, None]
+                errors[:, done - first] = error
+        if upper is not None and last < width:
+            passed = upper[:, first:last, last:].transpose(0, 2, 1)  # [G, K - last, COLUMNS]
+            left[:, last:] -= passed @ errors[:, : last - first]
+    return whole.transpose(0, 2, 1)
