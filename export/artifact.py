@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from .graph import PassResult, save
 from .kv_cache import share_cache
+from .merge import merge_projections
 from .trunk import OPSET_ATTENTION, OnnxPair, to_onnx
 
 if TYPE_CHECKING:
@@ -61,6 +62,13 @@ class Source:
                 report=lambda done: self.progress("graphs", done, 2),
             )
         return self._trunk.copy()
+
+    def onnx_trunk(self) -> OnnxPair:
+        """The same for ONNX Runtime: in a decoder with a KV cache, projections that read one tensor are merged."""
+        pair = self.trunk()
+        if pair.session.get("kv"):
+            pair.passes.append(merge_projections(pair.decoder).on("decoder"))
+        return pair
 
 
 @dataclass

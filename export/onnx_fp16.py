@@ -7,6 +7,6 @@ from .half import store_half
 
 
 def build(source: Source) -> Artifact:
-    pair = source.trunk()
+    pair = source.onnx_trunk()
     pair.passes += [store_half(pair.encoder).on("encoder"), store_half(pair.decoder).on("decoder")]
     return onnx_artifact(pair)

@@ -6,4 +6,4 @@ from .artifact import Artifact, Source, onnx_artifact
 
 
 def build(source: Source) -> Artifact:
-    return onnx_artifact(source.trunk())
+    return onnx_artifact(source.onnx_trunk())

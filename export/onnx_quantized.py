@@ -12,6 +12,7 @@ from .graph import Graph, PassResult
 from .half import store_half
 from .int4_blocks import quantize_blocks
 from .int4_pack import pack, short_names
+from .int8_rows import quantize_rows
 from .int8_static import StaticOptions, calibrate, quantize_static
 from .pixels import fold_pixels
 from .statistics import Statistics, layers_of
@@ -25,7 +26,7 @@ STREAMED = 32_000_000
 
 def build_graphs(source: Source, precision: str) -> Artifact:
     """Both graphs at `precision` ("fp32", "int8", "int4"), or at what options.graphs says of one."""
-    pair = source.trunk()
+    pair = source.onnx_trunk()
     for name in PARTS:
         wanted = source.options.graphs.get(name, precision)
         model = getattr(pair, name)
@@ -39,11 +40,15 @@ def quantize(source: Source, name: str, model: onnx.ModelProto, precision: str) 
     if precision == "fp32":
         return []
     done = [fold_pixels(model)] if name == "encoder" else []
-    known, raised = statistics(source, name), raised_layers(source.options, name, precision)
+    raised = raised_layers(source.options, name, precision)
+    streamed = name == "decoder" and _matrix_bytes(model) > STREAMED
+    if precision == "int8" and streamed:  # nothing to calibrate
+        return [*done, quantize_rows(model, precision=raised), quantize_embeddings(model, by_rows=True)]
+    known = statistics(source, name)
     if precision == "int8":
         done.append(quantize_static(model, known, options=StaticOptions(precision=raised)))
         return done + ([quantize_embeddings(model, by_rows=True)] if name == "decoder" else [])
-    if name == "decoder" and _matrix_bytes(model) > STREAMED:
+    if streamed:
         return [*done, quantize_blocks(model, known, precision=raised), store_half(model), short_names(model)]
     done.append(quantize_static(model, known, options=StaticOptions(bits=4, precision=raised)))
     if name == "decoder":
@@ -54,7 +59,7 @@ def quantize(source: Source, name: str, model: onnx.ModelProto, precision: str) 
 def statistics(source: Source, name: str) -> Statistics:
     """What calibration says about the fp32 graph (the encoder's with pixels folded), measured once for a source."""
     if name not in source.statistics:
-        pair, calibration = source.trunk(), source.calibration
+        pair, calibration = source.onnx_trunk(), source.calibration
         feeds = calibration.encoder_feeds() if name == "encoder" else calibration.decoder_feeds(pair)
         if name == "encoder":
             fold_pixels(pair.encoder)

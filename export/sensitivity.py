@@ -41,7 +41,7 @@ def sensitivities(
     A layer's error is that of the fp32 graphs with this one layer quantized as in a graph of `bits` (4 or 8; its input
     always to 8), on calibration photos that are fed their own captions.
     """
-    pair = source.trunk()
+    pair = source.onnx_trunk()
     fold_pixels(pair.encoder)
     layers = {part: layers_of(Graph(getattr(pair, part))) for part in PARTS}
     names = {part: [layer.node.name for layer in layers[part]] for part in PARTS}

@@ -178,7 +178,7 @@ def _models(source: Source, progress: Callable[[str, int, int], None]) -> dict[s
     models: dict[str, dict[str, Any]] = {part: {} for part in PARTS}
     for done, precision in enumerate(PRECISIONS):
         progress("build graphs", done, len(PRECISIONS))
-        pair = source.trunk()
+        pair = source.onnx_trunk()
         for part in PARTS:
             model = getattr(pair, part)
             quantize(source, part, model, precision)
@@ -195,7 +195,7 @@ def _time(
 
     The least, not the median: graphs that run the same kernels must come out alike on a CPU that does other work, too.
     """
-    pair, calibration = source.trunk(), source.calibration
+    pair, calibration = source.onnx_trunk(), source.calibration
     roles, _ = share_cache(pair.decoder, pair.session)
     manifest = {"session": roles, "tokens": calibration.tokens, "graphs": pair.graphs()}
     encoder = engine(models["encoder"]["fp32"])
