@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from .graph import PassResult, save
 from .kv_cache import share_cache
 from .merge import merge_projections
+from .skip_norm import fuse_residuals
 from .trunk import OPSET_ATTENTION, OnnxPair, to_onnx
 
 if TYPE_CHECKING:
@@ -95,8 +96,11 @@ def size_of(file: bytes | Path) -> int:
 
 
 def onnx_artifact(pair: OnnxPair) -> Artifact:
-    """The graphs of a pair, for ONNX Runtime: as they are, but for a KV cache, which is written in place."""
+    """The graphs of a pair, for ONNX Runtime: as they are, but for a KV cache, which is written in place, and what its
+    own fusions leave apart."""
+    fused = fuse_residuals(pair.decoder)
     session, done = share_cache(pair.decoder, pair.session)
+    done = [fused, *done] if fused.cost["fused"] else done
     models = {"encoder": pair.encoder, "decoder": pair.decoder}
     opset = max(entry.version for model in models.values() for entry in model.opset_import if not entry.domain)
     return Artifact(

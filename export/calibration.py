@@ -46,17 +46,22 @@ class Calibration:
         framing, _ = read_frames(self.frames)
         return [{"pixels": framing(Image.fromarray(photo)).pixels} for photo in self.pixels]
 
-    def decoder_feeds(self, pair: OnnxPair) -> list[Feeds]:
-        """The decoder's inputs while it is fed the photos' own captions, several photos a run."""
+    def play_decoder(
+        self, pair: OnnxPair, take: Callable[[Feeds], None], report: Callable[[int], None] = lambda done: None
+    ) -> None:
+        """Feed the decoder the photos' own captions, several photos a run, and hand on the inputs of each run.
+
+        One by one: a language model's hold its KV cache, gigabytes in all. report is called with the photos done.
+        """
         manifest = {"session": pair.session, "tokens": self.tokens, "graphs": pair.graphs()}
-        recorder = _Recorder(pair.decoder)
+        recorder = _Recorder(pair.decoder, take)
         model: Model = OnnxModel(manifest, engine(pair.encoder), recorder)  # type: ignore[arg-type]
         if self.frames is not None:
             model = FramedModel.of(model, self.frames)  # type: ignore[arg-type]
         count = BATCH if isinstance(self.pixels, np.ndarray) else 1  # photos of other sizes have other tiles
         for start in range(0, len(self.pixels), count):
             teacher_force(model.session(), self.pixels[start : start + count], self.captions[start : start + count])
-        return recorder.feeds
+            report(min(start + count, len(self.pixels)))
 
 
 def teacher_force(session: Session, pixels: np.ndarray, captions: Sequence[Sequence[int]]) -> np.ndarray:
@@ -71,14 +76,14 @@ def teacher_force(session: Session, pixels: np.ndarray, captions: Sequence[Seque
 
 
 class _Recorder:
-    """Stands in for the decoder's engine session and keeps what it was fed."""
+    """Stands in for the decoder's engine session and hands on what it was fed."""
 
-    def __init__(self, model: onnx.ModelProto) -> None:
+    def __init__(self, model: onnx.ModelProto, take: Callable[[Feeds], None]) -> None:
         self.inner = engine(model)
-        self.feeds: list[Feeds] = []
+        self.take = take
 
     def run(self, names: list[str], feed: dict[str, Any]) -> list[np.ndarray]:
-        self.feeds.append(dict(feed))
+        self.take(dict(feed))
         return self.inner.run(names, feed)
 
 

@@ -13,7 +13,7 @@ from onnx import TensorProto, helper
 
 from .graph import Graph, PassResult, attribute
 from .rounding import round_float_blocks
-from .statistics import Layer, Statistics, layers_of
+from .statistics import Layer, Statistics, layer_of, layers_of
 
 NAME = "int4_blocks"
 DOMAIN = "com.microsoft"
@@ -38,7 +38,9 @@ def quantize_blocks(
     shared: dict[str, tuple[str, str, int]] = {}  # weights [K, N] → blocks [N, ⌈K / block⌉, bytes], scales, bits
     names = [layer.node.name for layer in layers_of(graph) if layer.node.op_type != "Conv"]
     for name in names:
-        (layer,) = (layer for layer in layers_of(graph) if layer.node.name == name)
+        (node,) = (node for node in model.graph.node if node.name == name)  # replacing one copies all others
+        layer = layer_of(graph, node)
+        assert layer is not None
         wanted = precision.get(name, "int4")
         if wanted == "fp32" or not _plain(layer.node):
             continue

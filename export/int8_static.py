@@ -57,13 +57,18 @@ def calibrate(
     feeds: the graph's inputs for each calibration run, from the training split; a convolutional graph takes one photo a
     run. progress is called with the runs done. Deterministic for the same feeds and seed.
     """
-    graph = Graph(model)
-    layers = layers_of(graph)
-    statistics = Statistics(model, _tensors(graph, _nodes(graph, layers)), layers, seed=seed)
+    statistics = no_statistics(model, seed=seed)
     for each in feeds:
         statistics.add(each)
         progress(statistics.runs)
     return statistics
+
+
+def no_statistics(model: onnx.ModelProto, *, seed: int = 0) -> Statistics:
+    """The same before the first run: `Statistics.add` them."""
+    graph = Graph(model)
+    layers = layers_of(graph)
+    return Statistics(model, _tensors(graph, _nodes(graph, layers)), layers, seed=seed)
 
 
 def quantize_static(

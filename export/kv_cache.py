@@ -29,6 +29,7 @@ WHOLE_ROTARY = 16  # and where it turns queries and keys itself
 COMPARISONS = ("Less", "LessOrEqual", "Greater", "GreaterOrEqual", "Equal")
 SAME_RANK = {"MatMul", "MatMulNBits", "QuantizeLinear", "DequantizeLinear", "Add", "Sub", "Mul", "Div", "Cast", "Clip"}
 SAME_RANK |= {"Split", "LayerNormalization", "RMSNormalization", "Identity", "Concat"}
+SAME_RANK |= {"SkipSimplifiedLayerNormalization"}
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from .half import store_half
 from .int4_blocks import quantize_blocks
 from .int4_pack import pack, short_names
 from .int8_rows import quantize_rows
-from .int8_static import StaticOptions, calibrate, quantize_static
+from .int8_static import StaticOptions, calibrate, no_statistics, quantize_static
 from .pixels import fold_pixels
 from .statistics import Statistics, layers_of
 
@@ -60,11 +60,14 @@ def statistics(source: Source, name: str) -> Statistics:
     """What calibration says about the fp32 graph (the encoder's with pixels folded), measured once for a source."""
     if name not in source.statistics:
         pair, calibration = source.onnx_trunk(), source.calibration
-        feeds = calibration.encoder_feeds() if name == "encoder" else calibration.decoder_feeds(pair)
         if name == "encoder":
             fold_pixels(pair.encoder)
-        model = getattr(pair, name)
-        source.statistics[name] = calibrate(model, feeds, progress=calibration.reporter(name, len(feeds)))
+            feeds = calibration.encoder_feeds()
+            known = calibrate(pair.encoder, feeds, progress=calibration.reporter(name, len(feeds)))
+        else:
+            known = no_statistics(pair.decoder)
+            calibration.play_decoder(pair, known.add, calibration.reporter(name, len(calibration.pixels)))
+        source.statistics[name] = known
     return source.statistics[name]
 
 

@@ -14,6 +14,7 @@ from .graph import Graph, attribute
 
 SAMPLES_PER_RUN = 1500  # of each tensor, for its range
 POSITIONS_PER_RUN = 96  # of each layer, for its covariance
+HELD = 256  # positions that are multiplied together: a decoder's step alone has a few, and large layers much to add to
 
 Feeds: TypeAlias = Mapping[str, np.ndarray]
 
@@ -41,22 +42,25 @@ class Layer:
 
 def layers_of(graph: Graph) -> list[Layer]:
     """The layers whose weights are constants, in graph order."""
-    layers = []
-    for node in graph.graph.node:
-        if node.op_type not in ("Conv", "MatMul", "Gemm") or attribute(node, "transA", 0):
-            continue
-        weights = graph.constant(node.input[1])
-        if weights is None or weights.dtype != np.float32:
-            continue
-        if node.op_type == "Conv":
-            groups = attribute(node, "group", 1)
-            kernel = int(np.prod(weights.shape[2:]))
-            shaped = weights.reshape(groups, weights.shape[0] // groups, -1)
-            layers.append(Layer(node, shaped, groups > 1 and weights.shape[1] == 1, kernel == 1 and groups == 1))
-        elif weights.ndim == 2:
-            matrix = weights if attribute(node, "transB", 0) else weights.T
-            layers.append(Layer(node, matrix[None], False, True))
-    return layers
+    return [layer for node in graph.graph.node if (layer := layer_of(graph, node)) is not None]
+
+
+def layer_of(graph: Graph, node: onnx.NodeProto) -> Layer | None:
+    """A node as a layer, if it is one whose weights are constants."""
+    if node.op_type not in ("Conv", "MatMul", "Gemm") or attribute(node, "transA", 0):
+        return None
+    weights = graph.constant(node.input[1])
+    if weights is None or weights.dtype != np.float32:
+        return None
+    if node.op_type == "Conv":
+        groups = attribute(node, "group", 1)
+        kernel = int(np.prod(weights.shape[2:]))
+        shaped = weights.reshape(groups, weights.shape[0] // groups, -1)
+        return Layer(node, shaped, groups > 1 and weights.shape[1] == 1, kernel == 1 and groups == 1)
+    if weights.ndim != 2:
+        return None
+    matrix = weights if attribute(node, "transB", 0) else weights.T
+    return Layer(node, matrix[None], False, True)
 
 
 class Statistics:
@@ -84,6 +88,7 @@ class Statistics:
         self.lows = dict.fromkeys(self.tensors, np.inf)
         self.highs = dict.fromkeys(self.tensors, -np.inf)
         self.moments: dict[str, tuple[int, np.ndarray, np.ndarray]] = {}
+        self.held: dict[str, list[np.ndarray]] = {layer.node.output[0]: [] for layer in layers}
         self.offsets: dict[str, np.ndarray] = {}
         self.ranges: dict[tuple[str, str], tuple[float, float]] = {}
         self.runs = 0
@@ -102,12 +107,19 @@ class Statistics:
             key = layer.node.output[0]
             if key not in self.offsets:  # about zero mean: the covariance is no small difference of large sums
                 self.offsets[key] = rows.mean(axis=1, keepdims=True)
-            rows = rows - self.offsets[key]
-            count, total, outer = self.moments.get(key, (0, 0.0, 0.0))
-            total = total + rows.sum(axis=1, dtype=np.float64)
-            product = np.matmul(rows.transpose(0, 2, 1), rows)
-            self.moments[key] = (count + rows.shape[1], total, outer + product.astype(np.float64))
+            self.held[key].append(rows - self.offsets[key])
+            if sum(each.shape[1] for each in self.held[key]) >= HELD:
+                self._sum(key)
         self.runs += 1
+
+    def _sum(self, key: str) -> None:
+        """Add what is held of a layer's inputs to its moments."""
+        rows = np.concatenate(self.held[key], axis=1)
+        self.held[key] = []
+        count, total, outer = self.moments.get(key, (0, 0.0, 0.0))
+        total = total + rows.sum(axis=1, dtype=np.float64)
+        product = np.matmul(rows.transpose(0, 2, 1), rows)
+        self.moments[key] = (count + rows.shape[1], total, outer + product.astype(np.float64))
 
     def _rows(self, layer: Layer, value: np.ndarray) -> np.ndarray:
         """Inputs of the layer at some positions: float32 [G, P, K]."""
@@ -137,10 +149,13 @@ class Statistics:
 
     def covariance(self, layer: Layer) -> tuple[np.ndarray, np.ndarray]:
         """Covariance [G, K, K] and mean [G, K] of the layer's inputs."""
-        count, total, outer = self.moments[layer.node.output[0]]
+        key = layer.node.output[0]
+        if self.held[key]:
+            self._sum(key)
+        count, total, outer = self.moments[key]
         mean = total / count
         covariance = outer / count - mean[:, :, None] * mean[:, None, :]
-        return covariance, mean + self.offsets[layer.node.output[0]][:, 0]
+        return covariance, mean + self.offsets[key][:, 0]
 
     def range(self, name: str, *, method: str = "mse") -> tuple[float, float]:
         """The range [low, high] that 256 steps cover with the least squared error (or "minmax"); always includes 0."""
