@@ -24,7 +24,7 @@ def quantize_blocks(
     model: onnx.ModelProto,
     statistics: Statistics | None = None,
     *,
-    block: int = 64,
+    block: int = 32,
     precision: Mapping[str, str] = {},
     damping: float = 0.01,
 ) -> PassResult:

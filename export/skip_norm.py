@@ -27,8 +27,8 @@ def fuse_residuals(model: ModelProto) -> PassResult:
         add = graph.producer.get(norm.input[0]) if norm.op_type == "RMSNormalization" else None
         if add is None or add.op_type != "Add" or add.output[0] in new or add.output[0] in graph.outputs:
             continue
-        scale = graph.constant(norm.input[1])
-        if scale is None or scale.ndim != 1 or scale.dtype != np.float32 or attribute(norm, "axis", -1) != -1:
+        scale = _constant(graph, norm.input[1])
+        if scale is None or scale.ndim != 1 or attribute(norm, "axis", -1) != -1:
             continue
         if any(name in graph.initializers for name in add.input):
             continue
@@ -46,3 +46,9 @@ def fuse_residuals(model: ModelProto) -> PassResult:
     if new and not any(entry.domain == DOMAIN for entry in model.opset_import):
         model.opset_import.append(make_opsetid(DOMAIN, 1))
     return PassResult(NAME, cost={"fused": len(new)})
+
+
+def _constant(graph: Graph, name: str) -> np.ndarray | None:
+    """A constant, or what a Cast widens when the graph is loaded."""
+    cast = graph.producer.get(name)
+    return graph.constant(cast.input[0] if cast is not None and cast.op_type == "Cast" else name)
