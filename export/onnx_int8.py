@@ -1,4 +1,4 @@
-"""Target onnx-int8: both graphs in static QDQ int8, the embedding stored once as int8."""
+"""Target onnx-int8: both graphs in QDQ int8, calibrated but for large decoders, the embedding stored once as int8."""
 
 from __future__ import annotations
 
