@@ -33,8 +33,8 @@ def quantize_rows(
     """
     graph = Graph(model)
     graph.set_constant(AXIS, np.array([-1]))
-    graph.set_constant(STEP, np.float32(1 / 127))
-    graph.set_constant(MIDDLE, np.uint8(128))
+    graph.set_constant(STEP, np.array(1 / 127, np.float32))
+    graph.set_constant(MIDDLE, np.array(128, np.uint8))
     new: dict[str, list[onnx.NodeProto]] = {}
     stored: dict[str, str] = {}  # weights → their DequantizeLinear's output
     scaled: set[str] = set()
