@@ -106,10 +106,11 @@ def inline(
             else:
                 inputs.append(names[name])
         outputs = [prefix + name if name else "" for name in node.output]
-        if not set(outputs) & target.present:  # constants: already there from another inlining
+        if not (set(outputs) - {""}) & target.present:  # constants: already there from another inlining
             _copy(target, node, inputs, outputs)
         for name, new in zip(node.output, outputs, strict=True):
-            names[name], level[name] = new, where
+            if name:
+                names[name], level[name] = new, where
 
     for node in _sorted(graph, level):
         if any(item.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS) for item in node.attribute):
