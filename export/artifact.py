@@ -12,6 +12,7 @@ from .kv_cache import share_cache
 from .merge import merge_projections
 from .skip_norm import fuse_residuals
 from .trunk import OPSET_ATTENTION, OnnxPair, to_onnx
+from .vision import fuse_vision
 
 if TYPE_CHECKING:
     from ..runtime.session import Model
@@ -98,6 +99,7 @@ def size_of(file: bytes | Path) -> int:
 def onnx_artifact(pair: OnnxPair) -> Artifact:
     """The graphs of a pair, for ONNX Runtime: as they are, but for a KV cache, which is written in place, and what its
     own fusions leave apart."""
+    vision = [result.on("encoder") for result in fuse_vision(pair.encoder)]
     fused = fuse_residuals(pair.decoder)
     session, done = share_cache(pair.decoder, pair.session)
     done = [fused, *done] if fused.cost["fused"] else done
@@ -108,5 +110,5 @@ def onnx_artifact(pair: OnnxPair) -> Artifact:
         graphs=pair.graphs(),
         session=session,
         requires={"onnxruntime": MIN_ENGINE.get(opset, MIN_ENGINE[OPSET_ATTENTION])},
-        passes=[*pair.passes, *(result.on("decoder") for result in done)],
+        passes=[*pair.passes, *vision, *(result.on("decoder") for result in done)],
     )

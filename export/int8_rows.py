@@ -18,9 +18,11 @@ from onnx.helper import make_node
 from .graph import Graph, PassResult, attribute
 from .rounding import round_weights
 from .statistics import Layer, Statistics, layers_of
+from .vision import is_gelu
 
 NAME = "int8_rows"
 AXIS, STEP, MIDDLE = "rows/axis", "rows/step", "rows/middle"
+GELU_TOP, GELU_STEP, GELU_ZERO = "rows/gelu_top", "rows/gelu_step", "rows/gelu_zero"
 
 
 def quantize_rows(
@@ -35,6 +37,9 @@ def quantize_rows(
     graph.set_constant(AXIS, np.array([-1]))
     graph.set_constant(STEP, np.array(1 / 127, np.float32))
     graph.set_constant(MIDDLE, np.array(128, np.uint8))
+    graph.set_constant(GELU_TOP, np.array(1.2, np.float32))
+    graph.set_constant(GELU_STEP, np.array(1 / 222, np.float32))
+    graph.set_constant(GELU_ZERO, np.array(33, np.uint8))  # 33 / 222 · 1.2 = 0.178
     new: dict[str, list[onnx.NodeProto]] = {}
     stored: dict[str, str] = {}  # weights → their DequantizeLinear's output
     scaled: set[str] = set()
@@ -45,16 +50,20 @@ def quantize_rows(
         if attribute(node, "alpha", 1.0) != 1.0 or attribute(node, "beta", 1.0) != 1.0:
             continue
         nodes: list[onnx.NodeProto] = []
-        if layer.input not in scaled:
+        pixels = _is_quantized(graph, layer.input)
+        if layer.input not in scaled and not pixels:
             scaled.add(layer.input)
-            nodes += _scale(layer.input)
+            nodes += _scale_gelu(layer.input) if is_gelu(graph, layer.input) else _scale(layer.input)
         source = f"{node.input[1]}{'_turned' if attribute(node, 'transB', 0) else ''}"
         if source not in stored:
             stored[source] = f"{source}_real"
             nodes.append(_store(graph, layer, statistics, source))
             if source == node.input[1]:  # a tied embedding's Gather reads it, too
                 graph.reroute(source, stored[source])
-        new[node.output[0]] = [*nodes, *_multiply(node, layer.input, stored[source])]
+        if pixels:
+            nodes.append(onnx.NodeProto.FromString(node.SerializeToString()))
+            nodes[-1].input[1] = stored[source]
+        new[node.output[0]] = nodes if pixels else [*nodes, *_multiply(node, layer.input, stored[source])]
     graph.set_nodes(each for node in model.graph.node for each in new.get(node.output[0], [node]))
     _weights_first(graph, set(stored.values()))
     graph.prune()
@@ -74,6 +83,25 @@ def _scale(name: str) -> list[onnx.NodeProto]:
         make_node("QuantizeLinear", [unit, STEP, MIDDLE], [whole], name=whole),
         make_node("DequantizeLinear", [whole, STEP, MIDDLE], [real], name=real),
     ]
+
+
+def _scale_gelu(name: str) -> list[onnx.NodeProto]:
+    """The same for what comes out of a GELU: no step is spent on what is below its minimum, -0.17, and no pass over the
+    rows on signs. (Rows without anything above 1.2 take the steps of 1.2.)"""
+    top, largest, unit, whole, real = (f"{name}_{part}" for part in ("top", "largest", "unit", "whole", "quantized"))
+    return [
+        make_node("ReduceMax", [name, AXIS], [top], name=top, keepdims=1),
+        make_node("Clip", [top, GELU_TOP], [largest], name=largest),
+        make_node("Div", [name, largest], [unit], name=unit),
+        make_node("QuantizeLinear", [unit, GELU_STEP, GELU_ZERO], [whole], name=whole),
+        make_node("DequantizeLinear", [whole, GELU_STEP, GELU_ZERO], [real], name=real),
+    ]
+
+
+def _is_quantized(graph: Graph, name: str) -> bool:
+    """Whether the rows were uint8 all along, as pixels are (see `fold_pixels`)."""
+    node = graph.producer.get(name)
+    return node is not None and node.op_type == "DequantizeLinear" and node.name == "pixels_dequantize"
 
 
 def _store(graph: Graph, layer: Layer, statistics: Statistics | None, name: str) -> onnx.NodeProto:

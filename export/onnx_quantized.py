@@ -41,9 +41,11 @@ def quantize(source: Source, name: str, model: onnx.ModelProto, precision: str) 
         return []
     done = [fold_pixels(model)] if name == "encoder" else []
     raised = raised_layers(source.options, name, precision)
-    streamed = name == "decoder" and _matrix_bytes(model) > STREAMED
-    if precision == "int8" and streamed:  # nothing to calibrate
-        return [*done, quantize_rows(model, precision=raised), quantize_embeddings(model, by_rows=True)]
+    large = _matrix_bytes(model) > STREAMED
+    if precision == "int8" and large:  # nothing to calibrate, which takes a large encoder seconds a frame
+        done.append(quantize_rows(model, precision=raised))
+        return done + ([quantize_embeddings(model, by_rows=True)] if name == "decoder" else [])
+    streamed = large and name == "decoder"
     known = statistics(source, name)
     if precision == "int8":
         done.append(quantize_static(model, known, options=StaticOptions(precision=raised)))

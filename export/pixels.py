@@ -9,6 +9,8 @@ from onnx import helper
 from .graph import Graph, PassResult, attribute
 
 NAME = "pixels_as_quantized_input"
+MIDDLE = 128
+LAID_OUT = ("Slice", "Reshape", "Transpose")
 
 
 def fold_pixels(model: onnx.ModelProto, pixels: str = "pixels") -> PassResult:
@@ -16,9 +18,12 @@ def fold_pixels(model: onnx.ModelProto, pixels: str = "pixels") -> PassResult:
 
     pixel p → x = a·p + b per channel becomes d = s·(p - z) with z whole; a/s goes into the Conv's weights and a·z + b
     into its bias. Exact but for the padding at the picture's border, where d = 0 stands for pixel z instead of x = 0
-    (half a grey level where mean = 0.5). Leaves any other graph as it is.
+    (half a grey level where mean = 0.5). Patches that are rows of a MatMul: see `_fold_patches`. Leaves any other graph
+    as it is.
     """
     graph = Graph(model)
+    if _fold_patches(graph, pixels):
+        return PassResult(NAME, {"scale": 1.0, "zero_point": MIDDLE}, {"changed": True})
     chain, tensor = [], pixels
     scale, shift = np.ones(1), np.zeros(1)
     transpose = None
@@ -68,6 +73,33 @@ def fold_pixels(model: onnx.ModelProto, pixels: str = "pixels") -> PassResult:
     graph.replace(chain, [dequantize])
     graph.prune()
     return PassResult(NAME, {"scale": step, "zero_point": zero}, {"changed": True})
+
+
+def _fold_patches(graph: Graph, pixels: str) -> bool:
+    """Cast(p) @ W + b → (p - 128) @ W + (b + 128 · ΣW), for pixels that were only laid out before, as patches.
+
+    The difference is a DequantizeLinear of scale 1. Without it, rounding W would shift all that is bright: the largest
+    error of all layers.
+    """
+    tensor = pixels
+    while (node := _only_reader(graph, tensor, pixels)) is not None and node.op_type in LAID_OUT:
+        tensor = node.output[0]
+    multiply = graph.only_reader(node.output[0]) if node is not None and node.op_type == "Cast" else None
+    add = graph.only_reader(multiply.output[0]) if multiply is not None and multiply.op_type == "MatMul" else None
+    if node is None or multiply is None or add is None or add.op_type != "Add" or multiply.input[0] != node.output[0]:
+        return False
+    weights = graph.constant(multiply.input[1])
+    (other,) = (name for name in add.input if name != multiply.output[0])
+    bias = graph.constant(other)
+    if weights is None or weights.ndim != 2 or bias is None or bias.shape != weights.shape[1:]:
+        return False
+    moved = (bias + MIDDLE * weights.sum(0, dtype=np.float64)).astype(np.float32)
+    add.input[list(add.input).index(other)] = graph.set_constant(f"{add.output[0]}_bias", moved)
+    scale, zero = graph.set_constant("pixels_scale", np.float32(1)), graph.set_constant("pixels_zero", np.uint8(MIDDLE))
+    name = "pixels_dequantize"
+    graph.replace([node], [helper.make_node("DequantizeLinear", [tensor, scale, zero], list(node.output), name=name)])
+    graph.prune()
+    return True
 
 
 def _only_reader(graph: Graph, tensor: str, pixels: str) -> onnx.NodeProto | None:
