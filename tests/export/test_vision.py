@@ -1,4 +1,4 @@
-"""The vision graph of a SmolVLM with ONNX Runtime's operators: what torch computes, and int8 close to it in any batch."""
+"""The vision graph of a SmolVLM with ONNX Runtime's operators: what torch computes; int8 close to it in any batch."""
 
 from __future__ import annotations
 
