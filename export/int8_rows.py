@@ -1,4 +1,4 @@
-"""Pass: int8 MatMuls whose activations are scaled row by row, for decoders larger than the CPU's caches.
+"""Pass: int8 MatMuls whose activations are scaled row by row, for graphs larger than the CPU's caches.
 
 Language models have rows (often the first word's) whose activations are hundreds of times as large as all others': one
 scale for a whole tensor, calibrated or not, leaves the others nothing. Here each row is divided by its own largest

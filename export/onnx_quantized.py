@@ -16,6 +16,7 @@ from .int8_rows import quantize_rows
 from .int8_static import StaticOptions, calibrate, no_statistics, quantize_static
 from .pixels import fold_pixels
 from .statistics import Statistics, layers_of
+from .vision import fuse_vision
 
 PARTS = ("encoder", "decoder")
 HIGHER = {"int4": "int8", "int8": "fp32"}
@@ -37,25 +38,37 @@ def build_graphs(source: Source, precision: str) -> Artifact:
 
 def quantize(source: Source, name: str, model: onnx.ModelProto, precision: str) -> list[PassResult]:
     """One graph of the trunk, in place. name: "encoder" or "decoder"; layers in options.keep stay more precise."""
+    if name == "encoder":
+        return _encoder(source, model, precision)
     if precision == "fp32":
         return []
-    done = [fold_pixels(model)] if name == "encoder" else []
-    raised = raised_layers(source.options, name, precision)
-    large = _matrix_bytes(model) > STREAMED
-    if precision == "int8" and large:  # nothing to calibrate, which takes a large encoder seconds a frame
-        done.append(quantize_rows(model, precision=raised))
-        return done + ([quantize_embeddings(model, by_rows=True)] if name == "decoder" else [])
-    streamed = large and name == "decoder"
+    raised, large = raised_layers(source.options, name, precision), _matrix_bytes(model) > STREAMED
+    if precision == "int8" and large:  # nothing to calibrate
+        return [quantize_rows(model, precision=raised), quantize_embeddings(model, by_rows=True)]
     known = statistics(source, name)
     if precision == "int8":
-        done.append(quantize_static(model, known, options=StaticOptions(precision=raised)))
-        return done + ([quantize_embeddings(model, by_rows=True)] if name == "decoder" else [])
-    if streamed:
-        return [*done, quantize_blocks(model, known, precision=raised), store_half(model), short_names(model)]
-    done.append(quantize_static(model, known, options=StaticOptions(bits=4, precision=raised)))
-    if name == "decoder":
-        done.append(quantize_embeddings(model))
+        options = StaticOptions(precision=raised)
+        return [quantize_static(model, known, options=options), quantize_embeddings(model, by_rows=True)]
+    if large:
+        return [quantize_blocks(model, known, precision=raised), store_half(model), short_names(model)]
+    done = [quantize_static(model, known, options=StaticOptions(bits=4, precision=raised)), quantize_embeddings(model)]
     return [*done, pack(model), store_half(model), short_names(model)]
+
+
+def _encoder(source: Source, model: onnx.ModelProto, precision: str) -> list[PassResult]:
+    """A large one is never calibrated, which would take it seconds a frame, and has 8 bits where 4 are asked for: its
+    products have a thousand rows, which int8 kernels alone are fast for."""
+    if precision == "fp32":
+        return fuse_vision(model)
+    done = [fold_pixels(model)]
+    raised = raised_layers(source.options, "encoder", precision)
+    if _matrix_bytes(model) > STREAMED:
+        raised = {node: wanted for node, wanted in raised.items() if wanted == "fp32"}
+        return [*done, quantize_rows(model, precision=raised), *fuse_vision(model)]
+    known, bits = statistics(source, "encoder"), {"int8": 8, "int4": 4}[precision]
+    done.append(quantize_static(model, known, options=StaticOptions(bits=bits, precision=raised)))
+    done += fuse_vision(model)
+    return done if bits == 8 else [*done, pack(model), store_half(model), short_names(model)]
 
 
 def statistics(source: Source, name: str) -> Statistics:

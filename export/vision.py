@@ -33,16 +33,24 @@ def tidy_vision(model: onnx.ModelProto) -> PassResult:
 
 
 def fuse_vision(model: onnx.ModelProto) -> list[PassResult]:
-    """`tidy_vision`, then ONNX Runtime's operators for attention, tanh-GELU and the LayerNorm of a sum, where found."""
-    done = tidy_vision(model)
+    """`tidy_vision`, then ONNX Runtime's operators for attention and tanh-GELU; [] where there are none to put in.
+
+    To be run before weights are stored as anything but what the nodes read (`store_half`, `pack`).
+    """
     graph = Graph(model)
+    if not any(node.op_type in ("Softmax", "Tanh") for node in graph.graph.node):
+        return []
+    done = tidy_vision(model)
+    graph.refresh()
     for kind, fuse in (("Softmax", _attention), ("Tanh", _gelu)):
         for name in [node.output[0] for node in graph.graph.node if node.op_type == kind]:
             fuse(graph, graph.producer[name])
         graph.prune()
     counts = op_counts(model)
     fused = {kind: counts.get(kind, 0) for kind in ("MultiHeadAttention", "FastGelu")}
-    if any(fused.values()) and not any(entry.domain == DOMAIN for entry in model.opset_import):
+    if not any(fused.values()):
+        return []
+    if not any(entry.domain == DOMAIN for entry in model.opset_import):
         model.opset_import.append(helper.make_opsetid(DOMAIN, 1))
     return [done, PassResult("fuse_vision", cost=fused)]
 
