@@ -9,10 +9,14 @@ import onnx
 import pytest
 import torch
 
+from edgecap.export import onnx_quantized
+from edgecap.export.artifact import BuildOptions
 from edgecap.export.calibration import engine
 from edgecap.export.graph import Graph, op_counts
+from edgecap.export.half import store_half
 from edgecap.export.int8_rows import quantize_rows
 from edgecap.export.int8_static import StaticOptions, quantize_static
+from edgecap.export.onnx_quantized import quantize
 from edgecap.export.pixels import fold_pixels
 from edgecap.export.trunk import OPSET_PLAIN, trace
 from edgecap.export.vision import fuse_vision, is_gelu, tidy_vision
@@ -135,3 +139,21 @@ def test_a_gelu_is_known_as_the_exporter_spells_it(graph: onnx.ModelProto) -> No
     assert len(known) == len(ends) == LAYERS
     fuse_vision(graph)
     assert [node.op_type for node in graph.graph.node if is_gelu(Graph(graph), node.output[0])] == ["FastGelu"] * LAYERS
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_a_large_encoder_is_never_calibrated(
+    graph: onnx.ModelProto, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnx_quantized, "STREAMED", 0)
+    source = SimpleNamespace(options=BuildOptions(keep=frozenset({"encoder:node_matmul:fp32"})))  # nothing to see
+    done = quantize(source, "encoder", graph, precision)  # type: ignore[arg-type]
+    assert [each.name for each in done] == ["pixels_as_quantized_input", "int8_rows", "tidy_vision", "fuse_vision"]
+    assert done[1].cost == {"layers": 6 * LAYERS + 1}
+
+
+def test_weights_in_fp16_leave_the_operators(module: FrameGraph, graph: onnx.ModelProto) -> None:
+    fuse_vision(graph)
+    store_half(graph)
+    assert fuse_vision(graph) == []
+    assert cosine(run(graph, frames(1, 32)), wanted(module, frames(1, 32))) > 0.9999
