@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .graph import PassResult, save
+from .graph import PassResult, save, split
 from .kv_cache import share_cache
 from .merge import merge_projections
 from .skip_norm import fuse_residuals
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from .calibration import Calibration
 
 MIN_ENGINE = {18: "1.18", OPSET_ATTENTION: "1.23"}  # ONNX Runtime; 1.18 reads IR version 10
+
+
+LARGE = 32 * 2**20  # bytes of an ONNX graph whose weights become a file of their own
 
 
 @dataclass(frozen=True)
@@ -104,10 +107,17 @@ def onnx_artifact(pair: OnnxPair) -> Artifact:
     session, done = share_cache(pair.decoder, pair.session)
     done = [fused, *done] if fused.cost["fused"] else done
     models = {"encoder": pair.encoder, "decoder": pair.decoder}
+    graphs, files = pair.graphs(), {}
+    for name, model in models.items():
+        if model.ByteSize() < LARGE:
+            files[f"{name}.onnx"] = save(model)
+            continue
+        graphs[name]["weights"] = f"{name}.bin"
+        files[f"{name}.onnx"], files[f"{name}.bin"] = split(model, f"{name}.bin")
     opset = max(entry.version for model in models.values() for entry in model.opset_import if not entry.domain)
     return Artifact(
-        files={f"{name}.onnx": save(model) for name, model in models.items()},
-        graphs=pair.graphs(),
+        files=files,
+        graphs=graphs,
         session=session,
         requires={"onnxruntime": MIN_ENGINE.get(opset, MIN_ENGINE[OPSET_ATTENTION])},
         passes=[*pair.passes, *vision, *(result.on("decoder") for result in done)],

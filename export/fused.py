@@ -14,7 +14,7 @@ from ..runtime.errors import EdgecapError
 from ..runtime.preprocess import Preprocess
 from .fused_build import FLOAT, INT64, Scope, inline, value
 from .fused_loop import Body, Decoder, Rules, beam, greedy
-from .graph import PassResult, save
+from .graph import PassResult, join, save
 from .trunk import OnnxPair
 
 if TYPE_CHECKING:
@@ -115,8 +115,9 @@ def add_fused(artifact: Artifact, checkpoint: Checkpoint) -> None:
     """
     models = []
     for part in ("encoder", "decoder"):
-        file = artifact.files[artifact.graphs[part]["file"]]
-        models.append(onnx.load_from_string(file if isinstance(file, bytes) else file.read_bytes()))
+        graph = artifact.graphs[part]
+        files = [artifact.files[graph[role]] for role in ("file", "weights") if role in graph]
+        models.append(join(*(file if isinstance(file, bytes) else file.read_bytes() for file in files)))
     assert artifact.session is not None  # ONNX Runtime's artifacts have one
     model = fuse(
         OnnxPair(models[0], models[1], artifact.session, []),

@@ -10,6 +10,9 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
+BESIDE = 1024  # bytes of a tensor that `split` leaves where it is
+ALIGNED = 64  # bytes
+
 
 @dataclass(frozen=True)
 class PassResult:
@@ -134,6 +137,43 @@ def op_counts(model: onnx.ModelProto) -> dict[str, int]:
     for node in model.graph.node:
         counts[node.op_type] = counts.get(node.op_type, 0) + 1
     return dict(sorted(counts.items()))
+
+
+def split(model: onnx.ModelProto, file: str) -> tuple[bytes, bytes]:
+    """The model without its larger weights, and these as the contents of `file`, which lies beside it.
+
+    An engine maps such a file: without, it holds the weights twice while it packs them for its kernels.
+    """
+    light = onnx.ModelProto()
+    light.CopyFrom(model)
+    parts, at = [], 0
+    for tensor in light.graph.initializer:
+        if tensor.ByteSize() < BESIDE or tensor.data_type == onnx.TensorProto.STRING:
+            continue
+        data = tensor.raw_data or onnx.numpy_helper.to_array(tensor).tobytes()
+        gap = -at % ALIGNED
+        parts += [bytes(gap), data]
+        place = {"location": file, "offset": str(at + gap), "length": str(len(data))}
+        at += gap + len(data)
+        kept = onnx.TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
+        kept.data_location = onnx.TensorProto.EXTERNAL
+        for key, value in place.items():
+            kept.external_data.add(key=key, value=value)
+        tensor.CopyFrom(kept)
+    return save(light), b"".join(parts)
+
+
+def join(graph: bytes, weights: bytes = b"") -> onnx.ModelProto:
+    """What `split` took apart."""
+    model = onnx.load_from_string(graph)
+    for tensor in model.graph.initializer:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            place = {entry.key: entry.value for entry in tensor.external_data}
+            start = int(place["offset"])
+            tensor.raw_data = weights[start : start + int(place["length"])]
+            tensor.ClearField("external_data")
+            tensor.ClearField("data_location")
+    return model
 
 
 def save(model: onnx.ModelProto) -> bytes:

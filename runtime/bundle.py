@@ -167,14 +167,15 @@ def _check_contents(folder: Path, manifest: Mapping[str, Any]) -> None:
             continue
         try:
             with _mapped(folder / name, entry["bytes"]) as data:
+                weights = files[graph["weights"]]["bytes"] if graph and "weights" in graph else None
                 if kind == ".onnx":
-                    check_onnx(data, graph)
+                    check_onnx(data, graph, weights)
                 elif kind == ".gguf":
                     gguf_summary(data)
                 elif kind == ".npy":
                     check_npy(data)
                 else:
-                    check_openvino(data, files[graph["weights"]]["bytes"] if "weights" in graph else None)
+                    check_openvino(data, weights)
         except GraphError as error:
             raise BundleError(f"{folder}: {name} cannot be loaded: {error}") from None
 

@@ -18,9 +18,13 @@ MAX_XML_BYTES = 64 * 2**20
 # --- ONNX (read by graphfile.py) ---------------------------------------------------------------------
 
 
-def check_onnx(data: bytes | memoryview, declared: Mapping[str, Any] | None) -> OnnxSummary:
-    """`onnx_summary`, and that inputs and outputs are what `declared`, a manifest's entry of the graph, says."""
-    found = onnx_summary(data)
+def check_onnx(data: bytes | memoryview, declared: Mapping[str, Any] | None, weights: int | None = None) -> OnnxSummary:
+    """`onnx_summary`, and that inputs and outputs are what `declared`, a manifest's entry of the graph, says.
+
+    weights: bytes of the file of weights that it names.
+    """
+    beside = None if declared is None or weights is None else (declared["weights"], weights)
+    found = onnx_summary(data, beside)
     if declared is not None:
         _compare("inputs", declared["inputs"], found.inputs)
         _compare("outputs", declared["outputs"], found.outputs)

@@ -77,8 +77,8 @@ class _Onnx:
     of the schema's.
     """
 
-    def __init__(self, view: memoryview) -> None:
-        self.view = view
+    def __init__(self, view: memoryview, weights: tuple[str, int] | None = None) -> None:
+        self.view, self.weights = view, weights
         self.left = MAX_FIELDS
         self.found = OnnxSummary()
         self.literals: dict[bytes, list[Tensor | tuple[int, ...]]] = {}  # name → integers that may be a shape
@@ -176,7 +176,7 @@ class _Onnx:
             if key == _NODE:
                 self.node(a, b, depth)
             elif key == _INITIALIZER:
-                tensor = self.tensor(a, b)
+                tensor = self.tensor(a, b, outside=top)
                 stored.add(tensor.name)
                 if tensor.size <= 1024:
                     self.literals.setdefault(tensor.name.encode(), []).append(tensor)
@@ -240,9 +240,11 @@ class _Onnx:
                 raise GraphError("holds sparse tensors, which a bundle may not")
         return tensors, numbers
 
-    def tensor(self, start: int, stop: int) -> Tensor:
-        """A TensorProto. Raises GraphError if its shape claims more than it holds, or its contents lie elsewhere."""
+    def tensor(self, start: int, stop: int, *, outside: bool = False) -> Tensor:
+        """A TensorProto, which may lie `outside` the graph, in the file of weights. Raises GraphError if its shape
+        claims more than it holds, or its contents lie elsewhere."""
         name, code, external = "", 0, False
+        place: dict[str, str] = {}
         shape: list[int] = []
         raw = (-1, -1)
         size = strings = capacity = 0  # capacity: elements that fit into what is stored field by field
@@ -269,9 +271,16 @@ class _Onnx:
             elif key in _TYPED_ALONE:
                 size += b - a if b else 1
                 capacity += 1
-            elif key == _EXTERNAL or (key == _LOCATION and a):
+            elif key == _EXTERNAL:
                 external = True
-        if external:
+                entry = {inner: self.text(c, d) for inner, c, d in self.fields(a, b) if inner in _PAIR}
+                if len(entry) != 2 or entry[_PAIR[0]] in place:
+                    raise GraphError("malformed")
+                place[entry[_PAIR[0]]] = entry[_PAIR[1]]
+            elif key == _LOCATION and a:
+                external = True
+        kept = outside and external and self.weights is not None and raw[0] < 0 and not size
+        if external and not kept:
             raise GraphError(
                 f"{_named(name)} keeps its weights in another file (external data), which a bundle may not"
             )
@@ -281,7 +290,10 @@ class _Onnx:
         if len(shape) > MAX_RANK or (shape and min(shape) < 0):
             raise GraphError(f"{_named(name)} has a size that no tensor can have")
         elements = prod(shape)
-        if dtype == "string":
+        if kept:
+            size = self.placed(name, place)
+            fits = dtype != "string" and elements * bits + 7 >> 3 == size
+        elif dtype == "string":
             fits = elements == strings
         elif raw[0] >= 0:
             fits = elements * bits + 7 >> 3 == raw[1] - raw[0]
@@ -294,6 +306,19 @@ class _Onnx:
         found = Tensor(name, dtype, tuple(shape), size, start, stop)
         self.found.initializers.append(found)
         return found
+
+    def placed(self, name: str, place: dict[str, str]) -> int:
+        """Bytes of a tensor that lies in the file of weights. Raises GraphError if it does not."""
+        assert self.weights is not None
+        file, held = self.weights
+        numbers = [place.get(key, "") for key in ("offset", "length")]
+        whole = all(text.isascii() and text.isdigit() and len(text) < 19 for text in numbers)
+        if not whole or place.get("location") != file or not set(place) <= {"location", "offset", "length"}:
+            raise GraphError(f"{_named(name)} keeps its weights elsewhere than in {file}, which a bundle may not")
+        offset, length = map(int, numbers)
+        if offset + length > held:
+            raise GraphError(f"{_named(name)} claims {length:,} bytes at {offset:,}, and {file} holds {held:,} in all")
+        return length
 
     def value(self, start: int, stop: int) -> Value:
         name, dtype = "", "unknown"
@@ -360,22 +385,23 @@ _I, _INT = map(_number, (3, 8))  # AttributeProto
 _DIM, _TYPE, _LOCATION = map(_number, (1, 2, 14))  # TensorProto
 _DIMS_PACKED, _NAME, _RAW, _STRING, _EXTERNAL = map(_message, (1, 8, 9, 6, 13))
 # float_data, double_data, then int32_data, int64_data and uint64_data: the least bytes of an element; one by one
+_PAIR = (_message(1), _message(2))  # StringStringEntryProto: key and value
 _TYPED = {_message(number): size for number, size in ((4, 4), (10, 8), (5, 1), (7, 1), (11, 1))}
 _INTEGERS, _INTEGERS_ALONE = tuple(map(_message, (5, 7))), tuple(map(_number, (5, 7)))
 _TYPED_ALONE = {4 << 3 | 5, 10 << 3 | 1, *_INTEGERS_ALONE, _number(11)}
 
 
-def onnx_summary(data: bytes | bytearray | memoryview) -> OnnxSummary:
+def onnx_summary(data: bytes | bytearray | memoryview, weights: tuple[str, int] | None = None) -> OnnxSummary:
     """Inputs, outputs and stored tensors of a serialized ONNX ModelProto, the graphs inside Loop and If included.
 
-    Raises GraphError if it is malformed, nested too deeply or of too many parts, keeps weights in another file, or if a
-    tensor's shape claims more than the file holds or a literal shape asks for MAX_ELEMENTS or more. What a
-    graph *computes* while it runs is not bounded by this.
+    weights: name and bytes of a file that its initializers may lie in. Raises GraphError if it is malformed, nested too
+    deeply or of too many parts, keeps weights in another file, or if a tensor's shape claims more than the file holds
+    or a literal shape asks for MAX_ELEMENTS or more. What a graph *computes* while it runs is not bounded by this.
     """
     with memoryview(data) as view, view.cast("B") as flat:
         if flat[4:8] == b"ORTM":  # ONNX Runtime would take it as its own format, which this does not read
             raise GraphError("not an ONNX graph")
-        reader = _Onnx(flat)
+        reader = _Onnx(flat, weights)
         try:
             reader.model()
             reader.check_shaped()

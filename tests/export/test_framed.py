@@ -17,7 +17,7 @@ from edgecap.export.calibration import Calibration
 from edgecap.export.golden import make_golden, torch_model
 from edgecap.export.prune import prune_checkpoint
 from edgecap.export.targets import TARGETS
-from edgecap.runtime import Captioner, UsageError, verify_golden, write_bundle
+from edgecap.runtime import Captioner, EdgecapError, UsageError, verify_golden, write_bundle
 from edgecap.runtime.decode import never_said
 from edgecap.runtime.frames import Framing
 from edgecap.train.adopt import Published, adopt
@@ -197,3 +197,18 @@ def test_a_pruned_vocabulary_says_the_same_of_what_it_kept(
         wanted, found = (torch_model(each).session().start([np.asarray(image)]) for each in (published, small))
         np.testing.assert_allclose(wanted[:, old], found, atol=1e-6)  # one row: summed in another order
     assert frames_of(small)["prompt"].keys() == frames_of(published)["prompt"].keys()
+
+
+def test_large_graphs_keep_their_weights_beside_them(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = bundle(source, "onnx-fp32", tmp_path / "a.edgecap")
+    monkeypatch.setattr("edgecap.export.artifact.LARGE", 10_000)
+    apart = bundle(source, "onnx-fp32", tmp_path / "b.edgecap")
+    assert {"encoder.bin", "decoder.bin"} <= {file.name for file in apart.iterdir()}
+    with Captioner.load(plain, threads=1) as one, Captioner.load(apart, threads=1) as other:
+        said, again = (each(drawn(), max_length=LENGTH, beam=2) for each in (one, other))
+    assert [each.token_ids for each in said] == [each.token_ids for each in again]
+    (apart / "decoder.bin").unlink()
+    with pytest.raises(EdgecapError, match=r"decoder\.bin"):
+        Captioner.load(apart)
