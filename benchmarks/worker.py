@@ -217,7 +217,7 @@ class BundleEngine:
         loaded = perf_counter()
         self.facts = {"import_s": imported - begin, "load_s": loaded - imported, "versions": versions()}
         if framing := self._captioner.view().framing:
-            self.facts["image_tokens"] = framing.tokens
+            self.facts["image_tokens"] = f"{framing.tokens} a tile" if framing.split else framing.tokens
         self._decoding = request["decoding"]
         self._decode = decode
         self._options = DecodeOptions.from_dict(self._decoding)

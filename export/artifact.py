@@ -99,6 +99,20 @@ def size_of(file: bytes | Path) -> int:
     return len(file) if isinstance(file, bytes) else file.stat().st_size
 
 
+def written(pair: OnnxPair) -> tuple[dict[str, Any], dict[str, bytes | Path]]:
+    """The manifest's "graphs" and the files of a pair, large weights beside their graph."""
+    graphs = pair.graphs()
+    files: dict[str, bytes | Path] = {}
+    for name, graph in graphs.items():
+        model = getattr(pair, name)
+        if model.ByteSize() < LARGE:
+            files[graph["file"]] = save(model)
+            continue
+        graph["weights"] = f"{name}.bin"
+        files[graph["file"]], files[graph["weights"]] = split(model, graph["weights"])
+    return graphs, files
+
+
 def onnx_artifact(pair: OnnxPair) -> Artifact:
     """The graphs of a pair, for ONNX Runtime: as they are, but for a KV cache, which is written in place, and what its
     own fusions leave apart."""
@@ -106,15 +120,9 @@ def onnx_artifact(pair: OnnxPair) -> Artifact:
     fused = fuse_residuals(pair.decoder)
     session, done = share_cache(pair.decoder, pair.session)
     done = [fused, *done] if fused.cost["fused"] else done
-    models = {"encoder": pair.encoder, "decoder": pair.decoder}
-    graphs, files = pair.graphs(), {}
-    for name, model in models.items():
-        if model.ByteSize() < LARGE:
-            files[f"{name}.onnx"] = save(model)
-            continue
-        graphs[name]["weights"] = f"{name}.bin"
-        files[f"{name}.onnx"], files[f"{name}.bin"] = split(model, f"{name}.bin")
-    opset = max(entry.version for model in models.values() for entry in model.opset_import if not entry.domain)
+    graphs, files = written(pair)
+    models = (pair.encoder, pair.decoder)
+    opset = max(entry.version for model in models for entry in model.opset_import if not entry.domain)
     return Artifact(
         files=files,
         graphs=graphs,

@@ -27,7 +27,7 @@ from ..runtime.frames import Framing
 from ..runtime.prompt import Prompt
 from ..runtime.tokenizer import Tokenizer
 from ..runtime.verify import Verification, verify_golden
-from .artifact import size_of
+from .artifact import size_of, written
 from .from_onnx_card import card
 from .from_onnx_files import CHAT, PARTS, Community, find
 from .from_onnx_graphs import PIXELS, framed_decoder, framed_vision
@@ -242,9 +242,8 @@ def _assemble(
     target = TARGETS[f"onnx-{found.precision}"]
     models = (pair.encoder, pair.decoder)
     opset = max(entry.version for model in models for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
-    files: dict[str, bytes | Path] = {
-        "encoder.onnx": save(pair.encoder),
-        "decoder.onnx": save(pair.decoder),
+    graphs, files = written(pair)
+    files |= {
         "tokenizer.json": tokenizer.inner.to_str(pretty=False).encode(),
         **golden.files(),
     }
@@ -260,7 +259,7 @@ def _assemble(
         "preprocess": {"size": [framing.side, framing.side], "mode": "keep", "resample": "bicubic"},
         "tokens": tokens,
         "decoding": {"beam": 1, "max_length": MAX_LENGTH},
-        "graphs": pair.graphs(),
+        "graphs": graphs,
         "session": pair.session,
         "frames": write_frames(framing, prompt),
         "golden": {

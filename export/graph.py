@@ -151,6 +151,8 @@ def split(model: onnx.ModelProto, file: str) -> tuple[bytes, bytes]:
         if tensor.ByteSize() < BESIDE or tensor.data_type == onnx.TensorProto.STRING:
             continue
         data = tensor.raw_data or onnx.numpy_helper.to_array(tensor).tobytes()
+        if len(data) <= BESIDE:
+            continue
         gap = -at % ALIGNED
         parts += [bytes(gap), data]
         place = {"location": file, "offset": str(at + gap), "length": str(len(data))}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx
 
-from ..runtime.errors import EdgecapError
+from ..runtime.errors import EdgecapError, UsageError
 from ..train.quiet import quiet
 from .graph import Graph, PassResult, attribute, op_counts
 from .tie import tie_embedding
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from ..train.models import CaptionModel
 
+MOST = 2**31 - 2**24  # bytes of a graph's weights: protobuf's limit
 OPSET_PLAIN, OPSET_ATTENTION = 18, 23  # 23 has Attention, RotaryEmbedding and RMSNormalization
 DTYPES = {
     onnx.TensorProto.UINT8: "uint8",
@@ -59,6 +60,13 @@ def to_onnx(
     """Trace both graphs of a captioner. framed: see `CaptionModel.graphs`. `report` is called with 1 and 2 when the
     first and second are done."""
     pair = model.graphs(framed=framed)
+    for part in (pair.encoder, pair.decoder):
+        held = sum(tensor.numel() * 4 for tensor in part.parameters())
+        if held > MOST:
+            raise UsageError(
+                f"{type(part).__name__} has {held / 1e9:.1f} GB of weights in fp32, and an ONNX graph holds 2 GB: "
+                "take a smaller model, or for llama.cpp its own converter"
+            )
     attention = bool(pair.session.get("kv"))
     opset = OPSET_ATTENTION if attention else OPSET_PLAIN
     encoder = trace(pair.encoder, pair.encoder_inputs, pair.encoder_outputs, OPSET_PLAIN)

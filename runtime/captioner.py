@@ -146,14 +146,15 @@ class Captioner:
         beam: int | None = None,
         image_size: int | None = None,
         tiles: bool | None = None,
+        began: float | None = None,
         **options: Any,
     ) -> list[Caption]:
         """Caption photos preprocessed by the `view` of these options, uint8 [N, H, W, 3] or as many arrays, in one
-        batch; options as in a call."""
+        batch; options as in a call. began: the time.monotonic() from which a deadline counts, by default now."""
         view = self.view(image_size=image_size, tiles=tiles)
         view.check(pixels)
         settings = self.settings(prompt=prompt, beam=beam, **options)
-        return self._caption(pixels, view, *settings, time.monotonic())
+        return self._caption(pixels, view, *settings, time.monotonic() if began is None else began)
 
     def settings(
         self, *, prompt: str | None = None, beam: int | None = None, **options: Any
@@ -177,13 +178,14 @@ class Captioner:
         prompt_ids: Ids | None,
         began: float,
     ) -> list[Caption]:
-        if self._model is None:
+        model = self._model  # closing meanwhile lets this call finish
+        if model is None:
             raise UsageError(f"the captioner of {self.bundle.path} is closed")
         before = () if prompt_ids is None else tuple(prompt_ids.tolist())
         captions: list[Caption | None] = [None] * len(pixels)
         for places in view.alike(pixels):
             found = decode(
-                view.session(self._model),
+                view.session(model),
                 np.stack([pixels[place] for place in places]) if view.stacks else [pixels[place] for place in places],
                 options,
                 eos_id=self.tokens["eos"],

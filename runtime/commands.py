@@ -32,7 +32,9 @@ T = TypeVar("T")
     "--image-size", type=click.IntRange(1, 4096), metavar="PX", help="SmolVLM: pixels a side of what it sees."
 )
 @click.option("--tiles/--no-tiles", default=None, help="SmolVLM: look at a photo in tiles, or as a whole only.")
-@click.option("--batch", type=click.IntRange(1, 1024), default=8, show_default=True, help="Photos captioned together.")
+@click.option(
+    "--batch", type=click.IntRange(1, 1024), help="Photos captioned together.  [default: 8; 1 with --deadline-ms]"
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per photo, one per line.")
 @click.option("--threads", type=click.IntRange(1, 1024), help="Threads of the engine.  [default: its own choice]")
 def caption(
@@ -44,7 +46,7 @@ def caption(
     deadline_ms: float | None,
     image_size: int | None,
     tiles: bool | None,
-    batch: int,
+    batch: int | None,
     as_json: bool,
     threads: int | None,
 ) -> None:
@@ -63,7 +65,7 @@ def caption(
     """
     import warnings
 
-    from .captioner import Captioner
+    from .captioner import BATCH, Captioner
     from .sources import caption_sources, find_photos
 
     warnings.simplefilter("ignore")  # Pillow's, about odd files: whether a photo can be read is told below
@@ -76,7 +78,7 @@ def caption(
         results = caption_sources(
             captioner,
             sources,
-            batch=batch,
+            batch=batch or (1 if deadline_ms else BATCH),
             beam=beam,
             prompt=prompt,
             max_length=max_tokens,
@@ -96,7 +98,8 @@ def caption(
                 line = {"source": source.name, **result.to_dict()}
                 click.echo(json.dumps(line, ensure_ascii=False))
             else:
-                click.echo(result.text if alone else f"{source.name}\t{result.text}")
+                text = result.text + (" … (cut by the deadline)" if result.cut else "")
+                click.echo(text if alone else f"{source.name}\t{text}")
         if folders:
             click.echo(f"{count} photos, {count / max(time.monotonic() - began, 1e-6):.1f} photos/s", err=True)
     if failed:

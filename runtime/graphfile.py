@@ -293,6 +293,8 @@ class _Onnx:
         if kept:
             size = self.placed(name, place)
             fits = dtype != "string" and elements * bits + 7 >> 3 == size
+            if size <= 1024:  # it may be a shape, which is looked at here
+                raise GraphError(f"{_named(name)} is too small to lie outside the graph")
         elif dtype == "string":
             fits = elements == strings
         elif raw[0] >= 0:

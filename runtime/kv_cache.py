@@ -35,11 +35,6 @@ class KVCache:
         """Positions that there is room for."""
         return self._store.shape[3]
 
-    @property
-    def bytes(self) -> int:
-        """What is allocated; the system gives the memory page by page, when it is written."""
-        return self._store.nbytes
-
     def tensors(self, start: int = 0, stop: int | None = None) -> list[NDArray[Any]]:
         """Rows start to stop (default: all) of each tensor, views [stop - start, heads, capacity, dim] in one piece."""
         stop = self.rows if stop is None else stop

@@ -401,7 +401,8 @@ def _check_cache(session: dict[str, Any], decoder: dict[str, Any]) -> None:
     kv = session.get("kv", [])
     if not kv or "positions" not in session or session["ids"]["rank"] != 2 or session.get("state"):
         raise _Bad("session.cache needs kv, positions and ids of rank 2, and no state")
-    if not isinstance(decoder["outputs"][session["logits"]]["shape"][-1], int):
+    shape = decoder["outputs"][session["logits"]]["shape"]
+    if len(shape) != 2 or not isinstance(shape[1], int):
         raise _Bad(f"session.cache needs the size of the vocabulary in graphs.decoder.outputs.{session['logits']}")
     size, dtype = (kv[0]["heads"], kv[0]["dim"]), decoder["inputs"][kv[0]["input"]]["dtype"]
     for entry in kv:

@@ -77,13 +77,6 @@ class Prompt:
         """(rows, columns) of tiles that it has names for."""
         return len(self.tiles), len(self.tiles[0]) if self.tiles else 0
 
-    @property
-    def head(self) -> tuple[int, ...]:
-        """The ids in front of every photo, however it is cut: what they give can be computed once."""
-        starts = [self.whole, *(cells[0] for cells in self.tiles[:1])]
-        shared = itertools.takewhile(lambda ids: len(set(ids)) == 1, zip(*starts, strict=False))
-        return self.before + tuple(ids[0] for ids in shared)
-
     def segments(self, rows: int = 0, columns: int = 0) -> Segments:
         """For a photo in rows × columns tiles and an overview, or in one frame (0, 0). UsageError above `most`."""
         if not rows and not columns:

@@ -151,21 +151,24 @@ def caption_sources(
     captioner.settings(**{name: value for name, value in options.items() if name not in budget})
     view = captioner.view(**budget)
     waiting: list[tuple[Source, Pixels | EdgecapError]] = []
+    began = time.monotonic()
     for source in sources:
+        if not waiting:
+            began = time.monotonic()
         try:
             waiting.append((source, source.load(view)))
         except EdgecapError as error:
             waiting.append((source, error))
         if source.alone or len(waiting) == batch:
-            yield from _finish(captioner, waiting, options)
+            yield from _finish(captioner, waiting, options, began)
             waiting = []
-    yield from _finish(captioner, waiting, options)
+    yield from _finish(captioner, waiting, options, began)
 
 
 def _finish(
-    captioner: Captioner, waiting: list[tuple[Source, Pixels | EdgecapError]], options: dict[str, Any]
+    captioner: Captioner, waiting: list[tuple[Source, Pixels | EdgecapError]], options: dict[str, Any], began: float
 ) -> Iterator[tuple[Source, Caption | EdgecapError]]:
     good = [pixels for _, pixels in waiting if not isinstance(pixels, EdgecapError)]
-    captions = iter(captioner.caption_arrays(good, **options) if good else [])
+    captions = iter(captioner.caption_arrays(good, began=began, **options) if good else [])
     for source, result in waiting:
         yield source, result if isinstance(result, EdgecapError) else next(captions)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .errors import UsageError
+from .errors import EdgecapError, UsageError
 from .preprocess import Preprocess, load_image
 
 if TYPE_CHECKING:
@@ -39,23 +40,33 @@ class View:
         Where nothing but one frame is made of it, a large JPEG is decoded at a fraction of its size.
         """
         framing = self.framing
-        if self.stacks or framing is None or framing.split or framing.longest_edge:
+        if self.stacks or framing is None or self.prompt is None:
             return self.preprocess.load(source, name=name)
-        return np.asarray(load_image(source, name=name, target=(framing.side, framing.side)))
+        once = not (framing.split or framing.longest_edge)
+        photo = load_image(source, name=name, target=(framing.side, framing.side) if once else None)
+        try:
+            self.prompt.segments(*framing.grid(*photo.size))
+        except EdgecapError as error:
+            where = name or (str(source) if isinstance(source, str | os.PathLike) else "the image")
+            raise EdgecapError(f"{where}: {error.message}") from None
+        return np.asarray(photo)
 
     def within(self, side: int | None, tiles: bool | None) -> View:
-        """The same with frames of `side` pixels, split into tiles or not; None: as it is. UsageError for what the model
-        does not take."""
+        """The same with frames of `side` pixels, split into tiles or not; None: as it is, but a smaller side alone
+        means no tiles: there would be more of them. UsageError for what the model does not take."""
         if side is None and tiles is None:
             return self
         if self.framing is None or self.prompt is None:
             raise UsageError("this captioner sees photos in one size: leave image_size and tiles out")
         if self.one_side and side not in (None, self.framing.side):
             raise UsageError(f"this captioner sees frames of {self.framing.side} px alone: leave image_size out")
-        split = self.framing.split if tiles is None else tiles
+        less = side is not None and side < self.framing.side
+        split = (self.framing.split and not less) if tiles is None else tiles
         if split and not self.framing.split and (self.stacks or not self.prompt.tiles):
             raise UsageError("this captioner did not learn photos in tiles: leave tiles out")
         framing = replace(self.framing, side=side or self.framing.side, split=split)
+        if (framing.most or 0) > min(self.prompt.most):
+            raise UsageError(f"photos would become {framing.most} tiles a side, more than this captioner has words for")
         preprocess = self.preprocess
         if self.stacks:  # squashed to what is then cut
             count = preprocess.size[0] // self.framing.side if split else 1

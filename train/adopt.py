@@ -43,7 +43,7 @@ class Published(Checkpoint):
 def adopt(source: str, *, chat: str = CHAT, side: int | None = None, tiles: bool | None = None) -> Published:
     """The captioner of a hub id or directory with weights: its parts, its processing of photos, its chat template
     around them. chat: what the user says; side: pixels of a frame, and tiles: whether photos are split into such, where
-    not as published.
+    not as published; a smaller side alone means that they are not.
 
     Raises UsageError where it is another kind of model, or is not all there.
     """
@@ -62,7 +62,8 @@ def adopt(source: str, *, chat: str = CHAT, side: int | None = None, tiles: bool
     framing = Framing.from_processor(
         _processor(source), native=config.image_size, patch=config.patch_size, scale=model.bridge.scale
     )
-    framing = framing.at(side or framing.side, split=framing.split if tiles is None else tiles)
+    less = side is not None and side < framing.side  # tiles of that size would be more of them
+    framing = framing.at(side or framing.side, split=framing.split and not less if tiles is None else tiles)
     return Published(
         path=RUNS / Path(source).name,
         recipe=recipe,

@@ -25,7 +25,9 @@ def frames_of(loaded: Checkpoint) -> dict[str, Any] | None:
     if framing is not None:  # a published model's own
         prompt = _prompt(loaded, 0)
         if (framing.most or 0) > len(prompt.tiles):
-            raise UsageError(f"photos become {framing.most} tiles a side, which the tokenizer has no names for")
+            raise UsageError(
+                f"photos become {framing.most} tiles a side, which the tokenizer has no names for: add --no-tiles"
+            )
         return write_frames(framing, prompt)
     if not is_vlm(recipe) or not isinstance(getattr(model, "decoder", None), LanguageModelDecoder):
         return None

@@ -181,9 +181,13 @@ class GgufSession:
 
     def encode(self, pixels: Pixels) -> None:
         """The first half of `start`: what the encoder does. Photos in frames: uint8 [N, F, S, S, 3]."""
-        self._prefix = self.model.encode(pixels.reshape(-1, *pixels.shape[-3:]))
-        if pixels.ndim == 5:
-            self._prefix = self._prefix.reshape(*pixels.shape[:2], *self._prefix.shape[1:])
+        if pixels.ndim == 4:
+            self._prefix = self.model.encode(pixels)
+            return
+        from ..framed import few_at_a_time  # which few bundles need
+
+        parts = [self.model.encode(part) for part in few_at_a_time(pixels)]
+        self._prefix = np.concatenate(parts).reshape(*pixels.shape[:2], *parts[0].shape[1:])
 
     def prefill(self, prompt_ids: Ids | None = None, segments: Segments | None = None) -> Logits:
         """The second half of `start`: feed prefix, BOS and prompt to the decoder; logits [N, vocab]. segments: the

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from ..session import Ids, Logits
     from .onnx import OnnxModel
 
+OPENINGS = 16  # fixed texts that a process remembers
+
 
 class CachedSession(OnnxSession):
     """The state of one batch, whose keys and values lie in buffers that the graph takes as past and as present.
@@ -49,7 +51,9 @@ class CachedSession(OnnxSession):
         if saved is None:
             self.begin(1)
             self.read(np.array([key], np.int64))
-            saved = self.model.openings[key] = self.cache.save()
+            saved = self.cache.save()
+            if len(self.model.openings) < OPENINGS:
+                self.model.openings[key] = saved
         self.cache.load(saved, rows)
         self._count = rows
 

@@ -20,6 +20,7 @@ from edgecap.export.targets import TARGETS
 from edgecap.runtime import Captioner, EdgecapError, UsageError, verify_golden, write_bundle
 from edgecap.runtime.decode import never_said
 from edgecap.runtime.frames import Framing
+from edgecap.runtime.prompt import Prompt
 from edgecap.train.adopt import Published, adopt
 from edgecap.train.checkpoint import load_checkpoint
 from edgecap.train.framing import frames_of
@@ -144,6 +145,16 @@ def test_budgets_that_the_model_does_not_take(captioner: Captioner) -> None:
         captioner(drawn()[0], image_size=64)
 
 
+def test_a_smaller_size_means_no_tiles_and_a_photo_that_cannot_be_cut_is_told_by_name(captioner: Captioner) -> None:
+    assert captioner.view(image_size=16).framing.split is False and captioner.view().framing.split is True
+    with pytest.raises(UsageError, match="6 tiles a side, more than"):
+        captioner.view(image_size=16, tiles=True)
+    wide = Image.new("RGB", (5000, 4))
+    long = dataclasses.replace(captioner._view, framing=dataclasses.replace(captioner._view.framing, longest_edge=0))
+    with pytest.raises(EdgecapError, match=r"the image: a photo in 1 × 105 tiles"):
+        long.load(wide)
+
+
 def test_int8_and_the_projector_of_llama_cpp(source: Source, tmp_path: Path) -> None:
     few = source.calibration
     few = dataclasses.replace(few, pixels=few.pixels[:2], captions=few.captions[:2])
@@ -196,7 +207,10 @@ def test_a_pruned_vocabulary_says_the_same_of_what_it_kept(
     for image in drawn()[:2]:
         wanted, found = (torch_model(each).session().start([np.asarray(image)]) for each in (published, small))
         np.testing.assert_allclose(wanted[:, old], found, atol=1e-6)  # one row: summed in another order
-    assert frames_of(small)["prompt"].keys() == frames_of(published)["prompt"].keys()
+    prompts = [Prompt.from_dict(frames_of(each)["prompt"]) for each in (small, published)]
+    for grid in ((0, 0), (2, 1), (3, 3)):
+        ours, theirs = (prompt.segments(*grid).flat(0, 0) for prompt in prompts)
+        assert [old[i] for i in ours] == theirs
 
 
 def test_large_graphs_keep_their_weights_beside_them(

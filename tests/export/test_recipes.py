@@ -187,10 +187,10 @@ def traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both targets start from the same traced graphs."""
     known, original = {}, artifact.to_onnx
 
-    def to_onnx(model: Any, *, report: Any = lambda done: None) -> Any:
-        if "graphs" not in known:
-            known["graphs"] = original(model, report=report)
-        return known["graphs"].copy()
+    def to_onnx(model: Any, *, framed: bool = False, report: Any = lambda done: None) -> Any:
+        if framed not in known:
+            known[framed] = original(model, framed=framed, report=report)
+        return known[framed].copy()
 
     monkeypatch.setattr(artifact, "to_onnx", to_onnx)
 

@@ -50,7 +50,9 @@ def test_a_smolvlm_with_photos_in_tiles_trains_exports_and_captions(
             seen = captioner.view(image_size=16, tiles=False)
             assert seen.preprocess.size == (16, 16) and captioner(photos, image_size=16, tiles=False, max_length=2)
             whole = captioner.view(image_size=tile, tiles=False)
-            assert whole.preprocess.size == (tile, tile) and captioner.view(image_size=16).preprocess.size == (32, 32)
+            assert whole.preprocess.size == (tile, tile) and captioner.view(
+                image_size=16, tiles=True
+            ).preprocess.size == (32, 32)
         if target == "onnx-fp32":
             assert captions == wanted
         assert all(captions)
