@@ -28,14 +28,7 @@ def model_card(manifest: dict[str, Any]) -> str:
         f"| checkpoint | SHA-256 {lineage['checkpoint']['sha256']} |",
         f"| graphs | {measured['graph_bytes']:,} bytes |",
         "",
-        "## Use",
-        "",
-        "```python",
-        "from edgecap.runtime import Captioner",
-        "",
-        f'print(Captioner.load("{manifest["name"]}.edgecap")("photo.jpg"))',
-        "```",
-        "",
+        *usage(manifest["name"]),
         "`edgecap verify` reproduces the golden pair in this folder on any device.",
         "",
         "## Measured on this bundle",
@@ -81,3 +74,17 @@ def _part(options: dict[str, Any]) -> str:
 def _settings(params: dict[str, Any]) -> str:
     plain = ", ".join(f"{key} {value}" for key, value in params.items() if not isinstance(value, dict | list))
     return f" ({plain})" if plain else ""
+
+
+def usage(name: str) -> list[str]:
+    """The lines of a card that say how a bundle is run."""
+    return [
+        "## Use",
+        "",
+        "```python",
+        "from edgecap.runtime import Captioner",
+        "",
+        f'print(Captioner.load("{name}.edgecap")("photo.jpg"))',
+        "```",
+        "",
+    ]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from .card import usage
+
 
 def card(manifest: dict[str, Any]) -> str:
     """The card from the manifest."""
@@ -22,14 +24,7 @@ def card(manifest: dict[str, Any]) -> str:
         f"| asked | {made['chat']} |",
         f"| graphs | {measured['graph_bytes']:,} bytes |",
         "",
-        "## Use",
-        "",
-        "```python",
-        "from edgecap.runtime import Captioner",
-        "",
-        f'print(Captioner.load("{manifest["name"]}.edgecap")("photo.jpg"))',
-        "```",
-        "",
+        *usage(manifest["name"]),
         "`edgecap verify` compares it with the golden pair in this folder, which the export's own graphs gave.",
         "",
         "## Measured on this bundle",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -107,13 +107,21 @@ def write_frames(framing: Framing, prompt: Prompt) -> dict[str, Any]:
     return {**framing.to_dict(), "prompt": prompt.to_dict()}
 
 
-def few_at_a_time(pixels: Pixels) -> Iterator[Pixels]:
-    """uint8 [N, F, S, S, 3] → arrays [frames, S, S, 3], in order: so few frames that a run's activations are not many
-    times those of one large frame, and so many that small ones fill the kernels."""
+def look(pixels: Pixels, encode: Callable[[Pixels], Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """What a vision graph, `encode`, gives for frames uint8 [N, F, S, S, 3]: each output [N, F, …].
+
+    So few frames go through it together that a run's activations are not many times those of one large frame, and so
+    many that small ones fill the kernels.
+    """
     frames = np.ascontiguousarray(pixels).reshape(-1, *pixels.shape[-3:])
     count = max(1, TOGETHER // (frames.shape[1] * frames.shape[2]))
+    parts: dict[str, list[np.ndarray]] = {}
     for start in range(0, len(frames), count):
-        yield frames[start : start + count]
+        for name, value in encode(frames[start : start + count]).items():
+            parts.setdefault(name, []).append(np.array(value))  # its own: an engine may use the memory again
+    return {
+        name: np.concatenate(found).reshape(*pixels.shape[:2], *found[0].shape[1:]) for name, found in parts.items()
+    }
 
 
 def pieces(segments: Segments, prompt_ids: Ids | None) -> list[np.ndarray]:

@@ -32,8 +32,8 @@ class Published(Checkpoint):
 
     @property
     def squashed(self) -> Checkpoint:
-        """The same for photos that are squashed to one frame, as training and pruning take them."""
-        return dataclasses.replace(self, preprocess=dataclasses.replace(self.preprocess, mode="squash"))
+        """The same for photos squashed to one frame of the size it learnt, as training and pruning take them."""
+        return dataclasses.replace(self, preprocess=Preprocess(self.model.size))
 
     def pruned_to(self, smaller: Checkpoint) -> Published:
         """What was pruned from it, with its processing of photos."""

@@ -184,10 +184,9 @@ class GgufSession:
         if pixels.ndim == 4:
             self._prefix = self.model.encode(pixels)
             return
-        from ..framed import few_at_a_time  # which few bundles need
+        from ..framed import look  # which few bundles need
 
-        parts = [self.model.encode(part) for part in few_at_a_time(pixels)]
-        self._prefix = np.concatenate(parts).reshape(*pixels.shape[:2], *parts[0].shape[1:])
+        self._prefix = look(pixels, lambda part: {"prefix": self.model.encode(part)})["prefix"]
 
     def prefill(self, prompt_ids: Ids | None = None, segments: Segments | None = None) -> Logits:
         """The second half of `start`: feed prefix, BOS and prompt to the decoder; logits [N, vocab]. segments: the

@@ -84,13 +84,9 @@ class OnnxSession:
         if pixels.ndim == 4:
             self._encoded = self.model.encode(np.ascontiguousarray(pixels))
             return
-        from ..framed import few_at_a_time  # which few bundles need
+        from ..framed import look  # which few bundles need
 
-        parts = [self.model.encode(part) for part in few_at_a_time(pixels)]
-        self._encoded = {
-            name: np.concatenate([part[name] for part in parts]).reshape(*pixels.shape[:2], *value.shape[1:])
-            for name, value in parts[0].items()
-        }
+        self._encoded = look(pixels, self.model.encode)
 
     def prefill(self, prompt_ids: Ids | None = None, segments: Segments | None = None) -> Logits:
         """The second half of `start`: feed BOS and the prompt to the decoder; logits [N, vocab]. segments: the words

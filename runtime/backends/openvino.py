@@ -89,15 +89,9 @@ class OpenVinoSession:
         if pixels.ndim == 4:
             self._encoded = self._looked(np.asarray(pixels, np.uint8))
             return
-        from ..framed import few_at_a_time  # photos in frames, [N, F, S, S, 3], which few bundles need
+        from ..framed import look  # photos in frames, [N, F, S, S, 3], which few bundles need
 
-        parts = [
-            {name: np.array(value) for name, value in self._looked(part).items()} for part in few_at_a_time(pixels)
-        ]
-        self._encoded = {
-            name: np.concatenate([part[name] for part in parts]).reshape(*pixels.shape[:2], *value.shape[1:])
-            for name, value in parts[0].items()
-        }
+        self._encoded = look(pixels, self._looked)
 
     def _looked(self, pixels: Pixels) -> dict[str, np.ndarray]:
         """What the encoder graph makes of photos: views that hold until the next ones."""
