@@ -6,13 +6,15 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..devices import get_profile, require_reachable
 from ..runtime.errors import UsageError
+from .device import reach
 from .quality import Photo, split_photos
-from .record import build, machine_load
+from .record import build
 from .subjects import Origin, Subject, bundle_subject, newest_bundle, peer_subject, unique_names, ways
 from .suite import Progress, Settings, run
 
@@ -36,6 +38,7 @@ def bench(
     bundles: Sequence[Path] = (),
     *,
     device: str = "cpu",
+    host: str | None = None,
     data: str | None = None,
     skip_bad: bool = False,
     split: str = "test",
@@ -46,11 +49,11 @@ def bench(
     runs: Path = Path("runs"),
     progress: Progress = lambda phase, done, total: None,
 ) -> dict[str, Any]:
-    """Measure bundles and peers on this machine and return the record (see record.build).
+    """Measure bundles and peers on a device and return the record (see record.build).
 
-    data: a data spec, by default the one in the lineage of the first bundle. skip_bad: leave bad examples out; always
-    so where the bundle's recipe did. limit: photos, by default the whole split. beams: replace what the bundles say,
-    each bundle once with each.
+    device: a profile's name or TOML file; host: replaces the profile's. data: a data spec, by default the one in the
+    lineage of the first bundle. skip_bad: leave bad examples out; always so where the bundle's recipe did. limit:
+    photos, by default the whole split. beams: replace what the bundles say, each bundle once with each.
     Raises EdgecapError for anything that cannot be measured as asked; a subject that fails while it is measured is a
     row that says so.
     """
@@ -58,6 +61,8 @@ def bench(
     from .datasets.checks import require_decodable
 
     profile = get_profile(device)
+    if host:
+        profile = replace(profile, host=host)
     require_reachable(profile)
     subjects, origin = choose(bundles, peers, beams=beams, runs=runs)
     spec = data or (origin and origin.spec)
@@ -71,8 +76,8 @@ def bench(
         # Lineage names the kind of data, never a folder of whoever trained.
         where = subjects[0].path
         raise UsageError(f"{where} was trained on {spec}; name the data with --data ({error.message})") from None
-    settings, load = settings or Settings(), machine_load()
-    with tempfile.TemporaryDirectory(prefix="edgecap-bench-") as folder:
+    settings = settings or Settings()
+    with tempfile.TemporaryDirectory(prefix="edgecap-bench-") as folder, reach(profile) as reached:
         photos: list[Photo] = []
         total = min(len(dataset.splits.get(split, ())), limit or 10**9)
         for photo in split_photos(dataset, split, limit, Path(folder)):
@@ -80,11 +85,13 @@ def bench(
             progress("photos", len(photos), total)
         # Now, and not as a failed row after all else was measured.
         require_decodable(dataset.splits[split][: len(photos)], spec)
-        measured = run(subjects, photos, settings, progress)
+        reached.prepare(subjects, photos, progress)
+        facts = reached.facts()
+        measured = run(subjects, photos, settings, progress, reached)
     about = {
         "spec": dataset.spec,
         "fingerprint": dataset.fingerprint,
         "split": split,
         "photos": len(photos),
     }
-    return build(profile=profile, settings=settings.to_dict(), data=about, measured=measured, load=load)
+    return build(profile=profile, settings=settings.to_dict(), data=about, measured=measured, facts=facts)

@@ -66,6 +66,7 @@ def data(spec: str, skip_bad: bool, verify: bool, sample: int | None, out: Path 
 @click.command()
 @click.argument("bundles", nargs=-1, type=click.Path(path_type=Path), metavar="[BUNDLE]...")
 @click.option("--device", default="cpu", show_default=True, help="Where to measure; see edgecap devices.")
+@click.option("--host", metavar="USER@ADDRESS", help="Of a device that is reached over ssh.")
 @click.option("--data", metavar="SPEC", help="Photos and captions; default: what the bundle was trained on.")
 @click.option("--skip-bad", is_flag=True, help="Leave bad examples out; always so where the bundle's recipe did.")
 @click.option("--split", default="test", show_default=True, help="The split to caption.")
@@ -81,6 +82,7 @@ def data(spec: str, skip_bad: bool, verify: bool, sample: int | None, out: Path 
 def bench(
     bundles: tuple[Path, ...],
     device: str,
+    host: str | None,
     data: str | None,
     skip_bad: bool,
     split: str,
@@ -118,6 +120,7 @@ def bench(
         record = run_bench(
             bundles,
             device=device,
+            host=host,
             data=data,
             skip_bad=skip_bad,
             split=split,

@@ -5,43 +5,36 @@ caption.
 from __future__ import annotations
 
 import statistics
-import sys
 from collections.abc import Sequence
-from time import perf_counter
 from typing import Any
 
-from . import rss
-from .runner import Worker
+from .runner import Running
 
 # What any captioner on this engine must import; the cost of everything else is edgecap's own.
 REFERENCE_IMPORTS = ("numpy", "PIL.Image", "onnxruntime", "tokenizers")
 
 
-def import_process(modules: Sequence[str], *, threads: int, timeout: float) -> dict[str, Any]:
-    """A fresh interpreter that imports `modules` and ends: {"seconds": start to imported, "peak_rss": bytes}.
-
-    Raises WorkerFailed when one of them cannot be imported.
+def import_process(process: Running, *, timeout: float) -> dict[str, Any]:
+    """A fresh interpreter that imports modules and ends (see Device.imports): {"seconds": start to imported,
+    "peak_rss": bytes}. Raises WorkerFailed when one of them cannot be imported.
     """
-    with Worker([sys.executable, rss.__file__, *modules], threads=threads) as process:
+    with process:
         answer = process.receive(timeout)
-        return {"seconds": perf_counter() - process.started, "peak_rss": answer["peak_rss"]}
+        return {"seconds": answer["since_start"], "peak_rss": answer["peak_rss"]}
 
 
-def caption_process(
-    command: Sequence[str], load: dict[str, Any], photos: Sequence[str], *, threads: int, timeout: float
-) -> dict[str, Any]:
+def caption_process(process: Running, load: dict[str, Any], photos: Sequence[str], *, timeout: float) -> dict[str, Any]:
     """A fresh process that captions `photos` one after the other.
 
     Returns "seconds" from process start to the first caption, "first_rss" and "peak_rss": bytes at the first
     and after the last caption, "import_s" and "load_s". Raises WorkerFailed.
     """
-    with Worker(command, threads=threads) as process:
+    with process:
         process.send({"op": "load"} | load)  # both at once: the process never waits for us
         process.send({"op": "caption", "photos": [photos[0]]})
         facts = process.receive(timeout)["facts"]
         answer = process.receive(timeout)
-        seconds = perf_counter() - process.started
-        first = answer["peak_rss"]
+        seconds, first = answer["since_start"], answer["peak_rss"]
         for photo in photos[1:]:
             answer = process.ask("caption", photos=[photo], timeout=timeout)
         return {

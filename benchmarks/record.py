@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from ..devices import Profile, cpu_facts
+from ..devices import Profile
 from ..runtime.errors import UsageError
 
 FORMAT, VERSION = "edgecap-bench", 1
@@ -24,18 +24,19 @@ def build(
     settings: Mapping[str, Any],
     data: Mapping[str, Any],
     measured: Mapping[str, Any],
-    load: float | None = None,
+    facts: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Put a record together: device, versions, settings, data, and what suite.run measured.
 
-    load: how busy the machine was before (see machine_load).
+    facts: what the device said of itself before anything was measured (see Device.facts).
     """
+    device = {key: value for key, value in facts.items() if key != "versions"}
     return {
         "format": FORMAT,
         "version": VERSION,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": {"name": profile.name, "kind": profile.kind, "cpu": cpu_facts().to_dict(), "load": load},
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+        "device": {"name": profile.name, "kind": profile.kind, **device},
+        "versions": dict(facts["versions"]),
         "settings": dict(settings) | {"omp_wait_policy": "passive"},
         "data": dict(data),
         "reference": measured["reference"],
@@ -46,6 +47,11 @@ def build(
 def machine_load() -> float | None:
     """Processes that wanted a core, on average over the last minute; None where the system does not tell."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+
+def package_versions() -> dict[str, str | None]:
+    """Of Python and what a bundle runs with, in this process's environment."""
+    return {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
 
 
 def _version(package: str) -> str | None:

@@ -12,7 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 MAX_LINE = 16 * 2**20  # bytes; an answer is never longer
 
@@ -39,11 +39,40 @@ def worker_environment(threads: int) -> dict[str, str]:
     )
 
 
-class Worker:
-    """One running worker. `command` is its argv; requests and answers are one JSON object per line.
+class Running:
+    """A worker as the suite sees it, wherever it runs. Use as a context manager: leaving it ends the worker.
 
-    Use as a context manager: leaving it ends the process and everything it started.
+    Requests name bundles and photos by their paths here; one that runs elsewhere maps them in `send`.
     """
+
+    def send(self, request: dict[str, Any]) -> None:
+        """Send a request without waiting for its answer. Raises WorkerFailed."""
+        raise NotImplementedError
+
+    def receive(self, timeout: float) -> dict[str, Any]:
+        """The next answer, with "since_start": seconds from the worker's start to this answer, by the clock of the
+        device it runs on. Raises WorkerFailed when it says that it failed, or is not there in `timeout` s.
+        """
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """End the worker and everything it started."""
+        raise NotImplementedError
+
+    def ask(self, op: str, *, timeout: float, **arguments: Any) -> dict[str, Any]:
+        """Send one request and wait for its answer."""
+        self.send({"op": op} | arguments)
+        return self.receive(timeout)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Worker(Running):
+    """A process on this machine. `command` is its argv; requests and answers are one JSON object per line."""
 
     def __init__(self, command: Sequence[str], *, threads: int = 1) -> None:
         self._errors = tempfile.TemporaryFile()
@@ -75,7 +104,6 @@ class Worker:
         self._lines.put(None)
 
     def send(self, request: dict[str, Any]) -> None:
-        """Send a request without waiting for its answer."""
         stream = self._process.stdin
         assert stream is not None
         try:
@@ -85,14 +113,12 @@ class Worker:
             raise WorkerFailed(self._why_it_ended()) from None
 
     def receive(self, timeout: float) -> dict[str, Any]:
-        """The next answer. Raises WorkerFailed when it says it failed, is no JSON object, or is not there in
-        `timeout` s.
-        """
         try:
             line = self._lines.get(timeout=timeout)
         except queue.Empty:
             self.kill()
             raise WorkerFailed(f"gave no answer within {timeout:g} s") from None
+        since = time.perf_counter() - self.started
         if line is None:
             self._lines.put(None)  # so that asking again fails the same way
             raise WorkerFailed(self._why_it_ended())
@@ -106,12 +132,7 @@ class Worker:
             raise WorkerFailed(f"answered with something that is not a JSON object: {text!r}")
         if not answer.get("ok"):
             raise WorkerFailed(" ".join(str(answer.get("error", "failed without a reason")).split()))
-        return answer
-
-    def ask(self, op: str, *, timeout: float, **arguments: Any) -> dict[str, Any]:
-        """Send one request and wait for its answer."""
-        self.send({"op": op} | arguments)
-        return self.receive(timeout)
+        return {"since_start": since} | answer
 
     def _why_it_ended(self) -> str:
         try:
@@ -139,7 +160,7 @@ class Worker:
             pass
 
     def close(self) -> None:
-        """Let the worker finish (it ends when its input does), and make sure that it did."""
+        """Let the worker finish (it ends when its input does), and make sure that it did, and all it started."""
         assert self._process.stdin is not None and self._process.stdout is not None
         try:
             self._process.stdin.close()
@@ -155,12 +176,6 @@ class Worker:
             self._reader.join(timeout=2)
             self._process.stdout.close()
             self._errors.close()
-
-    def __enter__(self) -> Worker:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def python_module(module: str, python: str = sys.executable) -> list[str]:

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from statistics import median as middle
 from typing import Any
 
 from ..runtime.errors import UsageError
+from .device import Device, Local, Progress
 from .latency import STAGES, speedup, stats
 from .memory import REFERENCE_IMPORTS, caption_process, import_process, median, over
 from .quality import Photo, identical_share, quality_record, score
-from .runner import Worker, WorkerFailed
+from .runner import Running, WorkerFailed
 from .subjects import Subject
 
-# (phase, steps done, steps in all)
-Progress = Callable[[str, int, int], None]
 PHASES = ("cold start", "latency", "captions")
 
 
@@ -59,19 +58,26 @@ class Row:
             self.error = f"{what}: {failure}"
 
 
-def run(subjects: Sequence[Subject], photos: Sequence[Photo], settings: Settings, progress: Progress) -> dict[str, Any]:
-    """Measure every subject on the same photos. Returns {"reference": …, "rows": […]} of a record (see
-    record.py).
+def run(
+    subjects: Sequence[Subject],
+    photos: Sequence[Photo],
+    settings: Settings,
+    progress: Progress,
+    device: Device | None = None,
+) -> dict[str, Any]:
+    """Measure every subject on the same photos, on a device that is prepared for them (by default this machine).
+    Returns {"reference": …, "rows": […]} of a record (see record.py).
 
     A subject that fails becomes a row with the reason, and the others go on. Raises UsageError without
     subjects or photos.
     """
     if not subjects or not photos:
         raise UsageError("the bench needs at least one bundle or peer, and one photo")
+    device = device or Local()
     rows = [Row(subject) for subject in subjects]
-    reference = _fresh_processes(rows, photos, settings, progress)
+    reference = _fresh_processes(device, rows, photos, settings, progress)
     with ExitStack() as stack:
-        workers = _start(rows, settings, stack)
+        workers = _start(device, rows, settings, stack)
         _rounds(rows, workers, photos, settings, progress)
         _captions(rows, workers, photos, settings, progress)
     return {"reference": reference, "rows": _results(rows, photos, reference)}
@@ -82,7 +88,7 @@ def _alive(rows: Sequence[Row]) -> list[Row]:
 
 
 def _fresh_processes(
-    rows: Sequence[Row], photos: Sequence[Photo], settings: Settings, progress: Progress
+    device: Device, rows: Sequence[Row], photos: Sequence[Photo], settings: Settings, progress: Progress
 ) -> dict[str, Any]:
     """Memory and cold start, the reference process taking its turn between the subjects.
 
@@ -90,7 +96,6 @@ def _fresh_processes(
     from disk.
     """
     files = [photo.path for photo in photos[: settings.memory_photos]]
-    options = {"threads": settings.threads, "timeout": settings.timeout}
     imports: list[dict[str, Any]] = []
     idle: dict[str, Any] = {"peak_rss": None}
     reason = None
@@ -99,9 +104,10 @@ def _fresh_processes(
     for turn in range(settings.cold_starts + 1):
         if reason is None:
             try:
-                found = import_process(REFERENCE_IMPORTS, **options)
+                process = device.imports(REFERENCE_IMPORTS, settings.threads)
+                found = import_process(process, timeout=settings.timeout)
                 if turn == 0:
-                    idle = import_process((), **options)
+                    idle = import_process(device.imports((), settings.threads), timeout=settings.timeout)
                 else:
                     imports.append(found)
             except WorkerFailed as failure:
@@ -112,7 +118,8 @@ def _fresh_processes(
                 request = row.subject.load_request(settings.threads)
                 with row.trying("cold start"):
                     few = files if turn == 0 else files[:1]
-                    found = caption_process(row.subject.command, request, few, **options)
+                    process = device.start(row.subject, settings.threads)
+                    found = caption_process(process, request, few, timeout=settings.timeout)
                     if turn == 0:
                         row.peak = found
                     else:
@@ -127,13 +134,13 @@ def _fresh_processes(
     }
 
 
-def _start(rows: Sequence[Row], settings: Settings, stack: ExitStack) -> dict[int, Worker]:
+def _start(device: Device, rows: Sequence[Row], settings: Settings, stack: ExitStack) -> dict[int, Running]:
     """One worker per row that is still alive, loaded; by the row's position."""
     workers = {}
     for i, row in enumerate(rows):
         if row.error is None:
             with row.trying("load"):
-                worker = stack.enter_context(Worker(row.subject.command, threads=settings.threads))
+                worker = stack.enter_context(device.start(row.subject, settings.threads))
                 request = row.subject.load_request(settings.threads)
                 row.facts = worker.ask("load", timeout=settings.timeout, **request)["facts"]
                 workers[i] = worker
@@ -142,7 +149,7 @@ def _start(rows: Sequence[Row], settings: Settings, stack: ExitStack) -> dict[in
 
 def _rounds(
     rows: Sequence[Row],
-    workers: dict[int, Worker],
+    workers: dict[int, Running],
     photos: Sequence[Photo],
     settings: Settings,
     progress: Progress,
@@ -177,7 +184,7 @@ def _rounds(
 
 def _captions(
     rows: Sequence[Row],
-    workers: dict[int, Worker],
+    workers: dict[int, Running],
     photos: Sequence[Photo],
     settings: Settings,
     progress: Progress,

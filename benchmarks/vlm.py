@@ -134,7 +134,7 @@ def run(
 def fresh(subject: Subject, photo: Path, threads: int) -> dict[str, Any]:
     """One caption by a process of its own; see `caption_process`."""
     load = subject.load_request(threads)
-    return caption_process(subject.command, load, [str(photo)], threads=threads, timeout=TIMEOUT)
+    return caption_process(Worker(subject.command, threads=threads), load, [str(photo)], timeout=TIMEOUT)
 
 
 def loaded(row: Row, threads: int) -> Worker:

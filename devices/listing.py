@@ -30,7 +30,7 @@ def show(profiles: Iterable[Profile], facts: CpuFacts) -> None:
             str(cores or "?"),
             f"{memory / 1024:.0f} GiB" if memory else "?",
             ", ".join(profile.targets),
-            KINDS[profile.kind],
+            KINDS[profile.kind].label,
             style=None if profile.reachable else "dim",
         )
     console.print(table, highlight=False)

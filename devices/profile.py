@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Callable
 from dataclasses import MISSING, asdict, dataclass, fields
 from importlib.resources import files
 from pathlib import Path
@@ -10,13 +11,35 @@ from typing import Any
 
 from ..runtime.errors import EdgecapError, UsageError
 
+
+@dataclass(frozen=True)
+class Kind:
+    """A way to reach devices. `missing` tells what reaching this one lacks, in one line, or None when nothing."""
+
+    label: str
+    missing: Callable[[Profile], str | None] = lambda profile: None
+
+
+def _ssh_lacks(profile: Profile) -> str | None:
+    if not profile.host:
+        return "name its host: --host USER@ADDRESS, or host = in a profile of your own"
+    return "the bench has no way to it yet"
+
+
+def _emulation_lacks(profile: Profile) -> str | None:
+    return "the bench has no way to it yet"
+
+
+def _browser_lacks(profile: Profile) -> str | None:
+    return "the bench has no way to it yet"
+
+
 KINDS = {
-    "local": "this machine",
-    "ssh": "over ssh",
-    "browser": "a web page opened there",
+    "local": Kind("this machine"),
+    "ssh": Kind("over ssh", _ssh_lacks),
+    "browser": Kind("a web page opened there", _browser_lacks),
+    "emulated-arm64": Kind("emulated here by qemu", _emulation_lacks),
 }
-# The ways to reach a device that `edgecap bench` has today.
-REACHABLE = frozenset({"local"})
 
 
 @dataclass(frozen=True)
@@ -30,11 +53,18 @@ class Profile:
     notes: str = ""
     cores: int | None = None
     memory_mb: int | None = None
+    host: str = ""  # ssh: USER@ADDRESS, ssh://USER@ADDRESS:PORT, or a name in ssh's own configuration
+    ssh_config: str = ""  # ssh: another configuration file than the user's
+    python: str = ""  # ssh: an interpreter there that has edgecap; otherwise one is made from shipped wheels
+
+    @property
+    def missing(self) -> str | None:
+        """What `edgecap bench --device` lacks to measure on it now, in one line; None when nothing."""
+        return KINDS[self.kind].missing(self)
 
     @property
     def reachable(self) -> bool:
-        """Whether `edgecap bench --device` can measure on it now."""
-        return self.kind in REACHABLE
+        return self.missing is None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"targets": list(self.targets)}
@@ -86,7 +116,11 @@ def profiles() -> dict[str, Profile]:
 
 
 def get_profile(name: str) -> Profile:
-    """The profile called `name`; raises UsageError listing the names there are."""
+    """The profile called `name`, or in the file of that name (…/x.toml). Raises UsageError listing the names there
+    are.
+    """
+    if name.endswith(".toml"):
+        return load_profile(Path(name))
     known = profiles()
     if name not in known:
         raise UsageError(f"unknown device {name!r}; known are {', '.join(known)} (see edgecap devices)")
@@ -94,10 +128,6 @@ def get_profile(name: str) -> Profile:
 
 
 def require_reachable(profile: Profile) -> None:
-    """Raise UsageError when the bench has no way to run on this device yet."""
-    if not profile.reachable:
-        here = ", ".join(p.name for p in profiles().values() if p.reachable)
-        raise UsageError(
-            f"device {profile.name} ({KINDS[profile.kind]}) is not reachable yet from this command; "
-            f"what can be measured here: --device {here}"
-        )
+    """Raise UsageError when the bench cannot run on this device now, saying what is missing."""
+    if (missing := profile.missing) is not None:
+        raise UsageError(f"cannot reach device {profile.name} ({KINDS[profile.kind].label}): {missing}")

@@ -180,7 +180,7 @@ def test_the_same_bundle_twice_has_two_names(folder: Path) -> None:
     ("arguments", "said"),
     [
         (["--device", "toaster"], "unknown device 'toaster'"),
-        (["--device", "raspberry-pi-5"], "raspberry-pi-5 .* is not reachable yet"),
+        (["--device", "raspberry-pi-5"], r"raspberry-pi-5 \(over ssh\): name its host"),
         (["nowhere.edgecap"], "nowhere.edgecap: there is no such bundle"),
         (["--peer", "pigeon:x", "BUNDLE"], "unknown peer 'pigeon:x'; there are torch:CHECKPOINT"),
         (["--peer", "torch:nowhere", "BUNDLE"], "there is nothing at nowhere"),

@@ -68,14 +68,22 @@ def test_a_file_must_be_toml_and_called_as_its_device(tmp_path: Path) -> None:
         load_profile(tmp_path / "z.toml")
 
 
-def test_unknown_and_unreachable_devices() -> None:
+def test_unknown_and_unreachable_devices(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="unknown device 'toaster'; known are cpu, "):
         get_profile("toaster")
     require_reachable(get_profile("cpu"))
+    with pytest.raises(UsageError, match=r"raspberry-pi-5 \(over ssh\): name its host: --host USER@ADDRESS"):
+        require_reachable(get_profile("raspberry-pi-5"))
     for profile in profiles().values():
-        if profile.kind != "local":
-            with pytest.raises(UsageError, match=f"{profile.name} .* is not reachable yet"):
-                require_reachable(profile)
+        if profile.missing:
+            assert "\n" not in profile.missing and not profile.reachable
+
+
+def test_a_profile_of_ones_own_names_its_host(tmp_path: Path) -> None:
+    text = 'name = "shed"\nkind = "ssh"\nisa = "aarch64"\ntargets = ["onnx-int8"]\nhost = "pi@shed.local"\n'
+    (tmp_path / "shed.toml").write_text(text)
+    profile = get_profile(str(tmp_path / "shed.toml"))
+    assert profile.host == "pi@shed.local"
 
 
 def test_cpuinfo_of_an_x86_machine() -> None:
