@@ -12,7 +12,8 @@ from typing import Any
 
 from ..devices import get_profile, require_reachable
 from ..runtime.errors import UsageError
-from .device import reach
+from .device import Device, reach
+from .limits import larger, limits
 from .quality import Photo, split_photos
 from .record import build
 from .subjects import Origin, Subject, bundle_subject, newest_bundle, peer_subject, unique_names, ways
@@ -87,11 +88,23 @@ def bench(
         require_decodable(dataset.splits[split][: len(photos)], spec)
         reached.prepare(subjects, photos, progress)
         facts = reached.facts()
+        before = own_limits(reached, settings, progress, 1)
         measured = run(subjects, photos, settings, progress, reached)
+        after = own_limits(reached, settings, progress, 2)
     about = {
         "spec": dataset.spec,
         "fingerprint": dataset.fingerprint,
         "split": split,
         "photos": len(photos),
     }
-    return build(profile=profile, settings=settings.to_dict(), data=about, measured=measured, facts=facts)
+    both = before and after and larger(before, after)
+    return build(profile=profile, settings=settings.to_dict(), data=about, measured=measured, facts=facts, limits=both)
+
+
+def own_limits(device: Device, settings: Settings, progress: Progress, turn: int) -> dict[str, float | None] | None:
+    """What the device can do at most; None where the settings leave that out."""
+    if not settings.limit_seconds:
+        return None
+    found = limits(settings.threads, seconds=settings.limit_seconds, start=device.limits)
+    progress("limits", turn, 2)
+    return found

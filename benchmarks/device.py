@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 from ..devices import cpu_facts, get_profile
-from . import rss
+from . import limits, rss
 from .record import machine_load, package_versions
-from .runner import Running, Worker
+from .runner import Running, Worker, WorkerFailed
 
 if TYPE_CHECKING:
     from ..devices import Profile
@@ -41,6 +41,10 @@ class Device:
         """
         raise NotImplementedError
 
+    def limits(self, threads: int) -> Running:
+        """A fresh worker of limits.py. Raises WorkerFailed, also where there is no such thing."""
+        raise WorkerFailed("its limits are not measured")
+
     def facts(self) -> dict[str, Any]:
         """The device's own "cpu", "load" and "versions", for the record; more keys join the record's "device"."""
         raise NotImplementedError
@@ -67,6 +71,9 @@ class Local(Device):
 
     def imports(self, modules: Sequence[str], threads: int) -> Running:
         return Worker([sys.executable, rss.__file__, *modules], threads=threads)
+
+    def limits(self, threads: int) -> Running:
+        return Worker(limits.COMMAND, threads=threads)
 
     def facts(self) -> dict[str, Any]:
         return {"cpu": cpu_facts().to_dict(), "load": self._load, "versions": package_versions()}

@@ -25,10 +25,12 @@ def build(
     data: Mapping[str, Any],
     measured: Mapping[str, Any],
     facts: Mapping[str, Any],
+    limits: Mapping[str, float | None] | None = None,
 ) -> dict[str, Any]:
     """Put a record together: device, versions, settings, data, and what suite.run measured.
 
-    facts: what the device said of itself before anything was measured (see Device.facts).
+    facts: what the device said of itself before anything was measured (see Device.facts). limits: what it can do at
+    most, measured in the same run (see limits.limits).
     """
     device = {key: value for key, value in facts.items() if key != "versions"}
     return {
@@ -39,6 +41,7 @@ def build(
         "versions": dict(facts["versions"]),
         "settings": dict(settings) | {"omp_wait_policy": "passive"},
         "data": dict(data),
+        "limits": None if limits is None else dict(limits),
         "reference": measured["reference"],
         "rows": measured["rows"],
     }

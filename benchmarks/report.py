@@ -191,12 +191,24 @@ def quality_table(record: Mapping[str, Any]) -> Table:
     return table
 
 
+LIMITS = {"read_gb_s": "reads {:.1f} GB/s", "fp32_gflops": "fp32 {:.0f} GFLOP/s", "int8_gops": "int8 {:.0f} GOP/s"}
+
+
+def limits_line(record: Mapping[str, Any]) -> str | None:
+    """The machine's own limits in one line; None where none was measured."""
+    limits, threads = record.get("limits") or {}, record["settings"]["threads"]
+    parts = [text.format(limits[name]) for name, text in LIMITS.items() if limits.get(name) is not None]
+    return f"this machine's limits with {threads} thread{'s' * (threads != 1)}: {', '.join(parts)}" if parts else None
+
+
 def _notes(record: Mapping[str, Any]) -> Iterator[str]:
     reference, rows = record["reference"], [row for row in record["rows"] if row["status"] == "ok"]
     if reference["seconds"]:
         imports = ", ".join(name.partition(".")[0] for name in reference["imports"])
         peak = f" and {_mb(reference['peak_rss'])} MB" if reference["peak_rss"] else ""
         yield f"imports: a process that only imports {imports}: {reference['seconds']:.2f} s{peak}"
+    if found := limits_line(record):
+        yield found
     for row in rows:
         ratios = row.get("times_encode") or {}
         if ratios:

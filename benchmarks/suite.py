@@ -31,6 +31,7 @@ class Settings:
     warmup: int = 5  # photos before the first round
     cold_starts: int = 5
     memory_photos: int = 8
+    limit_seconds: float = 0.4  # for each of the machine's limits, before and after all else; 0 leaves them out
     timeout: float = 300.0  # for one answer of a worker
 
     def to_dict(self) -> dict[str, Any]:

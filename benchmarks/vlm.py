@@ -26,10 +26,12 @@ import numpy as np
 from ..devices import cpu_facts
 from ..runtime.errors import EdgecapError, UsageError
 from .latency import speedup, stats
+from .limits import larger, limits
 from .memory import caption_process
 from .peers import PEERS
 from .peers.vlm import TASK, Peer, Task, new_task
 from .record import check_writable, machine_load, write
+from .report import limits_line
 from .runner import Worker, WorkerFailed, python_module
 from .subjects import Subject, bundle_subject, peer_subject
 
@@ -200,6 +202,8 @@ def show(record: dict[str, Any]) -> None:
     """The record as a Markdown table on stdout."""
     cpu, settings = record["device"]["cpu"], record["settings"]
     print(f"{cpu['model']}; threads: {settings['threads']}; rounds: {settings['rounds']}; medians\n")
+    if line := limits_line(record):
+        print(f"{line}\n")
     print(
         "| | image tokens | MB | cold start s | peak MB | TTFT ms | tok/s | end to end ms | × first | cosine | same |"
     )
@@ -259,8 +263,10 @@ def main() -> None:
         device = {"cpu": cpu_facts().to_dict(), "load": machine_load()}
         with TemporaryDirectory(prefix="edgecap-vlm-") as scratch:
             photo = given.picture or draw(Path(scratch) / "picture.png", 512)
+            before = limits(given.threads)
             rows = run(subjects, photo, threads=given.threads, rounds=given.rounds, starts=given.starts)
-        record = {"format": FORMAT, "version": 1, "device": device, "settings": settings, "rows": rows}
+        record: dict[str, Any] = {"format": FORMAT, "version": 1, "device": device, "settings": settings}
+        record |= {"limits": larger(before, limits(given.threads)), "rows": rows}
         if given.json:
             write(record, given.json)
         show(record)

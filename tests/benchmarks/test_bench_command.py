@@ -31,7 +31,7 @@ from edgecap.runtime.errors import EdgecapError, UsageError
 from ..runtime.graphs import write_gru_bundle
 
 DATA = "scenes:train=1,val=1,test=12,size=32"
-QUICK = Settings(rounds=3, min_runs=6, min_seconds=0.01, warmup=2, cold_starts=1, timeout=120)
+QUICK = Settings(rounds=3, min_runs=6, min_seconds=0.01, warmup=2, cold_starts=1, limit_seconds=0.01, timeout=120)
 
 STATS = {"runs": int, "p50": float, "p90": float, "p99": float, "min": float, "mean": float}
 RATIO = {"ratio": float, "low": float, "high": float, "rounds": int, "level": float}
@@ -93,10 +93,12 @@ RECORD = {
         "warmup": int,
         "cold_starts": int,
         "memory_photos": int,
+        "limit_seconds": float,
         "timeout": (int, float),
         "omp_wait_policy": str,
     },
     "data": {"spec": str, "fingerprint": str, "split": str, "photos": int},
+    "limits": {"read_gb_s": float, "fp32_gflops": float, "int8_gops": float},
     "reference": {"imports": list, "error": type(None), "seconds": float, "peak_rss": MAYBE, "idle_rss": MAYBE},
     "rows": list,
 }
@@ -337,6 +339,7 @@ def test_the_tables_fit_100_columns_and_show_what_was_measured(record: dict[str,
     for stage in ("load", "preprocess", "encode", "first token", "per further token", "JPEG → text"):
         assert len(re.findall(rf"^.*{stage} +[\d.,]+ ", shown, re.M)) >= 2, stage
     assert f"{record['rows'][1]['quality']['cider']:.3f}" in shown
+    assert re.search(r"limits with 1 thread: reads [\d.]+ GB/s, fp32 \d+ GFLOP/s, int8 \d+ GOP/s", shown)
     assert "than first" in shown and "1 thread" in shown and record["device"]["cpu"]["model"] in shown
     assert "not a checkpoint" in " ".join(shown.split())
 
@@ -403,7 +406,7 @@ def test_json_on_stdout_is_the_record_alone(command: subprocess.CompletedProcess
 
 
 def test_progress_goes_to_stderr(command: subprocess.CompletedProcess[str]) -> None:
-    assert command.stderr.split() == "photos: 4 cold start: 12 latency: 10 captions: 4".split()
+    assert command.stderr.split() == "photos: 4 limits: 2 cold start: 12 latency: 10 captions: 4".split()
 
 
 @pytest.mark.skipif(os.name != "posix", reason="SIGINT")
