@@ -92,7 +92,7 @@ class Row:
     facts: dict[str, Any] = field(default_factory=dict)
     starts: list[dict[str, Any]] = field(default_factory=list)
     passes: list[dict[str, Any]] = field(default_factory=list)  # by round
-    logits: np.ndarray | None = None  # [vocabulary], of the first token
+    logits: np.ndarray | None = None  # [tokens, vocabulary] of the warm-up's caption
 
     def attempt(self, what: str, call: Any) -> Any:
         """What the call returns; None, and the row's reason, where its worker fails."""
@@ -170,8 +170,10 @@ def summary(row: Row, first: Row) -> dict[str, Any]:
     for part in PARTS:
         found[part] = stats([p[part] for p in row.passes]).to_dict() if part in row.passes[0] else None
     if first.error is None:
-        found["same_tokens"] = sum(a == b for a, b in zip(row.passes[0]["ids"], first.passes[0]["ids"], strict=False))
-        found["cosine"] = cosine(row.logits, first.logits)
+        pairs = list(zip(row.passes[0]["ids"], first.passes[0]["ids"], strict=False))
+        found["same_tokens"] = sum(a == b for a, b in pairs)
+        reached = next((i + 1 for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
+        found["logits"] = agreement(row.logits, first.logits, reached)
         found["speedup"] = {
             part: speedup([p[part] for p in first.passes], [p[part] for p in row.passes]).to_dict()
             for part in PARTS
@@ -180,13 +182,22 @@ def summary(row: Row, first: Row) -> dict[str, Any]:
     return found
 
 
-def cosine(a: np.ndarray | None, b: np.ndarray | None) -> float | None:
-    """Of two rows of logits, where both are finite (some engines hide the end of sentence); None without both."""
-    if a is None or b is None or a.shape != b.shape:
+def agreement(a: np.ndarray | None, b: np.ndarray | None, reached: int) -> dict[str, float] | None:
+    """Two rows' logits [tokens, vocabulary] at the first `reached` positions, where both came by the same tokens, and
+    where both are finite (some engines hide the end of sentence): the largest difference, the smallest and the first
+    cosine. None without both."""
+    if a is None or b is None or a.shape[1] != b.shape[1]:
         return None
-    both = np.isfinite(a) & np.isfinite(b)
-    x, y = a[both].astype(np.float64), b[both].astype(np.float64)
-    return float(x @ y / np.sqrt((x @ x) * (y @ y)))
+    x, y = (each[:reached].astype(np.float64) for each in (a, b))
+    both = np.isfinite(x) & np.isfinite(y)
+    x, y = np.where(both, x, 0), np.where(both, y, 0)
+    cosines = (x * y).sum(1) / np.sqrt((x * x).sum(1) * (y * y).sum(1))
+    return {
+        "positions": len(x),
+        "max_abs_difference": float(np.abs(x - y).max()),
+        "min_cosine": float(cosines.min()),
+        "first_cosine": float(cosines[0]),
+    }
 
 
 def draw(file: Path, size: int, seed: int = 0) -> Path:
@@ -205,12 +216,13 @@ def show(record: dict[str, Any]) -> None:
     if line := limits_line(record):
         print(f"{line}\n")
     print(
-        "| | image tokens | MB | cold start s | peak MB | TTFT ms | tok/s | end to end ms | × first | cosine | same |"
+        "| | image tokens | MB | cold start s | peak MB | TTFT ms | tok/s | end to end ms | × first | same | "
+        "logits: cosine | of positions | largest difference |"
     )
-    print("|" + " --- |" * 11)
+    print("|" + " --- |" * 13)
     for row in record["rows"]:
         if row["error"]:
-            print(f"| {row['name']} | {row['error']} |" + " |" * 9)
+            print(f"| {row['name']} | {row['error']} |" + " |" * 11)
             continue
         speed = row.get("speedup", {}).get("whole")
         cells = [
@@ -223,10 +235,17 @@ def show(record: dict[str, Any]) -> None:
             f"{1 / row['next']['p50']:.1f}" if row["next"] else "–",
             f"{row['whole']['p50'] * 1e3:.0f}",
             f"{speed['ratio']:.2f} [{speed['low']:.2f}, {speed['high']:.2f}]" if speed else "",
-            "–" if row.get("cosine") is None else f"{row['cosine']:.5f}",
             f"{row['same_tokens']}/{row['tokens']}" if "same_tokens" in row else "–",
+            *agreed(row.get("logits")),
         ]
         print("| " + " | ".join(map(str, cells)) + " |")
+
+
+def agreed(logits: dict[str, float] | None) -> tuple[str, ...]:
+    if logits is None:
+        return ("–",) * 3
+    cosines = f"{logits['first_cosine']:.5f}, all ≥ {logits['min_cosine']:.5f}"
+    return cosines, str(logits["positions"]), f"{logits['max_abs_difference']:.2g}"
 
 
 def parser() -> argparse.ArgumentParser:

@@ -124,13 +124,13 @@ def time_photos(engine: Engine, photos: list[str]) -> list[dict[str, float]]:
 
 
 class Marks:
-    """When one caption's tokens were there, and the logits of the first where they are wanted and can be had."""
+    """When one caption's tokens were there, and the logits of each where they are wanted and can be had."""
 
     def __init__(self, *, keep: bool = False) -> None:
         self.encoded: float | None = None
         self.tokens: list[float] = []
         self.keep = keep
-        self.logits: np.ndarray | None = None
+        self.logits: list[np.ndarray] = []
 
     def encode(self) -> None:
         """The picture's embeddings are there. Some engines ask for them again at every step: only the first counts."""
@@ -140,16 +140,17 @@ class Marks:
     def token(self, logits: Any = None) -> None:
         """Logits [vocabulary] that the token is taken from."""
         self.tokens.append(perf_counter())
-        if self.keep and len(self.tokens) == 1 and logits is not None:
+        if self.keep and logits is not None:
             import numpy as np
 
-            self.logits = np.array(logits, np.float32).reshape(-1)
+            self.logits.append(np.array(logits, np.float32).reshape(-1))
 
 
 def watched(engine: Any, photo: str, logits: str | None) -> dict[str, Any]:
     """One caption, from file to text, for engines that `mark` it: seconds to the first token and of each further one.
 
-    logits: an .npy file to write those of the first token to; nothing is written where the engine does not show them.
+    logits: an .npy file to write those of every token to, float32 [tokens, vocabulary]; nothing is written where the
+    engine does not show them.
     """
     marks = Marks(keep=logits is not None)
     begin = perf_counter()
@@ -157,10 +158,10 @@ def watched(engine: Any, photo: str, logits: str | None) -> dict[str, Any]:
     whole = perf_counter() - begin
     if not marks.tokens:
         raise RuntimeError("nobody saw its tokens")
-    if marks.logits is not None:
+    if marks.logits:
         import numpy as np
 
-        np.save(str(logits), marks.logits)
+        np.save(str(logits), np.stack(marks.logits))
     steps = len(marks.tokens) - 1
     further = {"next": (marks.tokens[-1] - marks.tokens[0]) / steps} if steps else {}
     return {"first": marks.tokens[0] - begin, **further, "whole": whole, "ids": [int(i) for i in ids]}
@@ -276,7 +277,7 @@ class Marking:
 
     def step(self, *given: Any, **named: Any) -> np.ndarray:
         logits = self._session.step(*given, **named)
-        self._marks.token()
+        self._marks.token(logits)
         return logits
 
 

@@ -76,7 +76,7 @@ class OnnxRuntimeGenAIPeer(Peer):
         generator.set_inputs(inputs)  # encodes the picture and fills the cache, in one call
         found: list[int] = []
         while not generator.is_done():
-            logits = generator.get_logits()[0, -1] if marks.keep and not found else None
+            logits = generator.get_logits()[0, -1] if marks.keep else None
             generator.generate_next_token()
             found.append(int(generator.get_next_tokens()[0]))
             marks.token(logits)

@@ -47,7 +47,8 @@ def test_rows_of_one_run(bundle: Path, photo: Path, tmp_path: Path) -> None:
     first, second, third = vlm.run(subjects, photo, rounds=2, starts=0)
     assert first["error"] is None and first["tokens"] == TOKENS == first["same_tokens"] == second["same_tokens"]
     assert first["first"]["p50"] + 4 * first["next"]["p50"] <= first["whole"]["p50"]
-    assert second["cosine"] == pytest.approx(1) and set(second["speedup"]) == {"first", "next", "whole"}
+    assert second["logits"]["min_cosine"] == pytest.approx(1) and second["logits"]["positions"] == TOKENS
+    assert set(second["speedup"]) == {"first", "next", "whole"}
     assert first["bytes"]["total"] > 0 and first["cold_start"]["seconds"] > 0
     assert third["error"] == "cold start: could not be made: no such engine here"
 
@@ -112,7 +113,10 @@ def test_one_round_is_none() -> None:
         vlm.run([Subject("a", "b", Path(), ())], Path("p.png"), rounds=1)
 
 
-def test_logits_are_compared_where_both_are_finite() -> None:
-    row: Any = np.array([1.0, 2.0, -np.inf])
-    assert vlm.cosine(row, np.array([2.0, 4.0, 9.0])) == pytest.approx(1)
-    assert vlm.cosine(row, None) is None and vlm.cosine(row, np.ones(2)) is None
+def test_logits_are_compared_where_both_are_finite_and_came_by_the_same_tokens() -> None:
+    rows: Any = np.array([[1.0, 2.0, -np.inf], [3.0, 4.0, 5.0], [0.0, 1.0, 0.0]])
+    other = np.array([[2.0, 4.0, 9.0], [3.0, 4.5, 5.0], [1.0, 0.0, 0.0]])
+    found = vlm.agreement(rows, other, 2)
+    assert found is not None and found["positions"] == 2 and found["max_abs_difference"] == 2
+    assert found["first_cosine"] == pytest.approx(1) and 0.99 < found["min_cosine"] < 0.9999
+    assert vlm.agreement(rows, None, 2) is None and vlm.agreement(rows, np.ones((3, 2)), 2) is None
