@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..devices import get_profile, require_reachable
+from ..devices.confine import parse_size
 from ..runtime.errors import UsageError
 from .device import Device, reach
 from .limits import larger, limits
@@ -40,6 +41,7 @@ def bench(
     *,
     device: str = "cpu",
     host: str | None = None,
+    memory_limit: str | None = None,
     data: str | None = None,
     skip_bad: bool = False,
     split: str = "test",
@@ -52,9 +54,10 @@ def bench(
 ) -> dict[str, Any]:
     """Measure bundles and peers on a device and return the record (see record.build).
 
-    device: a profile's name or TOML file; host: replaces the profile's. data: a data spec, by default the one in the
-    lineage of the first bundle. skip_bad: leave bad examples out; always so where the bundle's recipe did. limit:
-    photos, by default the whole split. beams: replace what the bundles say, each bundle once with each.
+    device: a profile's name or TOML file; host: replaces the profile's. memory_limit: of each worker, as in 512M.
+    data: a data spec, by default the one in the lineage of the first bundle. skip_bad: leave bad examples out; always
+    so where the bundle's recipe did. limit: photos, by default the whole split. beams: replace what the bundles say,
+    each bundle once with each.
     Raises EdgecapError for anything that cannot be measured as asked; a subject that fails while it is measured is a
     row that says so.
     """
@@ -64,6 +67,7 @@ def bench(
     profile = get_profile(device)
     if host:
         profile = replace(profile, host=host)
+    limited = parse_size(memory_limit) if memory_limit else None
     require_reachable(profile)
     subjects, origin = choose(bundles, peers, beams=beams, runs=runs)
     spec = data or (origin and origin.spec)
@@ -78,7 +82,10 @@ def bench(
         where = subjects[0].path
         raise UsageError(f"{where} was trained on {spec}; name the data with --data ({error.message})") from None
     settings = settings or Settings()
-    with tempfile.TemporaryDirectory(prefix="edgecap-bench-") as folder, reach(profile) as reached:
+    with (
+        tempfile.TemporaryDirectory(prefix="edgecap-bench-") as folder,
+        reach(profile, memory_limit=limited) as reached,
+    ):
         photos: list[Photo] = []
         total = min(len(dataset.splits.get(split, ())), limit or 10**9)
         for photo in split_photos(dataset, split, limit, Path(folder)):
@@ -87,7 +94,7 @@ def bench(
         # Now, and not as a failed row after all else was measured.
         require_decodable(dataset.splits[split][: len(photos)], spec)
         reached.prepare(subjects, photos, progress)
-        facts = reached.facts()
+        facts = reached.facts(settings.threads)
         before = own_limits(reached, settings, progress, 1)
         measured = run(subjects, photos, settings, progress, reached)
         after = own_limits(reached, settings, progress, 2)

@@ -67,6 +67,7 @@ def data(spec: str, skip_bad: bool, verify: bool, sample: int | None, out: Path 
 @click.argument("bundles", nargs=-1, type=click.Path(path_type=Path), metavar="[BUNDLE]...")
 @click.option("--device", default="cpu", show_default=True, help="Where to measure; see edgecap devices.")
 @click.option("--host", metavar="USER@ADDRESS", help="Of a device that is reached over ssh.")
+@click.option("--memory-limit", metavar="SIZE", help="Of each worker, as in 512M: one that holds more is ended.")
 @click.option("--data", metavar="SPEC", help="Photos and captions; default: what the bundle was trained on.")
 @click.option("--skip-bad", is_flag=True, help="Leave bad examples out; always so where the bundle's recipe did.")
 @click.option("--split", default="test", show_default=True, help="The split to caption.")
@@ -83,6 +84,7 @@ def bench(
     bundles: tuple[Path, ...],
     device: str,
     host: str | None,
+    memory_limit: str | None,
     data: str | None,
     skip_bad: bool,
     split: str,
@@ -121,6 +123,7 @@ def bench(
             bundles,
             device=device,
             host=host,
+            memory_limit=memory_limit,
             data=data,
             skip_bad=skip_bad,
             split=split,

@@ -6,9 +6,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self
 
-from ..devices import cpu_facts, get_profile
+from ..devices import KINDS, cpu_facts, get_profile
+from ..devices.confine import MemoryLimit, choose_cores, memory_limits
+from ..runtime.errors import UsageError
 from . import limits, rss
 from .record import machine_load, package_versions
 from .runner import Running, Worker, WorkerFailed
@@ -24,6 +27,8 @@ Progress = Callable[[str, int, int], None]
 
 class Device:
     """One device, reached. Use as a context manager: leaving it ends what it holds open."""
+
+    memory_limit: int | None = None  # bytes that a worker may hold; see `reach`
 
     def __init__(self, profile: Profile) -> None:
         self.profile = profile
@@ -45,7 +50,7 @@ class Device:
         """A fresh worker of limits.py. Raises WorkerFailed, also where there is no such thing."""
         raise WorkerFailed("its limits are not measured")
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self, threads: int) -> dict[str, Any]:
         """The device's own "cpu", "load" and "versions", for the record; more keys join the record's "device"."""
         raise NotImplementedError
 
@@ -60,31 +65,57 @@ class Device:
 
 
 class Local(Device):
-    """This machine."""
+    """This machine: workers pinned to as many cores as they have threads, each within the memory limit."""
 
     def __init__(self, profile: Profile | None = None) -> None:
         super().__init__(profile or get_profile("cpu"))
         self._load = machine_load()  # before we make some ourselves
 
     def start(self, subject: Subject, threads: int) -> Running:
-        return Worker(subject.command, threads=threads)
+        return self.process(subject.command, threads)
+
+    def process(self, command: Sequence[str], threads: int) -> Worker:
+        limit = self._limits() if self._limits else None
+        return Worker(command, threads=threads, cores=choose_cores(threads), limit=limit)
 
     def imports(self, modules: Sequence[str], threads: int) -> Running:
-        return Worker([sys.executable, rss.__file__, *modules], threads=threads)
+        command = [sys.executable, rss.__file__, *modules]
+        return Worker(command, threads=threads, cores=choose_cores(threads))
 
     def limits(self, threads: int) -> Running:
-        return Worker(limits.COMMAND, threads=threads)
+        return Worker(limits.COMMAND, threads=threads, cores=choose_cores(threads))
 
-    def facts(self) -> dict[str, Any]:
-        return {"cpu": cpu_facts().to_dict(), "load": self._load, "versions": package_versions()}
+    @cached_property
+    def _limits(self) -> Callable[[], MemoryLimit] | None:
+        return memory_limits(self.memory_limit) if self.memory_limit else None
+
+    def facts(self, threads: int) -> dict[str, Any]:
+        limit = {"bytes": self.memory_limit, "enforced_by": self._limits().enforced_by} if self._limits else None
+        return {
+            "cpu": cpu_facts().to_dict(),
+            "load": self._load,
+            "versions": package_versions(),
+            "pinned": list(choose_cores(threads)),
+            "memory_limit": limit,
+        }
 
 
 # One entry per kind of profile: how a device of that kind is reached.
 WAYS: dict[str, Callable[[Profile], Device]] = {
     "local": Local,
 }
+LIMITED = ("local", "ssh")  # the kinds whose workers' memory can be limited
 
 
-def reach(profile: Profile) -> Device:
-    """The device of a profile that can be reached (see require_reachable). Raises EdgecapError in one line."""
-    return WAYS[profile.kind](profile)
+def reach(profile: Profile, *, memory_limit: int | None = None) -> Device:
+    """The device of a profile that can be reached (see require_reachable). Raises EdgecapError in one line.
+
+    memory_limit: bytes a worker may hold; by default a local profile's memory_mb.
+    """
+    if memory_limit and profile.kind not in LIMITED:
+        raise UsageError(f"device {profile.name} ({KINDS[profile.kind].label}): memory cannot be limited there")
+    device = WAYS[profile.kind](profile)
+    if memory_limit is None and profile.kind == "local" and profile.memory_mb:
+        memory_limit = profile.memory_mb * 2**20
+    device.memory_limit = memory_limit
+    return device

@@ -11,8 +11,10 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
+
+from ..devices.confine import MemoryLimit, pinned, size_text
 
 MAX_LINE = 16 * 2**20  # bytes; an answer is never longer
 
@@ -72,26 +74,57 @@ class Running:
 
 
 class Worker(Running):
-    """A process on this machine. `command` is its argv; requests and answers are one JSON object per line."""
+    """A process on this machine. `command` is its argv; requests and answers are one JSON object per line.
 
-    def __init__(self, command: Sequence[str], *, threads: int = 1) -> None:
+    cores: the logical ones it may run on (none: as it comes). environment: more variables.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        threads: int = 1,
+        cores: Sequence[int] = (),
+        limit: MemoryLimit | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self._errors = tempfile.TemporaryFile()
         self._lines: queue.Queue[bytes | None] = queue.Queue()
+        self._limit = limit
         self.started = time.perf_counter()
         try:
-            self._process = subprocess.Popen(
-                list(command),
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=self._errors,
-                env=worker_environment(threads),
-                start_new_session=True,  # a Ctrl-C reaches us alone, and close() can end its children too
-            )
+            with pinned(cores):
+                self._process = subprocess.Popen(
+                    [*(limit.wrapper if limit else ()), *command],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=self._errors,
+                    env=worker_environment(threads) | dict(environment or {}),
+                    start_new_session=True,  # a Ctrl-C reaches us alone, and close() can end its children too
+                )
         except OSError as error:
             self._errors.close()
+            if limit:
+                limit.close()
             raise WorkerFailed(f"could not be started: {error}") from error
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
+        if limit:
+            limit.watch(self._process.pid, self.kill)
+            if limit.wrapper:
+                self._wait_for_wrapper()
+
+    def _wait_for_wrapper(self) -> None:
+        """The process begins when what sets up its limit has printed an empty line: only then does its time run."""
+        try:
+            line = self._lines.get(timeout=20)
+        except queue.Empty:
+            line = b"nothing"
+        self.started = time.perf_counter()
+        if line != b"\n":
+            said = self._why_it_ended() if line is None else "its memory limit could not be set"
+            self.close()
+            raise WorkerFailed(f"could not be started: {said}")
 
     def _read(self) -> None:
         stream = self._process.stdout
@@ -132,6 +165,9 @@ class Worker(Running):
             raise WorkerFailed(f"answered with something that is not a JSON object: {text!r}")
         if not answer.get("ok"):
             raise WorkerFailed(" ".join(str(answer.get("error", "failed without a reason")).split()))
+        if self._limit and self._limit.over(peak := answer.get("peak_rss")):
+            self.kill()
+            raise WorkerFailed(f"{self._limit.reason()} (it held {size_text(peak)})")
         return {"since_start": since} | answer
 
     def _why_it_ended(self) -> str:
@@ -140,6 +176,8 @@ class Worker(Running):
         except subprocess.TimeoutExpired:
             self.kill()
             code = None
+        if self._limit and self._limit.ended(code):
+            return self._limit.reason()
         end = "closed its output" if code is None else f"ended with exit code {code}"
         if code is not None and code < 0:
             name = signal.Signals(-code).name if -code in iter(signal.Signals) else f"signal {-code}"
@@ -176,6 +214,8 @@ class Worker(Running):
             self._reader.join(timeout=2)
             self._process.stdout.close()
             self._errors.close()
+            if self._limit:
+                self._limit.close()
 
 
 def python_module(module: str, python: str = sys.executable) -> list[str]:

@@ -82,6 +82,8 @@ RECORD = {
         "name": str,
         "kind": str,
         "load": MAYBE,
+        "pinned": list,
+        "memory_limit": type(None),
         "cpu": {"model": str, "isa": str, "flags": list, "cores": int, "memory_mb": MAYBE, "system": str},
     },
     "versions": {"python": str, "edgecap": str, "numpy": str, "pillow": str, "onnxruntime": str, "tokenizers": str},
