@@ -12,12 +12,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from .claims import check_npy, check_onnx, check_openvino, gguf_summary
 from .errors import BundleError, EdgecapError, UsageError
 from .graphfile import GraphError
 from .manifest import check_manifest, check_path, parse_manifest
+
+Bytes: TypeAlias = bytes  # which a bundle has a property of the same name as
 
 MANIFEST = "bundle.json"
 MAX_MANIFEST_BYTES = 2 * 2**20
@@ -79,7 +81,7 @@ class Bundle:
             raise BundleError(f"{self.path}: {name} is not a file of this bundle")
         return self.path / name
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str) -> Bytes:
         """Contents of a listed file."""
         try:
             return self.file(name).read_bytes()

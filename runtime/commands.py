@@ -74,7 +74,7 @@ def caption(
     alone = len(photos) == 1 and photos[0] != "-" and not folders
     failed: list[str] = []
     with Captioner.load(bundle, threads=threads) as captioner:
-        sources = find_photos(photos, click.get_binary_stream("stdin"))
+        sources = find_photos(photos, sys.stdin.buffer)
         results = caption_sources(
             captioner,
             sources,

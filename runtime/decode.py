@@ -1,12 +1,12 @@
-"""Greedy and beam search in numpy over any `Session`: one implementation serves every engine."""
+"""Greedy and beam search in numpy over any `Session`: one implementation serves every engine, and streams."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -15,9 +15,18 @@ from .errors import EdgecapError, UsageError
 if TYPE_CHECKING:
     from .session import Ids, Logits, Pixels, Session
 
+    Steps: TypeAlias = Generator[list[tuple[int, int]], None, list[list["Hypothesis"]]]
+
+T = TypeVar("T")
 MAX_BEAM = 64
 MAX_LENGTH = 4096
 MAX_DEADLINE = 10**9
+
+
+class Cancelled(Protocol):
+    """What may end a search early: a threading.Event, or anything with its `is_set`. Asked at every step."""
+
+    def is_set(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -73,7 +82,7 @@ class Hypothesis:
 
     logprob: sum of the model's log softmax over the ids, and over EOS when it was emitted (natural log, ≤ 0),
     before anything was suppressed. finished: EOS was emitted; otherwise max_length cut it off, or, where `cut`, the
-    deadline.
+    deadline or a cancellation.
     """
 
     token_ids: tuple[int, ...]
@@ -101,20 +110,57 @@ def decode(
     suppress: Sequence[int] = (),
     prompt_ids: Ids | None = None,
     began: float | None = None,
+    cancel: Cancelled | None = None,
 ) -> list[list[Hypothesis]]:
     """Caption photos uint8 [N, H, W, 3]: per photo up to `options.beam` hypotheses, best first.
 
-    began: the time.monotonic() from which the deadline counts, by default now. `suppress` are ids never emitted (BOS,
-    padding, unknown). Ties go to the lower beam, then the lower id, so results do not depend on how photos are batched.
+    began: the time.monotonic() from which the deadline counts, by default now. cancel: once it is set, the search ends
+    before its next step, as at a deadline. `suppress` are ids never emitted (BOS, padding, unknown). Ties go to the
+    lower beam, then the lower id, so results do not depend on how photos are batched.
     Raises EdgecapError if the model yields NaN.
+    """
+    steps = search(
+        session,
+        pixels,
+        options,
+        eos_id=eos_id,
+        suppress=suppress,
+        prompt_ids=prompt_ids,
+        began=began,
+        cancel=cancel,
+    )
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
+
+
+def search(
+    session: Session,
+    pixels: Pixels,
+    options: DecodeOptions,
+    *,
+    eos_id: int,
+    suppress: Sequence[int] = (),
+    prompt_ids: Ids | None = None,
+    began: float | None = None,
+    cancel: Cancelled | None = None,
+) -> Steps:
+    """`decode` step by step: a generator that returns what that does.
+
+    With beam 1 it yields what each step said, (photo, token) without EOS, before it makes the next one. With more it
+    yields nothing: which words the best caption has is known at the end.
     """
     if len(pixels) == 0:
         return []
     end = (time.monotonic() if began is None else began) + options.deadline_ms / 1000
     logits = session.start(pixels, prompt_ids)
     banned = np.asarray(sorted(set(suppress) - {eos_id}), np.int64)
-    rules = _Rules(options, eos_id, banned, end if options.deadline_ms else math.inf)
-    return (_greedy if options.beam == 1 else _beam)(session, logits, rules)
+    rules = _Rules(options, eos_id, banned, end if options.deadline_ms else math.inf, cancel)
+    if options.beam == 1:
+        return (yield from _greedy(session, logits, rules))
+    return _beam(session, logits, rules)
 
 
 def _score(logprob: float, length: int, penalty: float) -> float:
@@ -129,10 +175,13 @@ class _Rules:
     eos_id: int
     suppress: Ids
     end: float = math.inf  # of time.monotonic()
+    cancel: Cancelled | None = None
 
     @property
     def late(self) -> bool:
-        """Whether the deadline has passed."""
+        """Whether the deadline has passed, or the call was cancelled."""
+        if self.cancel is not None and self.cancel.is_set():
+            return True
         return self.end < math.inf and time.monotonic() >= self.end
 
     def shift(self, logits: Logits) -> tuple[Logits, list[float]]:
@@ -166,7 +215,7 @@ class _Rules:
             values[rows, grams[rows, at, -1]] = -np.inf
 
 
-def _greedy(session: Session, logits: Logits, rules: _Rules) -> list[list[Hypothesis]]:
+def _greedy(session: Session, logits: Logits, rules: _Rules) -> Steps:
     options, banned = rules.options, set(rules.suppress.tolist())
     found: list[list[Hypothesis]] = [[] for _ in range(len(logits))]
     live = list(range(len(logits)))  # the photo of each row
@@ -177,14 +226,14 @@ def _greedy(session: Session, logits: Logits, rules: _Rules) -> list[list[Hypoth
         score = _score(logprobs[row], len(tokens[row]) + finished, options.length_penalty)
         found[live[row]].append(Hypothesis(tuple(tokens[row]), logprobs[row], score, finished, cut))
 
-    cut = False  # by the deadline
+    cut = False  # by the deadline or a cancellation
     for length in range(options.max_length):
         shifted, normaliser = rules.shift(logits)
         best = shifted.argmax(axis=1)  # [rows]
         if not (rules.free(length) and banned.isdisjoint(best.tolist())):
             rules.ban(shifted, tokens)
             best = shifted.argmax(axis=1)
-        going = []
+        going: list[int] = []
         for row, token in enumerate(best.tolist()):
             gain = float(shifted[row, token]) - normaliser[row]
             stuck = gain == -math.inf  # nothing may follow
@@ -195,7 +244,8 @@ def _greedy(session: Session, logits: Logits, rules: _Rules) -> list[list[Hypoth
                 tokens[row].append(token)
                 going.append(row)
         if len(going) < len(live):
-            live, tokens, logprobs = ([values[row] for row in going] for values in (live, tokens, logprobs))
+            live, tokens, logprobs = _chosen(live, going), _chosen(tokens, going), _chosen(logprobs, going)
+        yield [(photo, row[-1]) for photo, row in zip(live, tokens, strict=True)]
         if not live or length + 1 == options.max_length:
             break
         if cut := rules.late:
@@ -204,6 +254,10 @@ def _greedy(session: Session, logits: Logits, rules: _Rules) -> list[list[Hypoth
     for row in range(len(live)):
         close(row, finished=False, cut=cut)
     return found
+
+
+def _chosen(values: list[T], rows: list[int]) -> list[T]:
+    return [values[row] for row in rows]
 
 
 def _beam(session: Session, logits: Logits, rules: _Rules) -> list[list[Hypothesis]]:
@@ -274,7 +328,7 @@ def _best(values: Logits, offsets: list[float], tops: list[int], count: int) -> 
     returned is taken out of `values`. A few more argmax of single rows cost less than any sort of all.
     """
     sums = [float(row[top]) + offset for row, top, offset in zip(values, tops, offsets, strict=True)]
-    found = []
+    found: list[tuple[float, int, int]] = []
     while len(found) < count and (total := max(sums)) > -math.inf:
         beam = sums.index(total)
         row = values[beam]

@@ -51,8 +51,8 @@ class FusedCaptioner:
         Raises UsageError for another array or number, EdgecapError where the engine fails.
         """
         if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            found = f"{image.dtype} {list(image.shape)}" if isinstance(image, np.ndarray) else type(image).__name__
-            raise UsageError(f"a picture must be uint8 [height, width, 3], not {found}")
+            given = f"{image.dtype} {list(image.shape)}" if isinstance(image, np.ndarray) else type(image).__name__
+            raise UsageError(f"a picture must be uint8 [height, width, 3], not {given}")
         if image.size == 0:
             raise UsageError(f"the picture is empty, {list(image.shape)}")
         feed = {"image": np.ascontiguousarray(image), "beam": _number("beam", beam, MAX_BEAM)}

@@ -40,7 +40,7 @@ def check_manifest(manifest: Any, where: str = "bundle.json") -> None:
             raise _Bad(f"must be an object, not {_kind(manifest)}")
         if manifest.get("format") != FORMAT:
             raise _Bad(f'"format" must be "{FORMAT}"; this is not an edgecap bundle')
-        version = manifest.get("version")
+        version: Any = manifest.get("version")
         _integer(1)(version, '"version"')
         if version > VERSION:
             raise _Bad(f"has format version {version}; this edgecap reads up to {VERSION}: upgrade edgecap")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,9 @@ _muting = threading.Lock()  # standard error is one for all threads: two that ho
 
 # Words as captions are learnt: "don't" is "do n't", "dog's" is "dog 's"; "t-shirt" and "2.5" stay whole.
 _WORD = re.compile(r"n't\b|'(?:s|re|ve|ll|d|m)\b|\w+?(?=n't\b)|\bcan(?=not\b)|\w+(?:[-.,/]\w+)*|[#&]")
+
+_APPENDING = {"ByteLevel", "WordPiece", "Metaspace", "BPEDecoder", "ByteFallback", "Fuse", "Strip", "Replace"}
+_BYTE = re.compile("<0x[0-9A-F]{2}>")  # a token that is one byte, of which several make a character
 
 
 def plain_words(text: str) -> str:
@@ -69,6 +74,23 @@ class Tokenizer:
         """Text of `ids`; special tokens are skipped."""
         with _panics("tokenizer.json"):
             return self.inner.decode(list(ids), skip_special_tokens=True).strip()
+
+    def settled(self, ids: Sequence[int]) -> str:
+        """As much of the text of `ids` as stays the same whatever follows, where `appends`: no half characters."""
+        end = len(ids)
+        while end and _BYTE.fullmatch(self.inner.id_to_token(ids[end - 1]) or ""):
+            end -= 1
+        return self.decode(ids[:end]).rstrip("\N{REPLACEMENT CHARACTER}").rstrip()
+
+    @cached_property
+    def appends(self) -> bool:
+        """Whether a further token only adds to the text: not so where its decoder drops or joins tokens (CTC)."""
+        decoder = self.inner.decoder
+        if decoder is None:
+            return True
+        parts = json.loads(decoder.__getstate__())
+        names = {part["type"] for part in parts.get("decoders", [parts])}
+        return names <= _APPENDING
 
 
 def _read(path: Path) -> bytes:

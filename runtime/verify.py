@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .captioner import Captioner
+from .captioner import Captioner, Options
 from .errors import BundleError
 
 
@@ -55,8 +55,14 @@ def verify_golden(captioner: Captioner) -> Verification:
 
     # The reference's caption is plain greedy, whatever the bundle's own decoding. One token more than it has is asked
     # for, so that a missing EOS shows, unless the reference was itself cut off there.
-    plain = {"beam": 1, "min_length": 0, "length_penalty": 0.0, "no_repeat_ngram": 0}
-    (caption,) = captioner.caption_arrays(pixels[None], max_length=len(expected) + 1, **plain)
+    plain: Options = {
+        "max_length": len(expected) + 1,
+        "beam": 1,
+        "min_length": 0,
+        "length_penalty": 0.0,
+        "no_repeat_ngram": 0,
+    }
+    (caption,) = captioner.caption_arrays(pixels[None], **plain)
     found = list(caption.token_ids)
     if reference[-1].argmax() != captioner.tokens["eos"]:
         found = found[: len(expected)]

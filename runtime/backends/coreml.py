@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 
@@ -14,6 +14,8 @@ from ..errors import EdgecapError, UsageError
 if TYPE_CHECKING:
     from ..bundle import Bundle
     from ..session import Ids, Logits, Pixels
+
+    Ids32: TypeAlias = np.ndarray[tuple[int, ...], np.dtype[np.int32]]  # what Core ML counts with
 
 MASKED = -1e4  # added to the attention score of a slot that a token may not see; e to that power is 0 in fp16
 
@@ -85,7 +87,7 @@ class CoreMLSession:
     def prefill(self, prompt_ids: Ids | None = None) -> Logits:
         """The second half of `start`: feed BOS and the prompt to the decoder; logits [N, vocab]."""
         encoded, self._encoded = self._encoded, []
-        kind = {"recurrent": _Recurrent, "slots": _Slots}[self.model.roles["decoder"]]
+        kind: Any = {"recurrent": _Recurrent, "slots": _Slots}[self.model.roles["decoder"]]
         ids = np.concatenate([[self.model.bos], np.asarray([] if prompt_ids is None else prompt_ids)]).astype(np.int32)
         self._photos = [kind(self.model, photo) for photo in encoded]
         self._photo, self._place = np.arange(len(encoded)), np.zeros(len(encoded), np.int64)
@@ -115,12 +117,12 @@ class _Recurrent:
         self.fixed = {name: encoded[source] for name, source in roles["photo"].items()}
         self.state = {state["input"]: encoded[state["init"]] for state in roles["state"]}  # [rows, ...] each
 
-    def prefill(self, ids: Ids) -> Logits:
+    def prefill(self, ids: Ids32) -> Logits:
         for token in ids:
             logits = self.step(np.array([token], np.int32), np.zeros(1, np.int64))
         return logits
 
-    def step(self, ids: Ids, parents: Ids) -> Logits:
+    def step(self, ids: Ids32, parents: Ids) -> Logits:
         roles = self.model.roles
         rows = {name: value[parents] for name, value in self.state.items()}
         limit, parts = roles["rows"], []
@@ -148,7 +150,7 @@ class _Slots:
         self.length = 0  # positions, of every row
         self.visible = np.zeros((1, 0), bool)  # [rows, used]
 
-    def prefill(self, ids: Ids) -> Logits:
+    def prefill(self, ids: Ids32) -> Logits:
         count, total = len(self.prefix), len(self.prefix) + len(ids)
         words = np.arange(total) >= count
         prefix = np.zeros((total, self.prefix.shape[1]), self.prefix.dtype)
@@ -160,7 +162,7 @@ class _Slots:
         self.visible, self.length = sees[-1:], total
         return logits
 
-    def step(self, ids: Ids, parents: Ids) -> Logits:
+    def step(self, ids: Ids32, parents: Ids) -> Logits:
         count = len(ids)
         sees = np.concatenate([self.visible[parents], np.eye(count, dtype=bool)], axis=1)  # [rows, used + rows]
         prefix = np.zeros((count, self.prefix.shape[1]), self.prefix.dtype)
@@ -169,7 +171,7 @@ class _Slots:
         self.visible, self.length = sees, self.length + 1
         return logits
 
-    def _run(self, ids: Ids, words: Any, prefix: Any, positions: Any, sees: Any, wanted: Any) -> Logits:
+    def _run(self, ids: Ids32, words: Any, prefix: Any, positions: Any, sees: Any, wanted: Any) -> Logits:
         """ids, words, positions [R]; prefix [R, dim]; sees [R, used + R]; wanted [K] → logits [K, vocab]."""
         roles = self.model.roles
         end = self.used + len(ids)

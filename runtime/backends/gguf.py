@@ -74,7 +74,7 @@ def _onnx_encoder(bundle: Bundle, settings: dict[str, Any], decoder: LlamaModel)
     from .onnx import load_graph, run_graph, session_options
 
     graph = bundle.manifest["graphs"]["encoder"]
-    output = settings.get("prefix")
+    output: Any = settings.get("prefix")
     if len(graph["inputs"]) != 1 or output not in graph["outputs"]:
         where = f"{bundle.path}/bundle.json"
         raise EdgecapError(f"{where}: gguf.prefix must name an output of the encoder, which has one input")

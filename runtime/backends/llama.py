@@ -26,24 +26,24 @@ MICRO_BATCH = 128  # tokens computed at once: how large the buffers are
 MAX_ROWS: int = lib.llama_max_parallel_sequences()  # of one context
 ERROR, CONTINUED = 4, 5  # levels of llama.cpp's log
 
-_last_error: list[str] = []
+_last = threading.local()  # llama.cpp complains in the thread that called it; others may be at work
 
 
 def _keep_error(level: int, text: bytes, _: object) -> None:
     if level == ERROR:
-        _last_error[:] = [text.decode("utf-8", "replace").strip()]
+        _last.error = text.decode("utf-8", "replace").strip()
 
 
 callback = lib.llama_log_callback(_keep_error)  # llama.cpp keeps only its address
 
 
 def clear_error() -> None:
-    _last_error.clear()
+    _last.error = ""
 
 
 def last_error() -> str:
     """What llama.cpp complained about last since `clear_error`, without its function's name."""
-    return _last_error[0].rpartition(": ")[2] if _last_error else "no reason given"
+    return getattr(_last, "error", "").rpartition(": ")[2] or "no reason given"
 
 
 class LlamaModel:

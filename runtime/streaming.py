@@ -1,0 +1,118 @@
+"""Captions as they are said: text in pieces, for loops and for asyncio, and calls that do not block an event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from typing import TYPE_CHECKING, TypeVar
+
+from .errors import UsageError
+
+if TYPE_CHECKING:
+    from .captioner import Caption
+    from .decode import Cancelled, Hypothesis, Steps
+    from .tokenizer import Tokenizer
+
+T = TypeVar("T")
+
+
+class Stream(Iterator[str]):
+    """Pieces of one caption's text, which joined are the caption's `text`; afterwards `caption` is that caption.
+
+    Every piece is said before the next step is made, in the thread that asks for it. Who stops asking has ended the
+    search. May be used by one thread at a time.
+    """
+
+    def __init__(self, pieces: Generator[str, None, Caption]) -> None:
+        self._pieces = pieces
+        self._caption: Caption | None = None
+
+    def __next__(self) -> str:
+        try:
+            return next(self._pieces)
+        except StopIteration as end:
+            if self._caption is None:
+                self._caption = end.value
+            raise StopIteration from None
+
+    @property
+    def caption(self) -> Caption:
+        """The whole caption. Raises UsageError before the last piece."""
+        if self._caption is None:
+            raise UsageError("the caption is not there before the stream has ended")
+        return self._caption
+
+    def close(self) -> None:
+        """End the search now; nothing more comes."""
+        self._pieces.close()
+
+
+class AsyncStream(AsyncIterator[str]):
+    """A `Stream` for `async for`: each step is made in a thread, and a cancelled task ends the search."""
+
+    def __init__(self, start: Callable[[Cancelled], Stream], cancel: Cancelled | None) -> None:
+        self._ended = Either(cancel)
+        self._stream = start(self._ended)
+
+    async def __anext__(self) -> str:
+        try:
+            piece = await asyncio.to_thread(next, self._stream, None)
+        except asyncio.CancelledError:
+            self._ended.set()
+            raise
+        if piece is None:
+            raise StopAsyncIteration
+        return piece
+
+    @property
+    def caption(self) -> Caption:
+        """See `Stream.caption`."""
+        return self._stream.caption
+
+
+class Either:
+    """Cancelled by its own `set`, or by the caller's event."""
+
+    def __init__(self, other: Cancelled | None) -> None:
+        self._own, self._other = threading.Event(), other
+
+    def set(self) -> None:
+        self._own.set()
+
+    def is_set(self) -> bool:
+        return self._own.is_set() or (self._other is not None and self._other.is_set())
+
+
+async def in_thread(work: Callable[[Cancelled], T], cancel: Cancelled | None) -> T:
+    """Do `work` in a thread of the loop's own; when the task is cancelled, it is told by what it is given."""
+    ended = Either(cancel)
+    try:
+        return await asyncio.to_thread(work, ended)
+    except asyncio.CancelledError:
+        ended.set()
+        raise
+
+
+def spoken(tokenizer: Tokenizer, before: tuple[int, ...], steps: Steps) -> Generator[str, None, list[list[Hypothesis]]]:
+    """The text of the one caption that a search finds, behind the ids `before`, as soon as no later token can change
+    it; returns what the search does. All of it at the end where the search, or the tokenizer's decoder, may go back on
+    what was said.
+    """
+    said, ids = "", list(before)
+    while True:
+        try:
+            step = next(steps)
+        except StopIteration as end:
+            found: list[list[Hypothesis]] = end.value
+            break
+        if step and tokenizer.appends:
+            ids.append(step[0][1])
+            text = tokenizer.settled(ids)
+            if len(text) > len(said):
+                yield text[len(said) :]
+                said = text
+    whole = tokenizer.decode(before + found[0][0].token_ids)
+    if len(whole) > len(said):
+        yield whole[len(said) :]
+    return found
