@@ -153,7 +153,8 @@ def test_pieces_break_no_character(make):
     assert len(ids) > len(text)
     pieces = list(spoken(tokenizer, (), steps_of(ids)))
     assert "".join(pieces) == tokenizer.decode(ids) and "😀" in "".join(pieces)
-    assert all("\N{REPLACEMENT CHARACTER}" not in piece for piece in pieces) and (len(pieces) > 3 or make is byte_fallback)
+    assert all("\N{REPLACEMENT CHARACTER}" not in piece for piece in pieces)
+    assert len(pieces) > 3 or make is byte_fallback
 
 
 def test_a_tokenizer_that_takes_back_gives_one_piece():
