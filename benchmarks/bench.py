@@ -5,7 +5,7 @@ record.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from .quality import Photo, split_photos
 from .record import build
 from .subjects import Origin, Subject, bundle_subject, newest_bundle, peer_subject, unique_names, ways
 from .suite import Progress, Settings, run
+from .work import add_near
 
 
 def choose(
@@ -98,14 +99,22 @@ def bench(
         before = own_limits(reached, settings, progress, 1)
         measured = run(subjects, photos, settings, progress, reached)
         after = own_limits(reached, settings, progress, 2)
+        both = before and after and larger(before, after)
+        if both:
+            add_near(subjects, measured["rows"], both, photos[0].path, stage_times)
     about = {
         "spec": dataset.spec,
         "fingerprint": dataset.fingerprint,
         "split": split,
         "photos": len(photos),
     }
-    both = before and after and larger(before, after)
     return build(profile=profile, settings=settings.to_dict(), data=about, measured=measured, facts=facts, limits=both)
+
+
+def stage_times(row: Mapping[str, Any]) -> tuple[float | None, float | None]:
+    """A row's medians (s) of the encoder and of a further token; None for a part that is not timed."""
+    encode, token = ((row["latency"] or {}).get(stage) for stage in ("encode", "next_token"))
+    return encode and encode["p50"], token and token["p50"]
 
 
 def own_limits(device: Device, settings: Settings, progress: Progress, turn: int) -> dict[str, float | None] | None:

@@ -201,6 +201,18 @@ def limits_line(record: Mapping[str, Any]) -> str | None:
     return f"this machine's limits with {threads} thread{'s' * (threads != 1)}: {', '.join(parts)}" if parts else None
 
 
+def near_line(near: Mapping[str, Any]) -> str:
+    """How near a row is to the limits, in words."""
+    parts = []
+    if decoder := near["decoder"]:
+        rate = f"{decoder['gb_s']:.1f} GB/s, {decoder['share']:.0%} of the limit"
+        parts.append(f"a token reads {_mb(decoder['bytes'])} MB of weights at {rate}")
+    if encoder := near["encoder"]:
+        work = encoder["fp32_gop"] + encoder["int8_gop"]
+        parts.append(f"the encoder's {work:.3g} GOP run at {encoder['share']:.0%} of the limit")
+    return "; ".join(parts)
+
+
 def _notes(record: Mapping[str, Any]) -> Iterator[str]:
     reference, rows = record["reference"], [row for row in record["rows"] if row["status"] == "ok"]
     if reference["seconds"]:
@@ -209,6 +221,9 @@ def _notes(record: Mapping[str, Any]) -> Iterator[str]:
         yield f"imports: a process that only imports {imports}: {reference['seconds']:.2f} s{peak}"
     if found := limits_line(record):
         yield found
+    for row in rows:
+        if row.get("near"):
+            yield f"{row['name']}: {near_line(row['near'])}"
     for row in rows:
         ratios = row.get("times_encode") or {}
         if ratios:

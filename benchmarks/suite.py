@@ -224,6 +224,12 @@ def _latency(row: Row) -> dict[str, Any] | None:
     return result | {"tokens_per_caption": sum(tokens) / len(tokens)}
 
 
+def _round_medians(row: Row) -> dict[str, list[float | None]] | None:
+    """Per stage the median (s) of every round, None for one without: what two records are compared by."""
+    found = {stage: [middle(runs) if runs else None for runs in _stage_rounds(row, stage)] for stage in STAGES}
+    return {stage: medians for stage, medians in found.items() if any(medians)} or None
+
+
 def _speedups(other: Row, row: Row) -> dict[str, Any]:
     """Per stage, how many times faster `row` is than `other`; by the medians of the rounds both have."""
     result = {}
@@ -277,6 +283,7 @@ def _results(rows: Sequence[Row], photos: Sequence[Photo], reference: dict[str, 
                 "decoding": dict(row.subject.decoding),
                 "facts": facts,
                 "latency": _latency(row),
+                "rounds": _round_medians(row),
                 "speedup": speedups,  # times faster than each other subject, by its name and the stage
                 "times_encode": _times_encode(row),
                 "memory": _memory(row, reference),

@@ -34,6 +34,7 @@ from .record import check_writable, machine_load, write
 from .report import limits_line
 from .runner import Worker, WorkerFailed, python_module
 from .subjects import Subject, bundle_subject, peer_subject
+from .work import add_near
 
 FORMAT = "edgecap-vlm-bench"
 KINDS = tuple(kind for kind in PEERS if kind != "torch")
@@ -216,13 +217,13 @@ def show(record: dict[str, Any]) -> None:
     if line := limits_line(record):
         print(f"{line}\n")
     print(
-        "| | image tokens | MB | cold start s | peak MB | TTFT ms | tok/s | end to end ms | × first | same | "
-        "logits: cosine | of positions | largest difference |"
+        "| | image tokens | MB | cold start s | peak MB | TTFT ms | tok/s | of limit | end to end ms | × first | "
+        "same | logits: cosine | of positions | largest difference |"
     )
-    print("|" + " --- |" * 13)
+    print("|" + " --- |" * 14)
     for row in record["rows"]:
         if row["error"]:
-            print(f"| {row['name']} | {row['error']} |" + " |" * 11)
+            print(f"| {row['name']} | {row['error']} |" + " |" * 12)
             continue
         speed = row.get("speedup", {}).get("whole")
         cells = [
@@ -233,6 +234,7 @@ def show(record: dict[str, Any]) -> None:
             f"{row['peak_rss'] / 1e6:.0f}" if row["peak_rss"] else "–",
             f"{row['first']['p50'] * 1e3:.0f}",
             f"{1 / row['next']['p50']:.1f}" if row["next"] else "–",
+            f"{row['near']['decoder']['share']:.0%}" if row.get("near") else "–",
             f"{row['whole']['p50'] * 1e3:.0f}",
             f"{speed['ratio']:.2f} [{speed['low']:.2f}, {speed['high']:.2f}]" if speed else "",
             f"{row['same_tokens']}/{row['tokens']}" if "same_tokens" in row else "–",
@@ -284,8 +286,10 @@ def main() -> None:
             photo = given.picture or draw(Path(scratch) / "picture.png", 512)
             before = limits(given.threads)
             rows = run(subjects, photo, threads=given.threads, rounds=given.rounds, starts=given.starts)
+            most = larger(before, limits(given.threads))
+            add_near(subjects, rows, most, str(photo), lambda row: (None, row["next"] and row["next"]["p50"]))
         record: dict[str, Any] = {"format": FORMAT, "version": 1, "device": device, "settings": settings}
-        record |= {"limits": larger(before, limits(given.threads)), "rows": rows}
+        record |= {"limits": most, "rows": rows}
         if given.json:
             write(record, given.json)
         show(record)

@@ -58,6 +58,11 @@ ROW = {
     "bytes": {"total": int, "graphs": int},
     "decoding": dict,
     "facts": dict,
+    "rounds": dict.fromkeys(STAGES, list),
+    "near": {
+        "decoder": {"bytes": int, "gb_s": float, "share": float},
+        "encoder": {"fp32_gop": float, "int8_gop": float, "share": float},
+    },
     "latency": {"load": STATS, **dict.fromkeys(STAGES, STATS), "tokens_per_caption": float},
     "speedup": dict,
     "times_encode": {"decode": RATIO, "picture_to_text": RATIO},
@@ -293,6 +298,24 @@ def test_captions_are_the_runtime_s_own(record: dict[str, Any], folder: Path, tm
     said = {i: caption["text"] for i, caption in row["captions"].items()}
     scores = caption_metrics(said, {e.id: e.captions for e in examples})
     assert row["quality"]["cider"] == scores.cider and row["quality"]["bleu_4"] == scores.bleu[3]
+
+
+def test_every_round_s_medians_are_kept(record: dict[str, Any]) -> None:
+    rounds = record["rows"][0]["rounds"]
+    assert all(len(medians) == QUICK.rounds for medians in rounds.values())
+    latency = record["rows"][0]["latency"]["encode"]
+    assert all(latency["min"] <= median <= latency["p99"] * 2 for median in rounds["encode"])
+    assert record["rows"][2]["rounds"] is record["rows"][2]["near"] is None
+
+
+def test_a_row_is_held_against_the_machine_s_limits(record: dict[str, Any]) -> None:
+    near, latency = record["rows"][0]["near"], record["rows"][0]["latency"]
+    rate = near["decoder"]["bytes"] / latency["next_token"]["p50"] / 1e9
+    assert near["decoder"]["gb_s"] == pytest.approx(rate)
+    assert near["decoder"]["share"] == pytest.approx(rate / record["limits"]["read_gb_s"])
+    least = near["encoder"]["fp32_gop"] / record["limits"]["fp32_gflops"]
+    assert near["encoder"]["share"] == pytest.approx(least / latency["encode"]["p50"])
+    assert "a token reads" in text(record)
 
 
 def test_the_stages_are_parts_of_the_whole(record: dict[str, Any]) -> None:
