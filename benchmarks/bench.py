@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..devices import get_profile, require_reachable
 from ..devices.confine import parse_size
@@ -20,6 +20,9 @@ from .record import build
 from .subjects import Origin, Subject, bundle_subject, newest_bundle, peer_subject, unique_names, ways
 from .suite import Progress, Settings, run
 from .work import add_near
+
+if TYPE_CHECKING:
+    from .browser import Options
 
 
 def choose(
@@ -43,6 +46,7 @@ def bench(
     device: str = "cpu",
     host: str | None = None,
     memory_limit: str | None = None,
+    browser: Options | None = None,
     data: str | None = None,
     skip_bad: bool = False,
     split: str = "test",
@@ -56,9 +60,9 @@ def bench(
     """Measure bundles and peers on a device and return the record (see record.build).
 
     device: a profile's name or TOML file; host: replaces the profile's. memory_limit: of each worker, as in 512M.
-    data: a data spec, by default the one in the lineage of the first bundle. skip_bad: leave bad examples out; always
-    so where the bundle's recipe did. limit: photos, by default the whole split. beams: replace what the bundles say,
-    each bundle once with each.
+    browser: how one is measured, for devices of that kind alone. data: a data spec, by default the one in the lineage
+    of the first bundle. skip_bad: leave bad examples out; always so where the bundle's recipe did. limit: photos, by
+    default the whole split. beams: replace what the bundles say, each bundle once with each.
     Raises EdgecapError for anything that cannot be measured as asked; a subject that fails while it is measured is a
     row that says so.
     """
@@ -70,6 +74,9 @@ def bench(
         profile = replace(profile, host=host)
     limited = parse_size(memory_limit) if memory_limit else None
     require_reachable(profile)
+    how: dict[str, Any] = {"options": browser} if browser else {}
+    if how and profile.kind != "browser":
+        raise UsageError(f"{device} is no browser: --wait, --http, --webgpu, --open and --native are for those")
     subjects, origin = choose(bundles, peers, beams=beams, runs=runs)
     spec = data or (origin and origin.spec)
     if not spec:
@@ -85,8 +92,9 @@ def bench(
     settings = settings or Settings()
     with (
         tempfile.TemporaryDirectory(prefix="edgecap-bench-") as folder,
-        reach(profile, memory_limit=limited) as reached,
+        reach(profile, memory_limit=limited, **how) as reached,
     ):
+        subjects = reached.subjects(subjects)
         photos: list[Photo] = []
         total = min(len(dataset.splits.get(split, ())), limit or 10**9)
         for photo in split_photos(dataset, split, limit, Path(folder)):
@@ -102,13 +110,16 @@ def bench(
         both = before and after and larger(before, after)
         if both:
             add_near(subjects, measured["rows"], both, photos[0].path, stage_times)
-    about = {
-        "spec": dataset.spec,
-        "fingerprint": dataset.fingerprint,
-        "split": split,
-        "photos": len(photos),
-    }
-    return build(profile=profile, settings=settings.to_dict(), data=about, measured=measured, facts=facts, limits=both)
+        about = {
+            "spec": dataset.spec,
+            "fingerprint": dataset.fingerprint,
+            "split": split,
+            "photos": len(photos),
+        }
+        given = settings.to_dict()
+        record = build(profile=profile, settings=given, data=about, measured=measured, facts=facts, limits=both)
+        reached.done(record)
+    return record
 
 
 def stage_times(row: Mapping[str, Any]) -> tuple[float | None, float | None]:
@@ -123,4 +134,4 @@ def own_limits(device: Device, settings: Settings, progress: Progress, turn: int
         return None
     found = limits(settings.threads, seconds=settings.limit_seconds, start=device.limits)
     progress("limits", turn, 2)
-    return found
+    return found if any(value is not None for value in found.values()) else None

@@ -78,6 +78,11 @@ def data(spec: str, skip_bad: bool, verify: bool, sample: int | None, out: Path 
 )
 @click.option("--rounds", type=click.IntRange(10), default=20, show_default=True, help="Interleaved rounds, A B A B …")
 @click.option("--peer", "peers", multiple=True, metavar="KIND:PATH", help="Measure this too: torch:CHECKPOINT.")
+@click.option("--wait", type=click.FloatRange(1), metavar="SECONDS", help="For a browser to open the page; 600.")
+@click.option("--open", "program", metavar="CHROMIUM", help="Have this program here open the page, without a window.")
+@click.option("--http", is_flag=True, help="Serve browsers without a certificate: 1 thread, no WebGPU.")
+@click.option("--webgpu", is_flag=True, help="Browsers compute with WebGPU instead of WebAssembly.")
+@click.option("--native", is_flag=True, help="Beside a browser, measure each bundle on this machine, too.")
 @click.option("--json", "json_file", metavar="FILE", help="Write the whole record here; - is stdout.")
 @click.option("--history", type=click.Path(path_type=Path), help="Add the record to this file, one line each.")
 def bench(
@@ -93,6 +98,11 @@ def bench(
     beams: tuple[int, ...],
     rounds: int,
     peers: tuple[str, ...],
+    wait: float | None,
+    program: str | None,
+    http: bool,
+    webgpu: bool,
+    native: bool,
     json_file: str | None,
     history: Path | None,
 ) -> None:
@@ -106,6 +116,8 @@ def bench(
       edgecap bench --device cpu
       edgecap bench runs/a-fp32.edgecap runs/a-int8.edgecap --json bench.json
       edgecap bench runs/a-int8.edgecap --data flickr8k:DIR --beam 3 --peer torch:runs/a
+      edgecap bench runs/a-fp32.edgecap --device android-mid --limit 20
+      edgecap bench runs/a-fp32.edgecap --device browser --open chromium --native
     """
     from . import record as records
     from .bench import bench as run_bench
@@ -118,12 +130,18 @@ def bench(
         files.append(Path(json_file))
     for file in files:
         records.check_writable(file)
+    browser = None
+    if wait or program or http or webgpu or native:
+        from .browser import Options
+
+        browser = Options(wait=wait or Options.wait, open=program, http=http, webgpu=webgpu, native=native)
     with PhaseBars() as bars:
         record = run_bench(
             bundles,
             device=device,
             host=host,
             memory_limit=memory_limit,
+            browser=browser,
             data=data,
             skip_bad=skip_bad,
             split=split,

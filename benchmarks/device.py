@@ -5,7 +5,7 @@ and in a browser's page.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self
 
@@ -33,6 +33,10 @@ class Device:
     def __init__(self, profile: Profile) -> None:
         self.profile = profile
 
+    def subjects(self, subjects: Sequence[Subject]) -> list[Subject]:
+        """What is measured where these are asked for; a device may put others beside them."""
+        return list(subjects)
+
     def prepare(self, subjects: Sequence[Subject], photos: Sequence[Photo], progress: Progress) -> None:
         """Bring there what workers will read, before anything is measured. Raises EdgecapError in one line."""
 
@@ -53,6 +57,9 @@ class Device:
     def facts(self, threads: int) -> dict[str, Any]:
         """The device's own "cpu", "load" and "versions", for the record; more keys join the record's "device"."""
         raise NotImplementedError
+
+    def done(self, record: Mapping[str, Any]) -> None:
+        """Tell whoever watches the device what came out."""
 
     def close(self) -> None:
         """End what is held open."""
@@ -100,21 +107,28 @@ class Local(Device):
         }
 
 
+def _browser(profile: Profile, **how: Any) -> Device:
+    from .browser import Browser  # a server and more, which other devices do not need
+
+    return Browser(profile, **how)
+
+
 # One entry per kind of profile: how a device of that kind is reached.
-WAYS: dict[str, Callable[[Profile], Device]] = {
+WAYS: dict[str, Callable[..., Device]] = {
     "local": Local,
+    "browser": _browser,
 }
 LIMITED = ("local", "ssh")  # the kinds whose workers' memory can be limited
 
 
-def reach(profile: Profile, *, memory_limit: int | None = None) -> Device:
+def reach(profile: Profile, *, memory_limit: int | None = None, **how: Any) -> Device:
     """The device of a profile that can be reached (see require_reachable). Raises EdgecapError in one line.
 
-    memory_limit: bytes a worker may hold; by default a local profile's memory_mb.
+    memory_limit: bytes a worker may hold; by default a local profile's memory_mb. how: what its kind alone can be told.
     """
     if memory_limit and profile.kind not in LIMITED:
         raise UsageError(f"device {profile.name} ({KINDS[profile.kind].label}): memory cannot be limited there")
-    device = WAYS[profile.kind](profile)
+    device = WAYS[profile.kind](profile, **how)
     if memory_limit is None and profile.kind == "local" and profile.memory_mb:
         memory_limit = profile.memory_mb * 2**20
     device.memory_limit = memory_limit

@@ -23,9 +23,12 @@ def import_process(process: Running, *, timeout: float) -> dict[str, Any]:
         return {"seconds": answer["since_start"], "peak_rss": answer["peak_rss"]}
 
 
-def caption_process(process: Running, load: dict[str, Any], photos: Sequence[str], *, timeout: float) -> dict[str, Any]:
+def caption_process(
+    process: Running, load: dict[str, Any], photos: Sequence[str], *, timeout: float, peak: bool = True
+) -> dict[str, Any]:
     """A fresh process that captions `photos` one after the other.
 
+    peak: whether its memory is wanted, where that takes more than the answers.
     Returns "seconds" from process start to the first caption, "first_rss" and "peak_rss": bytes at the first
     and after the last caption, "import_s" and "load_s". Raises WorkerFailed.
     """
@@ -40,7 +43,7 @@ def caption_process(process: Running, load: dict[str, Any], photos: Sequence[str
         return {
             "seconds": seconds,
             "first_rss": first,
-            "peak_rss": answer["peak_rss"],
+            "peak_rss": process.peak_memory(answer, timeout) if peak else answer["peak_rss"],
             "import_s": facts["import_s"],
             "load_s": facts["load_s"],
         }

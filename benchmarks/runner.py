@@ -57,6 +57,10 @@ class Running:
         """
         raise NotImplementedError
 
+    def peak_memory(self, answer: dict[str, Any], timeout: float) -> int | None:
+        """The most bytes that it held up to its last answer; None where that cannot be told. Raises WorkerFailed."""
+        return answer["peak_rss"]
+
     def close(self) -> None:
         """End the worker and everything it started."""
         raise NotImplementedError

@@ -120,7 +120,7 @@ def _fresh_processes(
                 with row.trying("cold start"):
                     few = files if turn == 0 else files[:1]
                     process = device.start(row.subject, settings.threads)
-                    found = caption_process(process, request, few, timeout=settings.timeout)
+                    found = caption_process(process, request, few, timeout=settings.timeout, peak=turn == 0)
                     if turn == 0:
                         row.peak = found
                     else:

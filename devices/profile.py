@@ -31,7 +31,9 @@ def _emulation_lacks(profile: Profile) -> str | None:
 
 
 def _browser_lacks(profile: Profile) -> str | None:
-    return "the bench has no way to it yet"
+    from .webfiles import lacking
+
+    return lacking()
 
 
 KINDS = {

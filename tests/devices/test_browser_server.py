@@ -1,0 +1,237 @@
+"""The server behind a bench in a browser, without one: who is refused, what is believed, and that nothing hangs."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+import ssl
+import stat
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+
+from edgecap.devices import browser
+from edgecap.devices.browser import MAX_POST, Server
+from edgecap.devices.certificate import certificate
+from edgecap.devices.channel import Channel, Lost, Refused
+from edgecap.devices.lan import lan_addresses, qr_code
+from edgecap.devices.webfiles import ort_files, page_files
+from edgecap.runtime.errors import EdgecapError, UsageError
+
+PAGE = "page=0123456789abcdef"
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    secret = tmp_path / "secret.txt"
+    secret.write_text("nobody may read this")
+    made = Server(Channel(poll=0.2), certificate=None, port=0)
+    made.add("", b"<!doctype html>")
+    made.add("a.js", b"let a = 1;" * 100)
+    made.add("photos/0.png", lambda: b"png", "photo")
+    made.add("broken.png", lambda: 1 // 0, "photo")
+    made.start()
+    yield made
+    made.close()
+
+
+def ask(server: Server, method: str, path: str, body: bytes | None = None, **headers: str) -> tuple[int, bytes, dict]:
+    parts = urlsplit(server.url("127.0.0.1"))
+    connection = http.client.HTTPConnection("127.0.0.1", parts.port, timeout=10)
+    try:
+        target = path if path.startswith("/") else parts.path + path
+        connection.request(method, target, body, {name.replace("_", "-"): value for name, value in headers.items()})
+        reply = connection.getresponse()
+        return reply.status, reply.read(), dict(reply.getheaders())
+    finally:
+        connection.close()
+
+
+def test_files_come_with_the_headers_that_threads_need(server: Server) -> None:
+    status, body, headers = ask(server, "GET", "")
+    assert status == 200 and body == b"<!doctype html>" and headers["Content-Type"].startswith("text/html")
+    assert headers["Cross-Origin-Opener-Policy"] == "same-origin"
+    assert headers["Cross-Origin-Embedder-Policy"] == "require-corp"
+    assert headers["X-Content-Type-Options"] == "nosniff" and "unsafe-inline" not in headers["Content-Security-Policy"]
+    status, body, headers = ask(server, "GET", "a.js", Accept_Encoding="gzip, br")
+    assert headers["Content-Encoding"] == "gzip" and len(body) < 100
+    assert server.weight("runtime") == len(b"<!doctype html>") + len(body)
+    assert ask(server, "GET", "photos/0.png", Accept_Encoding="gzip")[1] == b"png"
+    assert ask(server, "GET", "broken.png")[0] == 500
+
+
+def test_who_does_not_know_the_address_gets_nothing(server: Server) -> None:
+    other = "A" * len(server.token)
+    for path in ("/", "/a.js", f"/{other}/", f"/{other}/a.js", f"/{server.token}", f"/{server.token[:-1]}/a.js"):
+        assert ask(server, "GET", path)[0] == 404, path
+    for path in (f"/{other}/hello?{PAGE}", f"/hello?{PAGE}"):
+        assert ask(server, "POST", path, b"{}")[0] == 404, path
+    with pytest.raises(Lost):
+        server.channel.wait(0)
+
+
+@pytest.mark.parametrize("path", ["../secret.txt", "%2e%2e/secret.txt", "photos/../a.js", "a.js/", "/etc/passwd", "a"])
+def test_paths_lead_nowhere_else(server: Server, path: str) -> None:
+    assert ask(server, "GET", f"/{server.token}/{path}")[0] == 404
+
+
+def test_what_is_posted_is_bounded(server: Server) -> None:
+    assert ask(server, "POST", f"hello?{PAGE}", None, Content_Length=str(MAX_POST + 1))[0] == 413
+    assert ask(server, "POST", f"hello?{PAGE}", None, Content_Length="-5")[0] == 411
+    assert ask(server, "POST", f"hello?{PAGE}", None, Transfer_Encoding="chunked")[0] == 411
+    assert ask(server, "POST", "elsewhere", b"{}")[0] == 404
+    assert ask(server, "POST", "hello?page=short", b"{}")[0] == 409
+    assert ask(server, "DELETE", "a.js")[0] == 501
+
+
+def test_a_command_goes_out_and_its_answer_comes_back(server: Server) -> None:
+    channel = server.channel
+    assert ask(server, "GET", f"next?{PAGE}")[0] == 409, "nobody has joined"
+    assert ask(server, "POST", f"hello?{PAGE}", b'{"cores": 8}')[0] == 204
+    assert channel.wait(0) == {"cores": 8}
+    assert ask(server, "GET", f"next?{PAGE}")[0] == 204, "nothing to do yet"
+    id = channel.send({"op": "load"}, channel.visit)
+    status, body, _ = ask(server, "GET", f"next?{PAGE}")
+    assert status == 200 and json.loads(body) == {"op": "load", "id": id}
+    assert ask(server, "POST", f"answer?{PAGE}&id=77", b"{}")[0] == 409
+    assert ask(server, "POST", f"answer?{PAGE}&id=-1", b"{}")[0] == 409
+    assert ask(server, "POST", f"answer?{PAGE}&id={id}", b'{"ok": true, "x": NaN}')[0] == 204
+    assert channel.take(id, channel.visit, 5) == {"ok": True, "x": None}
+    assert ask(server, "POST", f"answer?{PAGE}&id={id}", b"{}")[0] == 409, "answered already"
+    another = "page=fedcba9876543210"
+    status, body, _ = ask(server, "POST", f"hello?{another}", b"{}")
+    assert status == 409 and b"Another device" in body
+    for body in (b"{", b"\xff\xfe", b"[" * 10**5, b"1" * 10**4):  # nothing is raised in the server
+        id = channel.send({"op": "load"}, channel.visit)
+        assert ask(server, "POST", f"answer?{PAGE}&id={id}", body)[0] == 204
+        assert channel.take(id, channel.visit, 5) is None
+
+
+def test_a_page_that_leaves_or_falls_silent_is_lost() -> None:
+    channel = Channel(gone_after=0.05, poll=0.01)
+    with pytest.raises(Lost, match="no device opened the page within 0 s"):
+        channel.wait(0)
+    channel.join("a", {})
+    first = channel.visit
+    id = channel.send({"op": "load"}, first)
+    with pytest.raises(TimeoutError):
+        channel.take(id, first, 0)
+    channel.join("a", {})
+    with pytest.raises(Lost, match="loaded anew"):
+        channel.take(id, first, 5)
+    id = channel.send({"op": "load"}, channel.visit)
+    with pytest.raises(Lost, match="not heard of for 0.05 s"):
+        channel.take(id, channel.visit, 5)
+    channel.join("a", {})
+    channel.leave("a")
+    with pytest.raises(Lost, match="its page was closed"):
+        channel.send({"op": "load"}, channel.visit)
+    with pytest.raises(Refused):
+        channel.join("b", {})
+    channel.join("a", {})
+    channel.end({"text": "Done."}, wait=0)
+    assert channel.next("a") == {"op": "end", "text": "Done."}
+    with pytest.raises(Refused, match="has ended"):
+        channel.join("a", {})
+
+
+def test_https_by_a_certificate_of_our_own(tmp_path: Path) -> None:
+    x509 = pytest.importorskip("cryptography.x509")
+    made = certificate(tmp_path / "kept", ["127.0.0.1", "localhost", "192.0.2.7"])
+    assert certificate(tmp_path / "kept", ["192.0.2.7"]) == made, "accepted once, it need not be again"
+    if sys.platform != "win32":
+        assert stat.S_IMODE(made.key.stat().st_mode) == 0o600
+    names = x509.load_pem_x509_certificate(made.certificate.read_bytes()).extensions
+    names = names.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert names.get_values_for_type(x509.DNSName) == ["localhost"]
+    server = Server(Channel(), certificate=made, port=0)
+    server.add("", b"secret")
+    server.start()
+    try:
+        port = server.server_address[1]
+        silent = socket.create_connection(("127.0.0.1", port))  # never says a word: nobody else waits for it
+        plain = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+        with pytest.raises((http.client.HTTPException, OSError)):
+            plain.request("GET", f"/{server.token}/")
+            plain.getresponse()
+        trusted = ssl.create_default_context(cafile=str(made.certificate))  # checks the address, too
+        secure = http.client.HTTPSConnection("127.0.0.1", port, timeout=5, context=trusted)
+        secure.request("GET", f"/{server.token}/")
+        assert secure.getresponse().read() == b"secret"
+        secure.close()
+        silent.close()
+    finally:
+        server.close()
+    renewed = certificate(tmp_path / "kept", ["198.51.100.1"])
+    assert renewed.spki != made.spki
+    (tmp_path / "file").write_text("")
+    with pytest.raises(EdgecapError, match="set EDGECAP_CACHE"):
+        certificate(tmp_path / "file" / "below", ["127.0.0.1"])
+
+
+def test_connections_beyond_a_number_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(browser, "MAX_CONNECTIONS", 2)
+    server = Server(Channel(), certificate=None, port=0)
+    server.add("", b"there")
+    server.start()
+    try:
+        held = [socket.create_connection(server.server_address) for _ in range(2)]
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            try:
+                ask(server, "GET", "")
+            except (OSError, http.client.HTTPException):
+                break
+        else:
+            pytest.fail("a third one was served")
+        for each in held:
+            each.close()
+        while time.monotonic() < deadline:
+            try:
+                assert ask(server, "GET", "")[1] == b"there"
+                break
+            except (OSError, http.client.HTTPException):
+                continue
+    finally:
+        server.close()
+
+
+def test_a_port_that_is_taken_is_another_port() -> None:
+    first = Server(Channel(), certificate=None, port=0)
+    second = Server(Channel(), certificate=None, port=first.server_address[1])
+    assert second.server_address[1] != first.server_address[1]
+    first.close()
+    second.close()
+    assert threading.active_count() < 50
+
+
+def test_addresses_and_the_code_to_point_a_camera_at() -> None:
+    assert all(not address.startswith("127.") for address in lan_addresses())
+    pytest.importorskip("segno")
+    lines = (qr_code("https://192.168.100.100:65535/" + "x" * 22 + "/") or "").splitlines()
+    assert 10 < len(lines) <= 22 and max(map(len, lines)) <= 45, "fits a terminal of 80 × 24"
+
+
+def test_the_page_asks_for_nothing_from_elsewhere() -> None:
+    files = dict(page_files())
+    assert set(files) == {"", "page.js", "style.css", "worker.js"}
+    for file in files.values():
+        assert "http://" not in (text := file.read_text(encoding="utf-8")) and "https://" not in text, file
+
+
+def test_what_to_do_without_onnxruntime_web(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGECAP_ORT_WEB", str(tmp_path))
+    with pytest.raises(UsageError, match="npm install --prefix DIR onnxruntime-web, then EDGECAP_ORT_WEB="):
+        list(ort_files(webgpu=False))
+    for name in ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm"):
+        (tmp_path / "dist").mkdir(exist_ok=True)
+        (tmp_path / "dist" / name).touch()
+    assert [path for path, _ in ort_files(webgpu=False)][0] == "ort/ort.wasm.min.mjs"
+    with pytest.raises(UsageError, match="lacks ort.webgpu.min.mjs"):
+        list(ort_files(webgpu=True))
