@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -63,6 +64,40 @@ def data(spec: str, skip_bad: bool, verify: bool, sample: int | None, out: Path 
         console.print(f"skipped {id}: {reason}", highlight=False, markup=False)
 
 
+class Percent(click.ParamType):
+    """5% → 0.05"""
+
+    name = "PERCENT"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        if isinstance(value, float):
+            return value
+        try:
+            number = float(value.removesuffix("%"))
+        except ValueError:
+            number = -1.0
+        if not value.endswith("%") or not 0 <= number < 1000:
+            self.fail(f"{value!r} is not a percentage such as 5%", param, ctx)
+        return number / 100
+
+
+def compare_records(before: Path, after: Path, slower: float | None, force: bool, json_file: str | None) -> None:
+    """`edgecap bench --compare`: what the second record changed. Exit code 1 where a bundle became too slow."""
+    from . import changes
+    from . import record as records
+    from .compare import compare
+
+    found = compare(records.read(before), records.read(after), limit=slower or 0.0, force=force)
+    if json_file == "-":
+        click.echo(records.dumps(found))
+    else:
+        if json_file:
+            records.write(found, Path(json_file))
+        changes.show(found)
+    if slower is not None and found["failed"]:
+        sys.exit(1)
+
+
 @click.command()
 @click.argument("bundles", nargs=-1, type=click.Path(path_type=Path), metavar="[BUNDLE]...")
 @click.option("--device", default="cpu", show_default=True, help="Where to measure; see edgecap devices.")
@@ -85,6 +120,11 @@ def data(spec: str, skip_bad: bool, verify: bool, sample: int | None, out: Path 
 @click.option("--native", is_flag=True, help="Beside a browser, measure each bundle on this machine, too.")
 @click.option("--json", "json_file", metavar="FILE", help="Write the whole record here; - is stdout.")
 @click.option("--history", type=click.Path(path_type=Path), help="Add the record to this file, one line each.")
+@click.option(
+    "--compare", nargs=2, type=click.Path(path_type=Path), metavar="A.json B.json", help="Measure nothing: B over A."
+)
+@click.option("--fail-if-slower", "slower", type=Percent(), help="With --compare: exit code 1 if a bundle became so.")
+@click.option("--force", is_flag=True, help="With --compare: also records of different devices, threads or data.")
 def bench(
     bundles: tuple[Path, ...],
     device: str,
@@ -105,6 +145,9 @@ def bench(
     native: bool,
     json_file: str | None,
     history: Path | None,
+    compare: tuple[Path, Path] | None,
+    slower: float | None,
+    force: bool,
 ) -> None:
     """Measure bundles: time per stage, memory, cold start, size, and what the captions are worth.
 
@@ -118,7 +161,15 @@ def bench(
       edgecap bench runs/a-int8.edgecap --data flickr8k:DIR --beam 3 --peer torch:runs/a
       edgecap bench runs/a-fp32.edgecap --device android-mid --limit 20
       edgecap bench runs/a-fp32.edgecap --device browser --open chromium --native
+      edgecap bench --compare before.json after.json --fail-if-slower 5%
     """
+    if compare:
+        if bundles:
+            raise click.UsageError("--compare takes two records and measures no bundles")
+        compare_records(*compare, slower, force, json_file)
+        return
+    if force or slower is not None:
+        raise click.UsageError("--fail-if-slower and --force go with --compare")
     from . import record as records
     from .bench import bench as run_bench
     from .progress import PhaseBars

@@ -99,6 +99,37 @@ def append(record: Mapping[str, Any], path: Path) -> None:
         raise UsageError(f"cannot add to the history {path}: {error.strerror}") from error
 
 
+def read(path: Path) -> dict[str, Any]:
+    """A record from its file, or the last one of a history. Raises UsageError in one line for anything else."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} cannot be read: {getattr(error, 'strerror', None) or 'not a text'}") from None
+    lines = [line for line in text.splitlines() if line.strip()]
+    found = parse(text) or parse(lines[-1] if lines else "")
+    if found is None:
+        raise UsageError(f"{path} is not a record of edgecap bench, of version {VERSION}")
+    return found
+
+
+_ROW = {"name", "kind", "status", "error", "sha256", "bytes", "decoding", "latency", "memory", "cold_start", "quality"}
+
+
+def parse(text: str) -> dict[str, Any] | None:
+    """A record from its JSON; None where that is something else."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(found, dict) or (found.get("format"), found.get("version")) != (FORMAT, VERSION):
+        return None
+    rows = found.get("rows")
+    whole = all(isinstance(found.get(key), dict) for key in ("device", "settings", "data", "versions"))
+    if not whole or not isinstance(rows, list) or not all(isinstance(row, dict) and row.keys() >= _ROW for row in rows):
+        return None
+    return found
+
+
 def check_writable(path: Path) -> None:
     """Raise UsageError now, and not after minutes of measuring, when nothing can be written at `path`."""
     folder = path.parent

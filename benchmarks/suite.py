@@ -254,14 +254,17 @@ def _times_encode(row: Row) -> dict[str, Any]:
     return result
 
 
+def _said(row: Row, photos: Sequence[Photo], ciders: Sequence[float]) -> dict[str, dict[str, Any]]:
+    """Photo → caption, its log-probability and CIDEr."""
+    each = zip(photos, row.captions, ciders, strict=True)
+    return {p.id: {"text": c["text"], "logprob": c["logprob"], "cider": float(score)} for p, c, score in each}
+
+
 def _results(rows: Sequence[Row], photos: Sequence[Photo], reference: dict[str, Any]) -> list[dict[str, Any]]:
     """The record's rows. Captions are compared with those of the first subject that ran through."""
     first = next(iter(_alive(rows)), None)
     scores = {id(row): score([c["text"] for c in row.captions], photos) for row in _alive(rows)}
-    captions = {
-        id(row): {p.id: {"text": c["text"], "logprob": c["logprob"]} for p, c in zip(photos, row.captions, strict=True)}
-        for row in _alive(rows)
-    }
+    captions = {id(row): _said(row, photos, scores[id(row)].per_photo_cider) for row in _alive(rows)}
     results = []
     for row in rows:
         against = first if row is not first else None

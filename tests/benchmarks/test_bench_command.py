@@ -294,9 +294,14 @@ def test_captions_are_the_runtime_s_own(record: dict[str, Any], folder: Path, tm
     row = record["rows"][1]
     for example in examples:
         caption = captioner(example.jpeg_path(tmp_path), beam=2)
-        assert row["captions"][example.id] == {"text": caption.text, "logprob": pytest.approx(caption.logprob)}
+        assert row["captions"][example.id] == {
+            "text": caption.text,
+            "logprob": pytest.approx(caption.logprob),
+            "cider": row["captions"][example.id]["cider"],
+        }
     said = {i: caption["text"] for i, caption in row["captions"].items()}
     scores = caption_metrics(said, {e.id: e.captions for e in examples})
+    assert [c["cider"] for c in row["captions"].values()] == scores.per_photo_cider.tolist()
     assert row["quality"]["cider"] == scores.cider and row["quality"]["bleu_4"] == scores.bleu[3]
 
 
