@@ -125,7 +125,7 @@ def _row(a: Record, b: Record | None, limit: float, stages: Sequence[str], same_
         change["slower"] = change["low"] > 1 + limit and change["p"] < SIGNIFICANT
         if change["slower"] and stage in stages:
             ratio, low, high = (f"{change[key] - 1:+.1%}" for key in ("ratio", "low", "high"))
-            slower.append(f"{stage} {ratio} [{low}, {high}], more than {limit:+.1%}")
+            slower.append(f"{stage} {ratio} [{low}, {high}], more than {100 * limit:g}%")
     if not any(stage in found["stages"] for stage in stages) and not slower:
         slower.append(f"no times of {', '.join(stages)} to compare in both records")
     return found | {
