@@ -62,7 +62,7 @@ def bench(
     device: a profile's name or TOML file; host: replaces the profile's. memory_limit: of each worker, as in 512M.
     browser: how one is measured, for devices of that kind alone. data: a data spec, by default the one in the lineage
     of the first bundle. skip_bad: leave bad examples out; always so where the bundle's recipe did. limit: photos, by
-    default the whole split. beams: replace what the bundles say, each bundle once with each.
+    default the whole split (20 under emulation). beams: replace what the bundles say, each bundle once with each.
     Raises EdgecapError for anything that cannot be measured as asked; a subject that fails while it is measured is a
     row that says so.
     """
@@ -96,6 +96,7 @@ def bench(
     ):
         subjects = reached.subjects(subjects)
         photos: list[Photo] = []
+        limit = limit or reached.photos
         total = min(len(dataset.splits.get(split, ())), limit or 10**9)
         for photo in split_photos(dataset, split, limit, Path(folder)):
             photos.append(photo)
@@ -107,6 +108,10 @@ def bench(
         before = own_limits(reached, settings, progress, 1)
         measured = run(subjects, photos, settings, progress, reached)
         after = own_limits(reached, settings, progress, 2)
+        checked = reached.check(subjects, photos, settings.threads, settings.timeout, progress)
+        for row in measured["rows"]:
+            if row["name"] in checked:
+                row["against_native"] = checked[row["name"]]
         both = before and after and larger(before, after)
         if both:
             add_near(subjects, measured["rows"], both, photos[0].path, stage_times)
@@ -130,7 +135,7 @@ def stage_times(row: Mapping[str, Any]) -> tuple[float | None, float | None]:
 
 def own_limits(device: Device, settings: Settings, progress: Progress, turn: int) -> dict[str, float | None] | None:
     """What the device can do at most; None where the settings leave that out."""
-    if not settings.limit_seconds:
+    if not settings.limit_seconds or not device.timed:
         return None
     found = limits(settings.threads, seconds=settings.limit_seconds, start=device.limits)
     progress("limits", turn, 2)

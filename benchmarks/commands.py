@@ -210,7 +210,8 @@ def bench(
         if json_file:
             records.write(record, Path(json_file))
         show(record)
-    if any(row["status"] != "ok" for row in record["rows"] if row["kind"] == "bundle"):
+    rows = [row for row in record["rows"] if row["kind"] == "bundle"]
+    if any(row["status"] != "ok" or not row.get("against_native", {"ok": True})["ok"] for row in rows):
         sys.exit(1)
 
 

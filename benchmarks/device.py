@@ -28,6 +28,8 @@ Progress = Callable[[str, int, int], None]
 class Device:
     """One device, reached. Use as a context manager: leaving it ends what it holds open."""
 
+    timed = True  # False: its times and memory mean nothing, and are not measured
+    photos: int | None = None  # captioned where nobody says how many; None: the whole split
     memory_limit: int | None = None  # bytes that a worker may hold; see `reach`
 
     def __init__(self, profile: Profile) -> None:
@@ -60,6 +62,12 @@ class Device:
 
     def done(self, record: Mapping[str, Any]) -> None:
         """Tell whoever watches the device what came out."""
+
+    def check(
+        self, subjects: Sequence[Subject], photos: Sequence[Photo], threads: int, timeout: float, progress: Progress
+    ) -> dict[str, dict[str, Any]]:
+        """What a device has to show besides, by the subjects' names: their rows' "against_native" (see against.py)."""
+        return {}
 
     def close(self) -> None:
         """End what is held open."""
@@ -113,10 +121,17 @@ def _browser(profile: Profile, **how: Any) -> Device:
     return Browser(profile, **how)
 
 
+def _emulated(profile: Profile) -> Device:
+    from .emulated import Emulated
+
+    return Emulated(profile)
+
+
 # One entry per kind of profile: how a device of that kind is reached.
 WAYS: dict[str, Callable[..., Device]] = {
     "local": Local,
     "browser": _browser,
+    "emulated-arm64": _emulated,
 }
 LIMITED = ("local", "ssh")  # the kinds whose workers' memory can be limited
 

@@ -10,6 +10,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from ..devices.confine import size_text
 from .latency import STAGES
 
 LABELS = {
@@ -54,12 +55,31 @@ def _head(record: Mapping[str, Any]) -> Iterator[str]:
     yield f"{cpu['model']}, {cpu['cores']} cores ({', '.join(cpu['flags']) or 'no flags known'})"
     threads = settings["threads"]
     versions = " · ".join(f"{name} {record['versions'][name]}" for name in ("edgecap", "onnxruntime", "python"))
-    runs = f"{settings['rounds']} interleaved rounds"
-    yield f"{threads} thread{'s' * (threads != 1)} · {runs} · {versions}"
+    emulated = record["device"].get("times") == "emulated"
+    runs = "emulated: times would mean nothing" if emulated else f"{settings['rounds']} interleaved rounds"
+    yield f"{threads} thread{'s' * (threads != 1)}{confinement(record['device'])} · {runs} · {versions}"
     yield f"{data['spec']}, {data['split']} split, {data['photos']:,} photos"
     load = record["device"]["load"]
-    if load is not None and load > cpu["cores"] / 2:
+    if load is not None and load > cpu["cores"] / 2 and not emulated:
         yield f"other work was running (load {load:.1f}): trust the ratios, not the times"
+
+
+def confinement(device: Mapping[str, Any]) -> str:
+    """The cores that workers were pinned to and their memory limit, in words; empty without."""
+    cores, limit = device.get("pinned") or [], device.get("memory_limit")
+    pinned = f" on core{'s' * (len(cores) != 1)} {', '.join(map(str, cores))}" if cores else ""
+    return pinned + (f", at most {size_text(limit['bytes'])} ({limit['enforced_by']})" if limit else "")
+
+
+def against_line(found: Mapping[str, Any]) -> str:
+    """How a row compares with the same bundle run natively, in words."""
+    if found["error"]:
+        return f"could not be compared with this machine's own run: {found['error']}"
+    photos = found["photos"]
+    return (
+        f"against this machine's own run: same tokens for {found['same_tokens']} of {photos} photos, same captions for "
+        f"{found['same_captions']}, logits' cosine ≥ {found['min_cosine']:.5f}: {'pass' if found['ok'] else 'fail'}"
+    )
 
 
 def _milliseconds(seconds: float | None) -> str:
@@ -135,25 +155,28 @@ def ratio_table(record: Mapping[str, Any]) -> Table:
 
 
 def artifact_table(record: Mapping[str, Any]) -> Table:
-    """Size, memory and cold start, a row per subject."""
-    table = Table(title="Size, memory, cold start", title_justify="left", box=None, pad_edge=False)
+    """Size, memory and cold start, a row per subject; without the latter two where nobody measured them."""
+    rows = [row for row in record["rows"] if row["status"] == "ok"]
+    measured = any(row["memory"] or row["cold_start"] for row in rows)
+    title = "Size, memory, cold start" if measured else "Size"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     table.add_column("", overflow="fold", max_width=26)
-    for name in ("MB", "graphs MB", "peak MB", "over idle", "cold start s", "× imports", "MB over imports"):
+    more = ("peak MB", "over idle", "cold start s", "× imports", "MB over imports") if measured else ()
+    for name in ("MB", "graphs MB", *more):
         table.add_column(name, justify="right")
-    for row in record["rows"]:
-        if row["status"] == "ok":
-            size, memory, cold = row["bytes"] or {}, row["memory"] or {}, row["cold_start"] or {}
-            times = cold.get("times_reference")
-            table.add_row(
-                Text(row["name"]),
-                _mb(size.get("total"), 2),
-                _mb(size.get("graphs"), 2),
+    for row in rows:
+        size, memory, cold = row["bytes"] or {}, row["memory"] or {}, row["cold_start"] or {}
+        times = cold.get("times_reference")
+        cells = [_mb(size.get("total"), 2), _mb(size.get("graphs"), 2)]
+        if measured:
+            cells += [
                 _mb(memory.get("peak_rss")),
                 _mb(memory.get("over_idle")),
                 f"{cold['seconds']:.2f}" if cold else "–",
                 f"{times:.2f}" if times else "–",
                 _mb(cold.get("rss_over_reference")),
-            )
+            ]
+        table.add_row(Text(row["name"]), *cells)
     return table
 
 
@@ -225,6 +248,9 @@ def _notes(record: Mapping[str, Any]) -> Iterator[str]:
         if row.get("near"):
             yield f"{row['name']}: {near_line(row['near'])}"
     for row in rows:
+        if row.get("against_native"):
+            yield f"{row['name']}: {against_line(row['against_native'])}"
+    for row in rows:
         ratios = row.get("times_encode") or {}
         if ratios:
             decode, whole = (_ratio(ratios.get(stage)) for stage in ("decode", "picture_to_text"))
@@ -232,5 +258,5 @@ def _notes(record: Mapping[str, Any]) -> Iterator[str]:
     beams = {row["name"]: row["decoding"].get("beam") for row in rows}
     if len(set(beams.values())) > 1:
         yield "beam: " + ", ".join(f"{name} {beam}" for name, beam in beams.items())
-    elif len(rows) > 1:
+    elif len(rows) > 1 and any(row["latency"] for row in rows):
         yield f"beam {next(iter(beams.values()))}; ratios are paired by round, 95% bootstrap intervals"

@@ -18,6 +18,13 @@ from .runner import Running, WorkerFailed
 from .subjects import Subject
 
 PHASES = ("cold start", "latency", "captions")
+UNTIMED = {
+    "imports": list(REFERENCE_IMPORTS),
+    "error": "times mean nothing on this device",
+    "seconds": None,
+    "peak_rss": None,
+    "idle_rss": None,
+}
 
 
 @dataclass(frozen=True)
@@ -66,7 +73,8 @@ def run(
     progress: Progress,
     device: Device | None = None,
 ) -> dict[str, Any]:
-    """Measure every subject on the same photos, on a device that is prepared for them (by default this machine).
+    """Measure every subject on the same photos, on a device that is prepared for them (by default this machine). Where
+    times mean nothing (Device.timed) only captions are made.
     Returns {"reference": …, "rows": […]} of a record (see record.py).
 
     A subject that fails becomes a row with the reason, and the others go on. Raises UsageError without
@@ -76,10 +84,11 @@ def run(
         raise UsageError("the bench needs at least one bundle or peer, and one photo")
     device = device or Local()
     rows = [Row(subject) for subject in subjects]
-    reference = _fresh_processes(device, rows, photos, settings, progress)
+    reference = UNTIMED if not device.timed else _fresh_processes(device, rows, photos, settings, progress)
     with ExitStack() as stack:
         workers = _start(device, rows, settings, stack)
-        _rounds(rows, workers, photos, settings, progress)
+        if device.timed:
+            _rounds(rows, workers, photos, settings, progress)
         _captions(rows, workers, photos, settings, progress)
     return {"reference": reference, "rows": _results(rows, photos, reference)}
 
@@ -272,7 +281,7 @@ def _results(rows: Sequence[Row], photos: Sequence[Photo], reference: dict[str, 
         quality = speedups = None
         if row.error is None:
             quality = quality_record(scores[id(row)], scores[id(first)])
-            speedups = {o.subject.name: _speedups(o, row) for o in _alive(rows) if o is not row}
+            speedups = {o.subject.name: _speedups(o, row) for o in _alive(rows) if o is not row and o.runs}
             if against:
                 quality["identical_to_first"] = identical_share(captions[id(row)], captions[id(against)])
         results.append(

@@ -4,6 +4,7 @@ Requests and answers are JSON lines on stdin and stdout:
   {"op": "load", "path", "threads", "decoding"}  → {"import_s", "load_s", "facts"}
   {"op": "time", "photos": [file, …]}            → {"runs": [{stage: seconds, "tokens": n}, …]}
   {"op": "caption", "photos": [file, …]}         → {"captions": [{"text", "logprob", "tokens"}, …]}
+  {"op": "forced", "photo": file, "ids": [id, …] or null, "logits": file}  → {"ids", "text"}; see BundleEngine.forced
   {"op": "pass", "photo": file, "logits": file}  → {"run": {"first", "next", "whole": seconds, "ids"}}; see `watched`
 logprob is null where an engine does not tell it. Each answer has "ok" (false comes with "error", one line) and
 "peak_rss" in bytes. The process ends with its input.
@@ -177,6 +178,8 @@ def answer(state: dict[str, Engine], load: Loader, request: dict[str, Any]) -> d
         return {"runs": time_photos(state["engine"], request["photos"])}
     if op == "caption":
         return {"captions": [state["engine"].caption(photo) for photo in request["photos"]]}
+    if op == "forced":
+        return state["engine"].forced(request["photo"], request["ids"], request["logits"])
     if op == "pass":
         return {"run": watched(state["engine"], request["photo"], request.get("logits"))}
     raise ValueError(f"unknown request {op!r}")
@@ -239,6 +242,20 @@ class BundleEngine:
     def caption(self, photo: Any) -> dict[str, Any]:
         caption = self._captioner(photo, **self._decoding)
         return {"text": caption.text, "logprob": float(caption.logprob), "tokens": len(caption.token_ids)}
+
+    def forced(self, photo: str, ids: Sequence[int] | None, logits: str) -> dict[str, Any]:
+        """The photo's caption; its logits [T + 1, vocabulary] where the T tokens given (by default its own) are said
+        are written to the .npy file named.
+        """
+        import numpy as np
+
+        from ..runtime.verify import teacher_forced
+
+        caption = self._captioner(photo, **self._decoding)
+        own = [int(i) for i in caption.token_ids]
+        pixels = self._captioner.view().load(photo)
+        np.save(logits, teacher_forced(self._captioner, pixels, own if ids is None else list(ids)))
+        return {"ids": own, "text": caption.text}
 
     def mark(self, photo: str, marks: Marks) -> Sequence[int]:
         """The ids of a caption made by the call that an app makes, its session's calls marked."""

@@ -97,6 +97,12 @@ def _memory_bytes() -> int | None:
     return min(total, int(limit)) if limit and limit.isdigit() else total
 
 
+def cache_folder() -> Path:
+    """Where caches live: $EDGECAP_CACHE, else the user's cache folder."""
+    base = os.environ.get("EDGECAP_CACHE")
+    return Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "edgecap"
+
+
 def cpu_facts() -> CpuFacts:
     """Facts about this machine's CPU and memory; takes about a millisecond on Linux."""
     model: str | None = None

@@ -27,7 +27,9 @@ def _ssh_lacks(profile: Profile) -> str | None:
 
 
 def _emulation_lacks(profile: Profile) -> str | None:
-    return "the bench has no way to it yet"
+    from .emulated_arm64 import missing
+
+    return missing()
 
 
 def _browser_lacks(profile: Profile) -> str | None:

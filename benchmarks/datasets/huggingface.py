@@ -8,12 +8,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ...devices.local import cache_folder
 from ...runtime.errors import EdgecapError, UsageError, need
 from .base import Dataset
 from .checks import Row, build_dataset, clean_caption, hash_fraction
 from .options import parse_place, whole_number
 from .splits import SPLIT_NAMES, split_of
-from .streamed import Store, cache_folder, photo_bytes
+from .streamed import Store, photo_bytes
 
 USAGE = "hf:ID[:SPLIT][?limit=N,image=COLUMN,caption=COLUMN+COLUMN,config=NAME,revision=NAME]"
 OPTIONS = ("limit", "image", "caption", "config", "revision")

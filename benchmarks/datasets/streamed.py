@@ -14,12 +14,6 @@ MAGIC = {b"\xff\xd8": ".jpg", b"\x89P": ".png", b"RI": ".webp", b"GI": ".gif", b
 END = {"end": True}  # the last line of a split that was streamed to its end
 
 
-def cache_folder() -> Path:
-    """Where caches live: $EDGECAP_CACHE, else the user's cache folder."""
-    base = os.environ.get("EDGECAP_CACHE")
-    return Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "edgecap"
-
-
 def photo_bytes(value: Any) -> bytes | None:
     """The file that a row of `datasets` holds as {"bytes": …, "path": …}; None where there is none."""
     data, path = (value or {}).get("bytes"), (value or {}).get("path")

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from ...benchmarks.datasets import Example
-from ...benchmarks.datasets.streamed import cache_folder
+from ...devices.local import cache_folder
 from ...runtime.errors import EdgecapError
 from ...runtime.preprocess import Preprocess, load_image
 
