@@ -41,7 +41,8 @@ def tensor(dtype: str, *shape: int | str) -> dict[str, Any]:
 class GraphBuilder:
     """Nodes and constants appended one by one."""
 
-    def __init__(self) -> None:
+    def __init__(self, microsoft: bool = False) -> None:
+        self.microsoft = microsoft  # ONNX Runtime's own operators, too, which onnx cannot check
         self.nodes: list[Any] = []
         self.constants: list[Any] = []
 
@@ -55,13 +56,22 @@ class GraphBuilder:
         self.nodes.append(helper.make_node(op, list(inputs), [out], **attributes))
         return out
 
+    def attention(self, inputs: list[str], outputs: list[str], heads: int) -> str:
+        """GroupQueryAttention with rotary positions, which may write its cache in place; the first output's name."""
+        node = helper.make_node("GroupQueryAttention", inputs, outputs, domain="com.microsoft", num_heads=heads)
+        node.attribute.extend(helper.make_attribute(*pair) for pair in (("kv_num_heads", heads), ("do_rotary", 1)))
+        self.nodes.append(node)
+        return outputs[0]
+
     def build(self, inputs: dict[str, Any], outputs: dict[str, Any]) -> bytes:
         def infos(specs: dict[str, Any]) -> list[Any]:
             return [helper.make_tensor_value_info(n, TYPES[s["dtype"]], s["shape"]) for n, s in specs.items()]
 
         graph = helper.make_graph(self.nodes, "captioner", infos(inputs), infos(outputs), self.constants)
-        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
-        onnx.checker.check_model(model)
+        domains = [("", 18), *([("com.microsoft", 1)] if self.microsoft else [])]
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid(*each) for each in domains], ir_version=10)
+        if not self.microsoft:
+            onnx.checker.check_model(model)
         return model.SerializeToString()
 
 
