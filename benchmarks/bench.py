@@ -94,7 +94,7 @@ def bench(
         tempfile.TemporaryDirectory(prefix="edgecap-bench-") as folder,
         reach(profile, memory_limit=limited, **how) as reached,
     ):
-        subjects = reached.subjects(subjects)
+        subjects, progress = reached.subjects(subjects), reached.watching(progress)
         photos: list[Photo] = []
         limit = limit or reached.photos
         total = min(len(dataset.splits.get(split, ())), limit or 10**9)

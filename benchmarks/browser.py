@@ -24,11 +24,11 @@ from ..devices.channel import Channel, Lost
 from ..devices.confine import choose_cores
 from ..devices.headless import Headless
 from ..devices.lan import lan_addresses, qr_code
+from ..devices.local import cache_folder
 from ..runtime.errors import EdgecapError
-from .datasets.streamed import cache_folder
 from .device import Device, Progress
 from .page_answers import browser_name, checked, device_facts
-from .record import package_versions
+from .record import machine_load, package_versions
 from .runner import Running, Worker, WorkerFailed
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from .subjects import Subject
 
 COLD_START = "from the start of a Web Worker to its first caption; the bundle and the .wasm are in the page by then"
-MEMORY_TIMEOUT = 60.0  # seconds; browsers answer at their next garbage collection, or after 20 s
+MEMORY_TIMEOUT = 60.0  # seconds; the page itself gives up after 30
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,7 @@ class Browser(Device):
     def __init__(self, profile: Profile, options: Options | None = None) -> None:
         super().__init__(profile)
         self._options = options = options or Options()
+        self._load = machine_load()
         self._ort = dict(webfiles.ort_files(webgpu=options.webgpu))  # the one thing that may be missing, so first
         files = [*webfiles.page_files(), *webfiles.package_files(), *self._ort.items()]
         self._addresses = lan_addresses()
@@ -72,6 +73,7 @@ class Browser(Device):
         self._hello: dict[str, Any] = {}
         self._headless: Headless | None = None
         self._workers = 0
+        self.progress: float | None = None  # share of the present phase; each command takes it along for the screen
         self.server.start()
 
     @property
@@ -84,6 +86,13 @@ class Browser(Device):
             return list(subjects)
         self._native = {f"{subject.name} native" for subject in subjects}
         return [*subjects, *(replace(subject, name=f"{subject.name} native") for subject in subjects)]
+
+    def watching(self, progress: Progress) -> Progress:
+        def both(phase: str, done: int, total: int) -> None:
+            self.progress = done / total if total else None
+            progress(phase, done, total)
+
+        return both
 
     def prepare(self, subjects: Sequence[Subject], photos: Sequence[Photo], progress: Progress) -> None:
         for subject in subjects:
@@ -172,7 +181,8 @@ class Browser(Device):
         }
         about = hello | {"engine": "webgpu" if self._options.webgpu else "wasm", "cold_start": COLD_START}
         versions = package_versions() | {"onnxruntime-web": webfiles.ort_version()}
-        return {"cpu": cpu, "load": None, "versions": versions, "browser": about}
+        load = self._load if self._headless else None  # of this machine, where it is the browser's, too
+        return {"cpu": cpu, "load": load, "versions": versions, "browser": about}
 
     def done(self, record: dict[str, Any]) -> None:
         """Show the results on the device itself."""
@@ -232,7 +242,7 @@ class PageWorker(Running):
             if "photos" in request:
                 command["photos"] = [self._device.photo(file) for file in request["photos"]]
         try:
-            id = self._device.channel.send(command | {"worker": self._id}, self._visit)
+            id = self._device.channel.send(command | {"worker": self._id, "done": self._device.progress}, self._visit)
         except Lost as lost:
             raise WorkerFailed(str(lost)) from None
         self._asked.append((id, command))

@@ -39,6 +39,10 @@ class Device:
         """What is measured where these are asked for; a device may put others beside them."""
         return list(subjects)
 
+    def watching(self, progress: Progress) -> Progress:
+        """What is told of the progress; a device may show it, too."""
+        return progress
+
     def prepare(self, subjects: Sequence[Subject], photos: Sequence[Photo], progress: Progress) -> None:
         """Bring there what workers will read, before anything is measured. Raises EdgecapError in one line."""
 

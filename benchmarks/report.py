@@ -54,7 +54,8 @@ def _head(record: Mapping[str, Any]) -> Iterator[str]:
     cpu, settings, data = record["device"]["cpu"], record["settings"], record["data"]
     yield f"{cpu['model']}, {cpu['cores']} cores ({', '.join(cpu['flags']) or 'no flags known'})"
     threads = settings["threads"]
-    versions = " · ".join(f"{name} {record['versions'][name]}" for name in ("edgecap", "onnxruntime", "python"))
+    names = [name for name in ("edgecap", "onnxruntime", "onnxruntime-web", "python") if name in record["versions"]]
+    versions = " · ".join(f"{name} {record['versions'][name]}" for name in names)
     emulated = record["device"].get("times") == "emulated"
     runs = "emulated: times would mean nothing" if emulated else f"{settings['rounds']} interleaved rounds"
     yield f"{threads} thread{'s' * (threads != 1)}{confinement(record['device'])} · {runs} · {versions}"
@@ -255,6 +256,10 @@ def _notes(record: Mapping[str, Any]) -> Iterator[str]:
         if ratios:
             decode, whole = (_ratio(ratios.get(stage)) for stage in ("decode", "picture_to_text"))
             yield f"{row['name']}: × its encoder's time: decode {decode}, picture → text {whole}"
+    for row in rows:
+        if weight := row["facts"].get("page_weight"):
+            runtime, bundle = (_mb(weight[part]) for part in ("runtime", "bundle"))
+            yield f"{row['name']}: a page of {runtime} MB and {bundle} MB of bundle, compressed by gzip"
     beams = {row["name"]: row["decoding"].get("beam") for row in rows}
     if len(set(beams.values())) > 1:
         yield "beam: " + ", ".join(f"{name} {beam}" for name, beam in beams.items())

@@ -3,6 +3,7 @@
 
 const MAX_PHOTOS = 64; // kept, the oldest first to go
 const RETRIES = 8;
+const MEMORY_WAIT = 30000; // ms; browsers answer at their next garbage collection, or after 20 s
 
 const byId = (id) => document.getElementById(id);
 const sleep = (ms) => new Promise((done) => setTimeout(done, ms));
@@ -11,7 +12,7 @@ const page = ownId();
 const query = `page=${page}`;
 const blobs = new Map(); // path below the address → Blob: what the device holds, as an app would
 const photos = new Map();
-const workers = new Map(); // id → {thread, begun, answers, queue, name}
+const workers = new Map(); // id → {thread, begun, queue, name, threads}
 
 /** An id that a reload keeps, so that the same device may come back. */
 function ownId() {
@@ -36,7 +37,7 @@ function say(text, { bad = false, done = null } = {}) {
   status.classList.toggle("bad", bad);
   const bar = byId("progress");
   if (done === null) bar.removeAttribute("value");
-  else bar.value = done;
+  else bar.value = done; // of 1, within this phase
 }
 
 // --- what this device is ---
@@ -157,7 +158,7 @@ function done(command) {
   const worker = workers.get(command.worker);
   if (!worker) throw new Error("this worker was ended");
   return inTurn(worker, async () => {
-    say(`${command.op === "time" ? "Timing" : "Captioning"}: ${worker.name}`);
+    say(`${command.op === "time" ? "Timing" : "Captioning"}: ${worker.name}`, { done: command.done });
     const files = await Promise.all(command.photos.map(photo));
     const answer = await ask(worker, { op: command.op, photos: files });
     if (command.op === "caption") showCaption(files.at(-1), answer.captions.at(-1));
@@ -176,18 +177,20 @@ function inTurn(worker, job) {
 
 /** What it needs is fetched first; then the clock starts with the worker. */
 async function load(command) {
-  const worker = { thread: null, begun: performance.now(), answers: null, queue: Promise.resolve(), name: command.name };
+  const worker = { thread: null, begun: performance.now(), queue: Promise.resolve(), name: command.name };
   workers.set(command.worker, worker);
   return inTurn(worker, async () => {
     const wanted = [...Object.entries(command.files), [command.ort.wasm, command.ort.bytes]];
     await fetchAll(command.name, wanted);
-    say(`Starting: ${command.name}`);
+    say(`Starting: ${command.name}`, { done: command.done });
     worker.begun = performance.now();
     worker.thread = new Worker(new URL("worker.js", base), { type: "module" });
     const bundle = Object.fromEntries(Object.keys(command.files).map((path) => [path, blobs.get(path)]));
     const ort = { script: command.ort.script, wasm: blobs.get(command.ort.wasm) };
     const { threads, decoding, webgpu, bundle: at } = command;
-    return ask(worker, { op: "load", at, bundle, ort, threads, decoding, webgpu });
+    const answer = await ask(worker, { op: "load", at, bundle, ort, threads, decoding, webgpu });
+    worker.threads = answer.facts.threads;
+    return answer;
   });
 }
 
@@ -211,8 +214,10 @@ function close(id) {
 
 /** Bytes of everything that this page and its workers hold; null where the browser does not tell. */
 async function memory() {
+  if ([...workers.values()].some(({ threads }) => threads > 1)) return { bytes: null }; // threads that wait never answer
   try {
-    return { bytes: (await performance.measureUserAgentSpecificMemory()).bytes };
+    const measured = performance.measureUserAgentSpecificMemory();
+    return { bytes: (await Promise.race([measured, sleep(MEMORY_WAIT)]))?.bytes ?? null };
   } catch {
     return { bytes: null };
   }

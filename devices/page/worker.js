@@ -18,11 +18,20 @@ async function load({ at, bundle, ort: files, threads, decoding, webgpu }) {
   ort.env.wasm.wasmBinary = await files.wasm.arrayBuffer();
   if (webgpu && !(await navigator.gpu?.requestAdapter())) throw new Error("this browser has no WebGPU here");
   captioner = await Captioner.load(new URL(at, base).href, {
-    ort: webgpu ? withProviders(ort, ["webgpu"]) : ort,
+    ort,
     threads: used,
+    executionProviders: webgpu ? ["webgpu"] : ["wasm"],
     fetch: fromBlobs(base, bundle),
   });
-  options = { beam: decoding.beam, maxLength: decoding.max_length };
+  options = Object.fromEntries(
+    Object.entries({
+      beam: decoding.beam,
+      maxLength: decoding.max_length,
+      minLength: decoding.min_length,
+      lengthPenalty: decoding.length_penalty,
+      noRepeatNgram: decoding.no_repeat_ngram,
+    }).filter(([, value]) => value !== undefined),
+  );
   const loaded = performance.now();
   return {
     facts: {
@@ -33,12 +42,6 @@ async function load({ at, bundle, ort: files, threads, decoding, webgpu }) {
       versions: { "onnxruntime-web": String(ort.env.versions?.web ?? "unknown") },
     },
   };
-}
-
-/** ONNX Runtime whose sessions run on these execution providers. */
-function withProviders(ort, executionProviders) {
-  const create = (model, settings = {}) => ort.InferenceSession.create(model, { ...settings, executionProviders });
-  return { ...ort, InferenceSession: { create } };
 }
 
 /** A fetch that knows the bundle's files alone, already on the device. */
