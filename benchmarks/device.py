@@ -131,9 +131,16 @@ def _emulated(profile: Profile) -> Device:
     return Emulated(profile)
 
 
+def _ssh(profile: Profile) -> Device:
+    from .remote import Ssh
+
+    return Ssh(profile)
+
+
 # One entry per kind of profile: how a device of that kind is reached.
 WAYS: dict[str, Callable[..., Device]] = {
     "local": Local,
+    "ssh": _ssh,
     "browser": _browser,
     "emulated-arm64": _emulated,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tomllib
 from collections.abc import Callable
 from dataclasses import MISSING, asdict, dataclass, fields
@@ -23,7 +24,7 @@ class Kind:
 def _ssh_lacks(profile: Profile) -> str | None:
     if not profile.host:
         return "name its host: --host USER@ADDRESS, or host = in a profile of your own"
-    return "the bench has no way to it yet"
+    return None if shutil.which("ssh") else "there is no ssh program here"
 
 
 def _emulation_lacks(profile: Profile) -> str | None:
@@ -59,6 +60,7 @@ class Profile:
     memory_mb: int | None = None
     host: str = ""  # ssh: USER@ADDRESS, ssh://USER@ADDRESS:PORT, or a name in ssh's own configuration
     ssh_config: str = ""  # ssh: another configuration file than the user's
+    cache: str = "~/.cache/edgecap"  # ssh: the folder there for what is shipped
     python: str = ""  # ssh: an interpreter there that has edgecap; otherwise one is made from shipped wheels
 
     @property
