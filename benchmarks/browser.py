@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from .subjects import Subject
 
 COLD_START = "from the start of a Web Worker to its first caption; the bundle and the .wasm are in the page by then"
+NATIVE = " native"  # after the name of a bundle that is measured on this machine, too
 MEMORY_TIMEOUT = 60.0  # seconds; the page itself gives up after 30
 
 
@@ -84,8 +85,8 @@ class Browser(Device):
     def subjects(self, subjects: Sequence[Subject]) -> list[Subject]:
         if not self._options.native:
             return list(subjects)
-        self._native = {f"{subject.name} native" for subject in subjects}
-        return [*subjects, *(replace(subject, name=f"{subject.name} native") for subject in subjects)]
+        self._native = {subject.name + NATIVE for subject in subjects}
+        return [*subjects, *(replace(subject, name=subject.name + NATIVE) for subject in subjects)]
 
     def watching(self, progress: Progress) -> Progress:
         def both(phase: str, done: int, total: int) -> None:
@@ -184,6 +185,34 @@ class Browser(Device):
         load = self._load if self._headless else None  # of this machine, where it is the browser's, too
         return {"cpu": cpu, "load": load, "versions": versions, "browser": about}
 
+    def check(
+        self, subjects: Sequence[Subject], photos: Sequence[Photo], threads: int, timeout: float, progress: Progress
+    ) -> dict[str, dict[str, Any]]:
+        """Token by token against this machine, where it is measured, too (its rows are among the subjects)."""
+        by_name = {subject.name: subject for subject in subjects}
+        pairs = [(by_name[name.removesuffix(NATIVE)], by_name[name]) for name in sorted(self._native)]
+        pairs = [(page, here) for page, here in pairs if page.kind == "bundle" and not page.fused]
+        found, done = {}, 0
+        for page, here in pairs:
+            same = {"same_tokens": 0, "same_captions": 0}
+            try:
+                with self.start(page, threads) as a, self.start(here, threads) as b:
+                    for worker, subject in ((a, page), (b, here)):
+                        worker.ask("load", timeout=timeout, **subject.load_request(threads))
+                    for photo in photos:
+                        (theirs,) = a.ask("caption", photos=[photo.path], timeout=timeout)["captions"]
+                        (ours,) = b.ask("caption", photos=[photo.path], timeout=timeout)["captions"]
+                        ids = b.ask("pass", photo=photo.path, timeout=timeout)["run"]["ids"]
+                        same["same_tokens"] += theirs["ids"] == ids
+                        same["same_captions"] += theirs["text"] == ours["text"]
+                        progress("tokens", done := done + 1, len(pairs) * len(photos))
+            except WorkerFailed as failure:
+                found[page.name] = {"ok": False, "error": str(failure)}
+                continue
+            ok = same["same_tokens"] == len(photos) if page.facts.get("precision") == "fp32" else None
+            found[page.name] = {"photos": len(photos), **same, "min_cosine": None, "ok": ok, "error": None}
+        return found
+
     def done(self, record: dict[str, Any]) -> None:
         """Show the results on the device itself."""
         self.channel.end(result(record))
@@ -280,6 +309,8 @@ class Native(Worker):
     def send(self, request: dict[str, Any]) -> None:
         if "photos" in request:
             request = request | {"photos": [self._device.png_file(file) for file in request["photos"]]}
+        if "photo" in request:
+            request = request | {"photo": self._device.png_file(request["photo"])}
         super().send(request)
 
 

@@ -122,5 +122,6 @@ def test_a_whole_bench_from_another_host(tmp_path: Path) -> None:
     assert record["device"]["browser"]["secure"] and record["device"]["browser"]["isolated"]
     assert record["device"]["cpu"]["model"].startswith("headless Chromium")
     assert here["quality"]["identical_to_first"] == 1.0
+    assert there["against_native"]["same_tokens"] == 2 and there["against_native"]["ok"]
     assert {"preprocess", "encode", "first_token", "decode", "end_to_end"} <= set(there["latency"])
     assert there["memory"]["peak_rss"] > 10**6 and there["cold_start"]["seconds"] > 0

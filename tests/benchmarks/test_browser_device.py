@@ -141,6 +141,7 @@ def test_a_page_s_figures_become_a_record(web: None, bundle: Path, play: Any, ca
     weight = there["facts"]["page_weight"]
     assert weight["bundle"] == sum(len(data) for path, data in pages[0].files.items() if path.startswith("bundles/"))
     assert here["name"] == "tiny native" and here["speedup"]["tiny"]["end_to_end"]["ratio"] > 0
+    assert there["against_native"]["photos"] == 3 and not there["against_native"]["ok"], "it says the same of each"
     json.dumps(record, allow_nan=False)
     assert "Chrome 150 on Android 15" in str(render(record).renderables[0])
     pages[0].join(5)
