@@ -169,7 +169,8 @@ class Worker(Running):
             raise WorkerFailed(f"answered with something that is not a JSON object: {text!r}")
         if not answer.get("ok"):
             raise WorkerFailed(" ".join(str(answer.get("error", "failed without a reason")).split()))
-        if self._limit and self._limit.over(peak := answer.get("peak_rss")):
+        peak = answer.get("peak_rss") or 0
+        if self._limit and self._limit.over(peak):
             self.kill()
             raise WorkerFailed(f"{self._limit.reason()} (it held {size_text(peak)})")
         return {"since_start": since} | answer

@@ -8,22 +8,25 @@ import click
 
 
 @click.command()
-@click.option("--json", "as_json", is_flag=True, help="Print the profiles as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Profiles, how each is reached and what that lacks, as JSON.")
 def devices(as_json: bool) -> None:
-    """List the devices that edgecap knows, and which of them can be measured from here.
+    """List the devices that edgecap knows, how each is reached, and what that lacks here.
 
     \b
     Examples:
       edgecap devices
       edgecap devices --json
     """
-    from . import cpu_facts, profiles
+    from . import KINDS, cpu_facts, profiles
 
-    facts = cpu_facts()
+    facts, known = cpu_facts(), profiles()
     if as_json:
-        listed = [p.to_dict() | {"reachable": p.reachable} for p in profiles().values()]
+        more = {
+            name: {"how": KINDS[p.kind].how.replace("NAME", name), "missing": p.missing} for name, p in known.items()
+        }
+        listed = [p.to_dict() | {"reachable": more[name]["missing"] is None} | more[name] for name, p in known.items()]
         click.echo(json.dumps({"devices": listed, "this_machine": facts.to_dict()}, indent=1))
         return
     from .listing import show
 
-    show(profiles().values(), facts)
+    show(known.values(), facts)

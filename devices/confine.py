@@ -110,9 +110,9 @@ class MemoryLimit:
         """Whether a process that ended so was ended for its memory."""
         return False
 
-    def over(self, peak: int | None) -> bool:
+    def over(self, peak: int) -> bool:
         """Whether a process that held `peak` bytes should have been ended."""
-        return peak is not None and peak > self.size
+        return peak > self.size
 
     def reason(self) -> str:
         return f"was ended: over its memory limit of {size_text(self.size)}"

@@ -5,14 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
+from rich.text import Text
 
 from .local import CpuFacts
 from .profile import KINDS, Profile
 
 
 def show(profiles: Iterable[Profile], facts: CpuFacts) -> None:
-    """Print the profiles; a mark says which can be measured here. Local ones show this machine's facts."""
+    """Print the profiles; a mark says which can be measured here. Below, how each kind is reached and what that lacks.
+    Local ones show this machine's facts.
+    """
+    kinds: dict[str, str | None] = {}  # what it lacks, by its name
     console = Console()
     if not console.is_terminal:
         console.width = 100
@@ -20,19 +25,25 @@ def show(profiles: Iterable[Profile], facts: CpuFacts) -> None:
     for name in ("", "device", "ISA", "cores", "memory", "targets", "reached as"):
         table.add_column(name, justify="right" if name in ("cores", "memory") else "left")
     for profile in profiles:
+        missing = profile.missing
+        kinds.setdefault(profile.kind, missing)
         local = profile.kind == "local"
         cores = profile.cores or (facts.cores if local else None)
         memory = profile.memory_mb or (facts.memory_mb if local else None)
         table.add_row(
-            "●" if profile.reachable else "",
+            "" if missing else "●",
             profile.name,
             facts.isa if local else profile.isa,
             str(cores or "?"),
             f"{memory / 1024:.0f} GiB" if memory else "?",
             ", ".join(profile.targets),
             KINDS[profile.kind].label,
-            style=None if profile.reachable else "dim",
+            style="dim" if missing else None,
         )
     console.print(table, highlight=False)
-    console.print("\n● can be measured now: edgecap bench --device NAME", highlight=False)
+    console.print("\n● can be measured as things are. How:", highlight=False)
+    for kind, missing in kinds.items():
+        console.print(f"  {KINDS[kind].label}: {KINDS[kind].how}", highlight=False)
+        if missing:
+            console.print(Padding(Text(missing, style="dim"), (0, 0, 0, 4)), highlight=False)
     console.print(f"This machine: {facts.model} ({', '.join(facts.flags) or 'no flags known'})", highlight=False)

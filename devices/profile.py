@@ -15,16 +15,19 @@ from ..runtime.errors import EdgecapError, UsageError
 
 @dataclass(frozen=True)
 class Kind:
-    """A way to reach devices. `missing` tells what reaching this one lacks, in one line, or None when nothing."""
+    """A way to reach devices. how: the command, NAME standing for the device's. `missing` tells what reaching this one
+    lacks, in one line, or None when nothing.
+    """
 
     label: str
+    how: str
     missing: Callable[[Profile], str | None] = lambda profile: None
 
 
 def _ssh_lacks(profile: Profile) -> str | None:
-    if not profile.host:
-        return "name its host: --host USER@ADDRESS, or host = in a profile of your own"
-    return None if shutil.which("ssh") else "there is no ssh program here"
+    if not shutil.which("ssh"):
+        return "there is no ssh program here"
+    return None if profile.host else "name its host: --host USER@ADDRESS, or host = in a profile of your own"
 
 
 def _emulation_lacks(profile: Profile) -> str | None:
@@ -40,10 +43,10 @@ def _browser_lacks(profile: Profile) -> str | None:
 
 
 KINDS = {
-    "local": Kind("this machine"),
-    "ssh": Kind("over ssh", _ssh_lacks),
-    "browser": Kind("a web page opened there", _browser_lacks),
-    "emulated-arm64": Kind("emulated here by qemu", _emulation_lacks),
+    "local": Kind("this machine", "edgecap bench --device NAME"),
+    "ssh": Kind("over ssh", "edgecap bench --device NAME --host USER@ADDRESS", _ssh_lacks),
+    "browser": Kind("a web page opened there", "edgecap bench --device NAME", _browser_lacks),
+    "emulated-arm64": Kind("emulated here by qemu", "edgecap bench --device NAME", _emulation_lacks),
 }
 
 

@@ -65,26 +65,31 @@ def download(folder: Path, platform: Platform) -> list[Path]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     wanted = requirements()
-    for one in wanted:
-        name = one.partition("==")[0]
-        said = _pip(folder, platform, one)
-        if said and "==" in one and _no_such_wheel(said):
-            said = _pip(folder, platform, name)
-        if said:
-            what = f"no wheel of {one}" if _no_such_wheel(said) else f"pip could not fetch {one}"
-            why = next((line for line in reversed(said.splitlines()) if "error" in line.lower()), said.splitlines()[-1])
-            raise EdgecapError(f"{what} for Python {platform.python} on {platform.machine}: {why.strip()[:300]}")
+    if _pip(folder, platform, wanted):  # one by one, to learn which it is
+        for one in wanted:
+            said = _pip(folder, platform, [one])
+            if said and "==" in one and _no_such_wheel(said):
+                said = _pip(folder, platform, [one.partition("==")[0]])
+            if said:
+                raise EdgecapError(_complaint(one, platform, said))
     return sorted(folder.glob("*.whl"))
+
+
+def _complaint(requirement: str, platform: Platform, said: str) -> str:
+    what = f"no wheel of {requirement}" if _no_such_wheel(said) else f"pip could not fetch {requirement}"
+    lines = said.splitlines()
+    why = next((line for line in reversed(lines) if "error" in line.lower()), lines[-1])
+    return f"{what} for Python {platform.python} on {platform.machine}: {why.strip()[:300]}"
 
 
 def _no_such_wheel(said: str) -> bool:
     return "No matching distribution" in said or "Could not find a version" in said
 
 
-def _pip(folder: Path, platform: Platform, requirement: str) -> str:
-    """What pip complained of; empty when the wheel is there."""
+def _pip(folder: Path, platform: Platform, wanted: Sequence[str]) -> str:
+    """What pip complained of; empty when the wheels are there."""
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--no-deps", "--quiet"]
-    command += ["--dest", str(folder), *platform.pip_options(), requirement]
+    command += ["--dest", str(folder), *platform.pip_options(), *wanted]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return "" if done.returncode == 0 else done.stderr.strip() or f"exit code {done.returncode}"
 

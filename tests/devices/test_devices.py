@@ -15,7 +15,8 @@ from edgecap.devices.local import parse_cpuinfo
 from edgecap.devices.profile import KINDS
 from edgecap.runtime.errors import UsageError
 
-EXPECTED = {"cpu", "laptop-x86", "raspberry-pi-4", "raspberry-pi-5", "android-mid", "android-high", "iphone", "browser"}
+BOARDS = {"cpu", "laptop-x86", "raspberry-pi-4", "raspberry-pi-5", "emulated-arm64"}
+EXPECTED = BOARDS | {"android-mid", "android-high", "iphone", "browser"}
 GOOD = {"name": "x", "kind": "ssh", "isa": "aarch64", "targets": ["onnx-int8"]}
 
 
@@ -121,6 +122,7 @@ def test_command_lists_every_device_and_marks_what_can_be_measured() -> None:
         (line,) = [line for line in lines if name in line.split()]
         assert line.startswith("●") == profile.reachable
     assert max(map(len, lines)) <= 100
+    assert "  over ssh: edgecap bench --device NAME --host USER@ADDRESS" in lines
 
 
 def test_command_as_json_is_json_alone() -> None:
@@ -128,3 +130,5 @@ def test_command_as_json_is_json_alone() -> None:
     listed = json.loads(result.stdout)
     assert {d["name"]: d["reachable"] for d in listed["devices"]} == {p.name: p.reachable for p in profiles().values()}
     assert listed["this_machine"]["cores"] >= 1
+    (pi,) = [d for d in listed["devices"] if d["name"] == "raspberry-pi-5"]
+    assert pi["how"] == "edgecap bench --device raspberry-pi-5 --host USER@ADDRESS" and pi["missing"]

@@ -20,7 +20,7 @@ from edgecap.benchmarks.report import against_line, confinement
 from edgecap.benchmarks.runner import Running, Worker
 from edgecap.benchmarks.subjects import Subject, bundle_subject
 from edgecap.cli import cli
-from edgecap.devices import emulated_arm64, get_profile
+from edgecap.devices import emulated_arm64, get_profile, wheels
 from edgecap.devices.wheels import Platform, glibc_version, own_wheel, package_files, unpack
 from edgecap.runtime.errors import EdgecapError
 
@@ -53,6 +53,24 @@ def test_the_wheels_that_fit_a_platform() -> None:
     assert tags[0] == "manylinux_2_28_aarch64" and tags[-2:] == ["manylinux_2_17_aarch64", "manylinux2014_aarch64"]
     assert "cp311" in options
     assert glibc_version("glibc 2.36") == "2.36" and glibc_version("musl") == "2.17"
+
+
+def test_a_wheel_that_is_not_there_is_named_and_older_versions_will_do(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked = []
+
+    def pip(folder: Path, platform: Platform, wanted: list[str]) -> str:
+        asked.append(list(wanted))
+        bad = [one for one in wanted if one.startswith("onnxruntime")]
+        return "ERROR: Could not find a version\nERROR: No matching distribution found for onnxruntime" if bad else ""
+
+    monkeypatch.setattr(wheels, "_pip", pip)
+    with pytest.raises(
+        EdgecapError, match=r"no wheel of onnxruntime==.* for Python 3.13 on armv7l: ERROR: No matching"
+    ):
+        wheels.download(tmp_path, Platform("armv7l", "3.13", "2.36"))
+    assert asked[0] == wheels.requirements() and asked[-1] == ["onnxruntime"]
 
 
 def test_our_own_wheel_holds_what_a_worker_imports_and_is_the_same_each_time(tmp_path: Path) -> None:
