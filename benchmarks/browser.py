@@ -69,7 +69,7 @@ class Browser(Device):
             self.server.add(path, file)
         self._folder = tempfile.TemporaryDirectory(prefix="edgecap-photos-")
         self._photos: dict[str, str] = {}  # file here → path below the address
-        self._bundles: dict[Path, dict[str, int]] = {}  # folder here → {path below the address: bytes}
+        self._bundles: dict[Path, tuple[str, dict[str, int]]] = {}  # folder here → address, {path there: bytes}
         self._native: set[str] = set()
         self._hello: dict[str, Any] = {}
         self._headless: Headless | None = None
@@ -109,7 +109,7 @@ class Browser(Device):
         if not self._hello["isolated"]:
             click.echo("its page is not secure or not isolated: 1 thread", err=True)
 
-    def _serve_bundle(self, folder: Path, base: str) -> dict[str, int]:
+    def _serve_bundle(self, folder: Path, base: str) -> tuple[str, dict[str, int]]:
         from ..runtime.bundle import MANIFEST, Bundle
 
         bundle = Bundle.open(folder, verify="sizes")
@@ -117,7 +117,7 @@ class Browser(Device):
         sizes[MANIFEST] = (folder / MANIFEST).stat().st_size
         for name in sizes:
             self.server.add(base + name, folder / name, "bundle")
-        return {base + name: size for name, size in sizes.items()}
+        return base, {base + name: size for name, size in sizes.items()}
 
     def _announce(self) -> None:
         def say(line: str) -> None:
@@ -130,6 +130,8 @@ class Browser(Device):
             return
         say("Open this address on the device, in the same network:")
         say(f"\n  {self.url}\n")
+        for other in self._addresses[1:4]:
+            say(f"  or, in another network of this machine, {self.server.url(other)}")
         if not self._addresses:
             say("(This machine has no address on a network: only a browser on it can.)")
         elif sys.stderr.isatty():
@@ -148,8 +150,11 @@ class Browser(Device):
                 return self.channel.wait(min(1.0, max(0.0, until - monotonic())))
             except Lost:
                 if self._headless and self._headless.ended is not None:
-                    code = self._headless.ended
-                    raise EdgecapError(f"{self._options.open} ended with exit code {code} before the page") from None
+                    code, said = self._headless.ended, self._headless.said
+                    raise EdgecapError(
+                        f"{self._options.open} ended with exit code {code} before it opened the page"
+                        + (said and f": {said}")
+                    ) from None
                 if monotonic() >= until:
                     raise EdgecapError(
                         f"no device opened {self.url} within {self._options.wait:g} s: is it in the same network, and "
@@ -226,12 +231,12 @@ class Browser(Device):
 
     def load_command(self, subject: Subject, request: dict[str, Any]) -> dict[str, Any]:
         """A worker's "load" request as the page takes it."""
-        files = self._bundles[subject.path]
+        base, files = self._bundles[subject.path]
         script, _, wasm = self._ort
         return {
             "op": "load",
             "name": subject.name,
-            "bundle": next(iter(files)).rpartition("/")[0] + "/" if len(files) else "",
+            "bundle": base,
             "files": files,
             "ort": {"script": script, "wasm": wasm, "bytes": self._ort[wasm].stat().st_size},
             "threads": request["threads"],
@@ -241,7 +246,7 @@ class Browser(Device):
 
     def weight(self, subject: Subject) -> dict[str, int]:
         """Bytes that the page fetched to caption with a bundle, as they went over the wire (gzip)."""
-        bundle = sum(self.server.sent.get(path, 0) for path in self._bundles[subject.path])
+        bundle = sum(self.server.sent.get(path, 0) for path in self._bundles[subject.path][1])
         return {"runtime": self.server.weight("runtime"), "bundle": bundle}
 
     def photo(self, file: str) -> str:
@@ -326,16 +331,16 @@ def png(file: str) -> bytes:
 def result(record: dict[str, Any]) -> dict[str, Any]:
     """What the page shows at the end."""
 
-    def ms(seconds: float) -> str:
-        return f"{seconds * 1e3:,.0f} ms"
+    def ms(seconds: float | None) -> str:
+        return "–" if seconds is None else f"{seconds * 1e3:,.0f} ms"
 
     rows: list[dict[str, Any]] = []
     for row in record["rows"]:
         if row["status"] != "ok":
             rows.append({"name": row["name"], "error": row["error"]})
             continue
-        latency, cold = row["latency"], row["cold_start"]
-        times = [cold["seconds"], latency["end_to_end"]["p50"], latency["end_to_end"]["p90"]]
+        whole, cold = row["latency"]["end_to_end"], row["cold_start"] or {}
+        times = [cold.get("seconds"), whole["p50"], whole["p90"]]
         rows.append({"name": row["name"], "values": [*map(ms, times), f"{row['quality']['cider']:.3f}"]})
     text = "Done. You may close this page."
     return {"text": text, "columns": ["cold start", "a caption, p50", "p90", "CIDEr"], "rows": rows}

@@ -84,8 +84,11 @@ def _caption(found: Any, at: str) -> dict[str, Any]:
     if not isinstance(ids, list) or len(ids) > MAX_TOKENS or not all(type(i) is int and 0 <= i < 2**31 for i in ids):
         raise WorkerFailed(f"the page's {at} has no ids of tokens")
     logprob = found.get("logprob")
-    told = isinstance(logprob, int | float) and not isinstance(logprob, bool) and math.isfinite(logprob)
-    return {"text": _text(found["text"], MAX_TEXT), "logprob": float(logprob) if told else None} | {
+    if isinstance(logprob, bool) or not isinstance(logprob, int | float) or not math.isfinite(logprob):
+        logprob = None
+    return {
+        "text": _text(found["text"], MAX_TEXT),
+        "logprob": logprob,
         "tokens": _whole(found, "tokens", at, MAX_TOKENS),
         "ids": ids,
     }

@@ -49,6 +49,12 @@ class Headless:
         """Its exit code; None while it runs."""
         return self._process.poll()
 
+    @property
+    def said(self) -> str:
+        """The last line that it printed."""
+        lines = Path(self._log.name).read_text(encoding="utf-8", errors="replace").split("\n")
+        return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "")
+
     def close(self) -> None:
         if self._process.poll() is None:
             self._end(signal.SIGTERM)

@@ -94,7 +94,7 @@ def test_tokens_are_python_s_through_loopback(tmp_path: Path, monkeypatch: pytes
             assert worker.peak_memory(found, 60) is None, "threads that wait cannot be asked"
             worker.close()
         with pytest.raises(WorkerFailed, match="in the page: .*404"):
-            device._bundles[bundle] = dict.fromkeys(device._bundles[bundle], 1) | {"bundles/0/nothing": 1}
+            device._bundles[bundle][1]["bundles/0/nothing"] = 1
             device.start(subject, 1).ask("load", timeout=60, **subject.load_request(1))
         last = device.start(subject, 1)
         assert device._headless is not None

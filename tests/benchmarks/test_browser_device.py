@@ -199,7 +199,7 @@ def test_a_page_that_hangs_is_a_row_that_says_so(web: None, bundle: Path, play: 
 def test_waiting_has_an_end(web: None, bundle: Path) -> None:
     with pytest.raises(EdgecapError, match="no device opened http.* within 0.1 s"):
         bench([bundle], device="iphone", settings=QUICK, browser=Options(http=True, wait=0.1))
-    with pytest.raises(EdgecapError, match="false ended with exit code 1 before the page"):
+    with pytest.raises(EdgecapError, match="false ended with exit code 1 before it opened the page"):
         bench([bundle], device="iphone", settings=QUICK, browser=Options(http=True, wait=60, open="false"))
     with pytest.raises(UsageError, match="no program nosuchbrowser"):
         bench([bundle], device="iphone", settings=QUICK, browser=Options(http=True, open="nosuchbrowser"))
