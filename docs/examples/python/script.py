@@ -1,0 +1,16 @@
+"""Caption photos: python script.py BUNDLE PHOTO..."""
+
+import sys
+
+from edgecap import Captioner
+from edgecap.runtime import EdgecapError
+
+bundle, *photos = sys.argv[1:]
+with Captioner.load(bundle) as captioner:
+    for photo in photos:
+        try:
+            for piece in captioner.stream(photo):  # as it is said; captioner(photo) gives it all at once
+                print(piece, end="", flush=True)
+            print()
+        except EdgecapError as error:  # broken, missing, or no photo at all: one line, and on with the next
+            print(error.message, file=sys.stderr)
