@@ -6,7 +6,7 @@ import hashlib
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from ..devices import Profile
 from ..devices.local import cache_folder
@@ -33,9 +33,19 @@ class Ssh(Device):
         self.host = Host(profile)
         self._there: dict[str, str] = {}  # paths here → paths there
         self._environment: dict[str, str] = {}
+        self._found: dict[str, Any] = {}
+
+    def __enter__(self) -> Self:
+        """Connect: a device that cannot be reached is told before anything is prepared for it."""
+        try:
+            self._found = self.host.probe()
+        except BaseException:
+            self.close()
+            raise
+        return self
 
     def prepare(self, subjects: Sequence[Subject], photos: Sequence[Photo], progress: Progress) -> None:
-        found = self.host.probe()
+        found = self._found
         wanted: dict[str, Files] = {}
         with tempfile.TemporaryDirectory(prefix="edgecap-wheel-") as folder:
             if not self.profile.python:
