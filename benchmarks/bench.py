@@ -15,6 +15,7 @@ from ..devices.confine import parse_size
 from ..runtime.errors import UsageError
 from .device import Device, reach
 from .limits import larger, limits
+from .page import thumbnail
 from .quality import Photo, split_photos
 from .record import build
 from .subjects import Origin, Subject, bundle_subject, newest_bundle, peer_subject, unique_names, ways
@@ -55,6 +56,7 @@ def bench(
     peers: Sequence[str] = (),
     settings: Settings | None = None,
     runs: Path = Path("runs"),
+    pictures: dict[str, str] | None = None,
     progress: Progress = lambda phase, done, total: None,
 ) -> dict[str, Any]:
     """Measure bundles and peers on a device and return the record (see record.build).
@@ -63,6 +65,7 @@ def bench(
     browser: how one is measured, for devices of that kind alone. data: a data spec, by default the one in the lineage
     of the first bundle. skip_bad: leave bad examples out; always so where the bundle's recipe did. limit: photos, by
     default the whole split (20 under emulation). beams: replace what the bundles say, each bundle once with each.
+    pictures: filled with every photo, small, as a data: URI by its id.
     Raises EdgecapError for anything that cannot be measured as asked; a subject that fails while it is measured is a
     row that says so.
     """
@@ -103,6 +106,8 @@ def bench(
             progress("photos", len(photos), total)
         # Now, and not as a failed row after all else was measured.
         require_decodable(dataset.splits[split][: len(photos)], spec)
+        if pictures is not None:
+            pictures |= {photo.id: thumbnail(photo) for photo in photos}
         reached.prepare(subjects, photos, progress)
         facts = reached.facts(settings.threads)
         before = own_limits(reached, settings, progress, 1)

@@ -24,18 +24,27 @@ def show(found: Mapping[str, Any]) -> None:
         print(line)
 
 
-def render(found: Mapping[str, Any]) -> RenderableType:
+def show_since(found: Mapping[str, Any]) -> None:
+    """Print what changed since the last record of the history, after a run's own tables."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = 100
+    console.print()
+    console.print(render(found, "Since the last record: change of time [95%]"), highlight=False)
+
+
+def render(found: Mapping[str, Any], title: str = "Change of time [95%]") -> RenderableType:
     """The table and notes."""
-    parts: list[RenderableType] = [table(found)]
+    parts: list[RenderableType] = [table(found, title)]
     parts += [Text(line, style="dim") for line in notes(found)]
     return Group(*parts)
 
 
-def table(found: Mapping[str, Any]) -> Table:
+def table(found: Mapping[str, Any], title: str) -> Table:
     """A row per subject: change of times with their intervals, of CIDEr, bytes and memory."""
     shown = [stage for stage in SHOWN if any(stage in row["stages"] for row in found["rows"])]
     shown += [stage for stage in found["stages"] if stage not in shown]
-    made = Table(title="Change of time [95%]", title_justify="left", box=None, pad_edge=False)
+    made = Table(title=Text(title), title_justify="left", box=None, pad_edge=False)
     made.add_column("", overflow="fold", max_width=26)
     for stage in shown:
         made.add_column(LABELS.get(stage, stage.replace("_", " ")), justify="right")

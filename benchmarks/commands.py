@@ -119,7 +119,9 @@ def compare_records(before: Path, after: Path, slower: float | None, force: bool
 @click.option("--webgpu", is_flag=True, help="Browsers compute with WebGPU instead of WebAssembly.")
 @click.option("--native", is_flag=True, help="Beside a browser, measure each bundle on this machine, too.")
 @click.option("--json", "json_file", metavar="FILE", help="Write the whole record here; - is stdout.")
-@click.option("--history", type=click.Path(path_type=Path), help="Add the record to this file, one line each.")
+@click.option("--history", type=click.Path(path_type=Path), help="Add the record here; tell what it changed.")
+@click.option("--report", type=click.Path(path_type=Path, dir_okay=False), help="Write all of it as one HTML file.")
+@click.option("--embed-photos", is_flag=True, help="With --report: put the photos into it, small.")
 @click.option(
     "--compare", nargs=2, type=click.Path(path_type=Path), metavar="A.json B.json", help="Measure nothing: B over A."
 )
@@ -145,6 +147,8 @@ def bench(
     native: bool,
     json_file: str | None,
     history: Path | None,
+    report: Path | None,
+    embed_photos: bool,
     compare: tuple[Path, Path] | None,
     slower: float | None,
     force: bool,
@@ -161,6 +165,7 @@ def bench(
       edgecap bench runs/a-int8.edgecap --data flickr8k:DIR --beam 3 --peer torch:runs/a
       edgecap bench runs/a-fp32.edgecap --device android-mid --limit 20
       edgecap bench runs/a-fp32.edgecap --device browser --open chromium --native
+      edgecap bench runs/*.edgecap --report bench.html --history runs/bench.jsonl
       edgecap bench --compare before.json after.json --fail-if-slower 5%
     """
     if compare:
@@ -172,11 +177,19 @@ def bench(
         raise click.UsageError("--fail-if-slower and --force go with --compare")
     from . import record as records
     from .bench import bench as run_bench
+    from .changes import show_since
+    from .compare import since_last
+    from .page import page, require_jinja, write_page
     from .progress import PhaseBars
     from .report import show
     from .suite import Settings
 
-    files = [history] if history else []
+    if embed_photos and not report:
+        raise click.UsageError("--embed-photos goes with --report")
+    if report:
+        require_jinja()
+    pictures: dict[str, str] | None = {} if embed_photos else None
+    files = [file for file in (history, report) if file]
     if json_file and json_file != "-":
         files.append(Path(json_file))
     for file in files:
@@ -200,16 +213,24 @@ def bench(
             beams=beams,
             peers=peers,
             settings=Settings(threads=threads, rounds=rounds),
+            pictures=pictures,
             progress=bars,
         )
+    changed = None
     if history:
+        changed = since_last(records.history(history), record)
         records.append(record, history)
+    if report:
+        first = history is not None and changed is None
+        write_page(page(record, changes=changed, first_record=first, photos=pictures), report)
     if json_file == "-":
         click.echo(records.dumps(record))
     else:
         if json_file:
             records.write(record, Path(json_file))
         show(record)
+        if changed:
+            show_since(changed)
     rows = [row for row in record["rows"] if row["kind"] == "bundle"]
     if any(row["status"] != "ok" or row.get("against_native", {}).get("ok") is False for row in rows):
         sys.exit(1)

@@ -52,6 +52,18 @@ def compare(a: Record, b: Record, *, limit: float = 0.0, stages: Sequence[str] =
     }
 
 
+def since_last(history: Sequence[Record], record: Record) -> dict | None:
+    """What a record changed over the last one of the same device, threads and data that shares a row with it; None
+    where the history has none.
+    """
+    names = {row["name"] for row in record["rows"]}
+    for last in reversed(history):
+        shared = any(row["status"] == "ok" and row["name"] in names for row in last["rows"])
+        if shared and not differences(last, record):
+            return compare(last, record)
+    return None
+
+
 def differences(a: Record, b: Record) -> list[str]:
     """Why two records should not be compared, "what: … and …" each."""
     found = []

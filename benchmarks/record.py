@@ -112,6 +112,19 @@ def read(path: Path) -> dict[str, Any]:
     return found
 
 
+def history(path: Path) -> list[dict[str, Any]]:
+    """The records of a history, oldest first; none where there is no such file. Lines that are no records are passed
+    over. Raises UsageError where it cannot be read.
+    """
+    try:
+        with path.open(encoding="utf-8", errors="replace") as lines:
+            return [found for line in lines if (found := parse(line)) is not None]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UsageError(f"the history {path} cannot be read: {error.strerror}") from error
+
+
 _ROW = {"name", "kind", "status", "error", "sha256", "bytes", "decoding", "latency", "memory", "cold_start", "quality"}
 
 

@@ -85,28 +85,28 @@ def against_line(found: Mapping[str, Any]) -> str:
     )
 
 
-def _milliseconds(seconds: float | None) -> str:
+def milliseconds(seconds: float | None) -> str:
     if seconds is None:
         return "–"
     ms = seconds * 1e3
-    return f"{ms:,.0f}" if ms >= 1000 else f"{ms:.3g}" if ms < 100 else f"{ms:.0f}"
+    return f"{ms:,.0f}" if ms >= 99.95 else f"{ms:#.3g}"
 
 
-def _mb(value: float | None, digits: int = 1) -> str:
+def megabytes(value: float | None, digits: int = 1) -> str:
     return "–" if value is None else f"{value / 1e6:,.{digits}f}"
 
 
-def _times(value: float) -> str:
+def times_text(value: float) -> str:
     return f"{value:.2f}" if 0.1 <= value < 100 else f"{value:.2g}" if value < 0.1 else f"{value:,.0f}"
 
 
-def _ratio(figures: Mapping[str, float] | None) -> str:
+def ratio_text(figures: Mapping[str, float] | None) -> str:
     if not figures:
         return ""
-    return f"{_times(figures['ratio'])} [{_times(figures['low'])}, {_times(figures['high'])}]"
+    return f"{times_text(figures['ratio'])} [{times_text(figures['low'])}, {times_text(figures['high'])}]"
 
 
-def _interval(figures: Mapping[str, float], sign: str = "") -> str:
+def interval_text(figures: Mapping[str, float], sign: str = "") -> str:
     """0.473 [.452, .495]: without the zeros, so that two of these fit in a row."""
     low, high = (re.sub(r"^(-?)0\.", r"\1.", f"{figures[bound]:.3f}") for bound in ("low", "high"))
     return f"{figures['mean']:{sign}.3f} [{low}, {high}]"
@@ -133,10 +133,10 @@ def latency_table(record: Mapping[str, Any]) -> Table:
             cells: list[str | Text] = [
                 name,
                 LABELS[stage],
-                *(_milliseconds(figures[p]) for p in ("p50", "p90", "p99", "min")),
+                *(milliseconds(figures[p]) for p in ("p50", "p90", "p99", "min")),
             ]
             if compare:
-                cells.append(_ratio((row["speedup"] or {}).get(first, {}).get(stage)))
+                cells.append(ratio_text((row["speedup"] or {}).get(first, {}).get(stage)))
             end = stage == "end_to_end"
             table.add_row(*cells, style="bold" if end else None, end_section=end)
             name = Text()
@@ -153,7 +153,7 @@ def ratio_table(record: Mapping[str, Any]) -> Table:
         table.add_column(Text(f"than {name}"), justify="right", overflow="fold")
     for row in rows:
         ratios = [row["speedup"].get(name, {}).get("end_to_end") for name in shown]
-        table.add_row(Text(row["name"]), *map(_ratio, ratios))
+        table.add_row(Text(row["name"]), *map(ratio_text, ratios))
     return table
 
 
@@ -170,14 +170,14 @@ def artifact_table(record: Mapping[str, Any]) -> Table:
     for row in rows:
         size, memory, cold = row["bytes"] or {}, row["memory"] or {}, row["cold_start"] or {}
         times = cold.get("times_reference")
-        cells = [_mb(size.get("total"), 2), _mb(size.get("graphs"), 2)]
+        cells = [megabytes(size.get("total"), 2), megabytes(size.get("graphs"), 2)]
         if measured:
             cells += [
-                _mb(memory.get("peak_rss")),
-                _mb(memory.get("over_idle")),
+                megabytes(memory.get("peak_rss")),
+                megabytes(memory.get("over_idle")),
                 f"{cold['seconds']:.2f}" if cold else "–",
                 f"{times:.2f}" if times else "–",
-                _mb(cold.get("rss_over_reference")),
+                megabytes(cold.get("rss_over_reference")),
             ]
         table.add_row(Text(row["name"]), *cells)
     return table
@@ -199,10 +199,10 @@ def quality_table(record: Mapping[str, Any]) -> Table:
         table.add_column(name, justify="right")
     for row in rows:
         q = row["quality"]
-        cells: list[str | Text] = [Text(row["name"]), _interval(q["cider_interval"])]
+        cells: list[str | Text] = [Text(row["name"]), interval_text(q["cider_interval"])]
         if compare:
             difference = q.get("cider_over_first")
-            cells.append(_interval(difference, "+") if difference else "")
+            cells.append(interval_text(difference, "+") if difference else "")
             cells.append(f"{q['identical_to_first']:.0%}" if "identical_to_first" in q else "")
         else:
             cells.append(str(row["decoding"].get("beam", "–")))
@@ -232,7 +232,7 @@ def near_line(near: Mapping[str, Any]) -> str:
     parts = []
     if decoder := near["decoder"]:
         rate = f"{decoder['gb_s']:.1f} GB/s, {decoder['share']:.0%} of the limit"
-        parts.append(f"a token reads {_mb(decoder['bytes'])} MB of weights at {rate}")
+        parts.append(f"a token reads {megabytes(decoder['bytes'])} MB of weights at {rate}")
     if encoder := near["encoder"]:
         work = encoder["fp32_gop"] + encoder["int8_gop"]
         parts.append(f"the encoder's {work:.3g} GOP run at {encoder['share']:.0%} of the limit")
@@ -243,7 +243,7 @@ def _notes(record: Mapping[str, Any]) -> Iterator[str]:
     reference, rows = record["reference"], [row for row in record["rows"] if row["status"] == "ok"]
     if reference["seconds"]:
         imports = ", ".join(name.partition(".")[0] for name in reference["imports"])
-        peak = f" and {_mb(reference['peak_rss'])} MB" if reference["peak_rss"] else ""
+        peak = f" and {megabytes(reference['peak_rss'])} MB" if reference["peak_rss"] else ""
         yield f"imports: a process that only imports {imports}: {reference['seconds']:.2f} s{peak}"
     if found := limits_line(record):
         yield found
@@ -256,7 +256,7 @@ def _notes(record: Mapping[str, Any]) -> Iterator[str]:
     for row in rows:
         ratios = row.get("times_encode") or {}
         if ratios:
-            decode, whole = (_ratio(ratios.get(stage)) for stage in ("decode", "picture_to_text"))
+            decode, whole = (ratio_text(ratios.get(stage)) for stage in ("decode", "picture_to_text"))
             yield f"{row['name']}: × its encoder's time: decode {decode}, picture → text {whole}"
     for row in rows:
         if weight := row["facts"].get("page_weight"):

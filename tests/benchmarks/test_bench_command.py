@@ -22,7 +22,7 @@ from rich.console import Console
 
 from edgecap.benchmarks import record as records
 from edgecap.benchmarks.bench import bench, choose
-from edgecap.benchmarks.report import _interval, _milliseconds, _ratio, render
+from edgecap.benchmarks.report import interval_text, milliseconds, ratio_text, render
 from edgecap.benchmarks.subjects import Origin, newest_bundle
 from edgecap.benchmarks.suite import Settings
 from edgecap.cli import cli
@@ -394,10 +394,10 @@ def test_other_work_on_the_machine_is_told(record: dict[str, Any]) -> None:
 
 def test_figures_of_any_size_are_shown_right() -> None:
     bounds = {"mean": 0.5, "low": -0.0254, "high": 10.0234}
-    assert _interval(bounds) == "0.500 [-.025, 10.023]"
-    assert _interval(bounds, "+").startswith("+0.500 ")
-    assert _ratio({"ratio": 0.00412, "low": 0.61, "high": 1234.5}) == "0.0041 [0.61, 1,234]"
-    shown = [_milliseconds(t) for t in (0.00001234, 0.0123, 0.1239, 12.3, None)]
+    assert interval_text(bounds) == "0.500 [-.025, 10.023]"
+    assert interval_text(bounds, "+").startswith("+0.500 ")
+    assert ratio_text({"ratio": 0.00412, "low": 0.61, "high": 1234.5}) == "0.0041 [0.61, 1,234]"
+    shown = [milliseconds(t) for t in (0.00001234, 0.0123, 0.1239, 12.3, None)]
     assert shown == ["0.0123", "12.3", "124", "12,300", "–"]
 
 
