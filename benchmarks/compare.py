@@ -138,7 +138,8 @@ def _row(a: Record, b: Record | None, limit: float, stages: Sequence[str], same_
         if change["slower"] and stage in stages:
             ratio, low, high = (f"{change[key] - 1:+.1%}" for key in ("ratio", "low", "high"))
             slower.append(f"{stage} {ratio} [{low}, {high}], more than {100 * limit:g}%")
-    if not any(stage in found["stages"] for stage in stages) and not slower:
+    untimed = not a["latency"] and not b["latency"]  # as under emulation
+    if not any(stage in found["stages"] for stage in stages) and not slower and not untimed:
         slower.append(f"no times of {', '.join(stages)} to compare in both records")
     return found | {
         "reason": "; ".join(slower) or None,

@@ -14,7 +14,7 @@ from ..runtime.errors import UsageError, need
 from . import changes as told
 from .plots import Point, pareto
 from .quality import Photo
-from .report import LABELS, interval_text, limits_line, megabytes, milliseconds, ratio_text
+from .report import LABELS, limits_line, megabytes, milliseconds, native_lines, ratio_text, weight_lines
 
 STAGES = ("preprocess", "encode", "first_token", "further_tokens")
 STAGE_LABELS = {"further_tokens": "further tokens"} | LABELS
@@ -65,18 +65,20 @@ def page(
 
     folder = files(__package__)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"ms": milliseconds, "mb": megabytes, "ratio": ratio_text, "interval": interval_text}
+    environment.filters |= {"ms": milliseconds, "mb": megabytes, "ratio": ratio_text}
     template = environment.from_string((folder / "page.html.jinja").read_text(encoding="utf-8"))
     rows = record["rows"]
+    groups = grouped(rows)
     return template.render(
         record=record,
         style=Markup((folder / "page.css").read_text(encoding="utf-8")),
         head=headline(record),
-        groups=[[line(row, group) for row in group] for group in grouped(rows)],
+        notes=[*native_lines(rows), *weight_lines(rows)],
+        groups=[[line(row, group) for row in group] for group in groups],
         failed=[row for row in rows if row["status"] != "ok"],
-        against=[table for group in grouped(rows) if (table := against_peers(group))],
+        against=[table for group in groups if (table := against_peers(group))],
         plots=plots(rows),
-        stages=stage_bars(rows),
+        stages=stage_bars(groups),
         stage_labels=STAGE_LABELS,
         limits=limits_line(record),
         near=[row for row in rows if row.get("near")],
@@ -92,20 +94,25 @@ def _ok(rows: Iterable[Row]) -> list[Row]:
     return [row for row in rows if row["status"] == "ok"]
 
 
+def _timed(rows: Iterable[Row]) -> list[Row]:
+    """Rows that ran where times mean something: not under emulation."""
+    return [row for row in _ok(rows) if (row["latency"] or {}).get("end_to_end")]
+
+
 def _whole(row: Row) -> dict[str, float]:
-    """Times from JPEG to text; every row that ran has them."""
+    """Times from JPEG to text."""
     return row["latency"]["end_to_end"]
 
 
 def headline(record: Mapping[str, Any]) -> dict[str, Any]:
     """What stands at the top: which bundle is fastest and which captions best, and whether the machine was busy."""
-    ours = [row for row in _ok(record["rows"]) if row["kind"] == "bundle"]
+    ours = [row for row in _timed(record["rows"]) if row["kind"] == "bundle"]
     cpu, load = record["device"]["cpu"], record["device"].get("load")
     found: dict[str, Any] = {"fastest": None, "best": None, "busy": None}
     if ours:
         found["fastest"] = min(ours, key=lambda row: _whole(row)["p50"])
         found["best"] = max(ours, key=lambda row: row["quality"]["cider"])
-    if load is not None and cpu["cores"] and load > cpu["cores"] / 2:
+    if load is not None and record["device"].get("times") != "emulated" and cpu["cores"] and load > cpu["cores"] / 2:
         found["busy"] = f"{load:.1f}"
     return found
 
@@ -128,16 +135,16 @@ def grouped(rows: Sequence[Row]) -> list[list[Row]]:
 
 def line(row: Row, group: Sequence[Row]) -> dict[str, Any]:
     """A row of the headline table; the first of its group is the one whose speed is 1."""
-    first, facts, latency = group[0], row["facts"], row["latency"]
-    longest = max(_whole(other)["p50"] for other in group)
+    first, facts, latency = group[0], row["facts"], row["latency"] or {}
+    longest = max((_whole(other)["p50"] for other in _timed(group)), default=0.0)
     speed = None if row is first else ((row["speedup"] or {}).get(first["name"]) or {}).get("end_to_end")
     what = row["kind"] if row["kind"] != "bundle" else str(facts.get("target") or "bundle")
     return {
         "row": row,
         "peer": row["kind"] != "bundle",
         "what": f"{what} · beam {row['decoding'].get('beam', 1)}",
-        "whole": _whole(row),
-        "share": 100 * _whole(row)["p50"] / longest,
+        "whole": latency.get("end_to_end"),
+        "share": 100 * _whole(row)["p50"] / longest if "end_to_end" in latency else 0.0,
         "speed": speed,
         "is_first": row is first,
         "encode": (latency.get("encode") or {}).get("p50"),
@@ -173,7 +180,7 @@ def plots(rows: Sequence[Row]) -> dict[str, Any] | None:
             size=(row["bytes"] or {}).get("total"),
             peer=row["kind"] != "bundle",
         )
-        for row in _ok(rows)
+        for row in _timed(rows)
     ]
     if len(points) < 2:
         return None
@@ -189,22 +196,30 @@ def plots(rows: Sequence[Row]) -> dict[str, Any] | None:
     }
 
 
-def stage_bars(rows: Sequence[Row]) -> dict[str, Any]:
-    """Each row's medians (s) of the stages that make up JPEG → text, and their widths in per cent."""
-    bars = []
-    for row in _ok(rows):
-        parts = {stage: row["latency"][stage]["p50"] for stage in STAGES[:3] if stage in row["latency"]}
-        if "decode" in row["latency"] and "first_token" in parts:
-            parts["further_tokens"] = max(0.0, row["latency"]["decode"]["p50"] - parts["first_token"])
-        bars.append({"row": row, "whole": _whole(row)["p50"], "parts": parts})
-    longest = max((max(bar["whole"], sum(bar["parts"].values())) for bar in bars), default=0)
-    # Where one is far longer than another, each is drawn as its own 100%.
-    own = bool(bars) and longest > 15 * min(bar["whole"] for bar in bars)
-    for bar in bars:
-        full = max(bar["whole"], sum(bar["parts"].values())) if own else longest
-        bar["widths"] = {stage: 100 * seconds / full for stage, seconds in bar["parts"].items()}
-        bar["width"] = 100 * bar["whole"] / full
-    return {"bars": bars, "own": own}
+def stage_bars(groups: Sequence[Sequence[Row]]) -> dict[str, Any]:
+    """Each row's medians (s) of the stages that make up JPEG → text, and their widths in per cent of its group's
+    longest, or, "own", of itself where a group's are too far apart.
+    """
+    bars, own = [], False
+    for group in map(_timed, groups):
+        mine = [{"row": row, "whole": _whole(row)["p50"], "parts": _parts(row["latency"])} for row in group]
+        lengths = [max(bar["whole"], sum(bar["parts"].values())) for bar in mine]
+        apart = bool(mine) and max(lengths) > 15 * min(lengths)
+        own = own or apart
+        for bar, length in zip(mine, lengths, strict=True):
+            full = length if apart else max(lengths)
+            bar["widths"] = {stage: 100 * seconds / full for stage, seconds in bar["parts"].items()}
+            bar["width"] = 100 * bar["whole"] / full
+        bars += mine
+    return {"bars": bars, "own": own, "groups": len(groups)}
+
+
+def _parts(latency: Mapping[str, Any]) -> dict[str, float]:
+    """Medians (s) of preprocess, encode, first token and further tokens, as far as they are timed."""
+    parts = {stage: latency[stage]["p50"] for stage in STAGES[:3] if stage in latency}
+    if "decode" in latency and "first_token" in parts:
+        parts["further_tokens"] = max(0.0, latency["decode"]["p50"] - parts["first_token"])
+    return parts
 
 
 def changed(found: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -239,6 +239,21 @@ def near_line(near: Mapping[str, Any]) -> str:
     return "; ".join(parts)
 
 
+def native_lines(rows: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    """How the rows of a device that is not this machine compare with this machine."""
+    for row in rows:
+        if row.get("against_native"):
+            yield f"{row['name']}: {against_line(row['against_native'])}"
+
+
+def weight_lines(rows: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    """What browsers had to fetch."""
+    for row in rows:
+        if weight := row["facts"].get("page_weight"):
+            runtime, bundle = (megabytes(weight[part]) for part in ("runtime", "bundle"))
+            yield f"{row['name']}: a page of {runtime} MB and {bundle} MB of bundle, compressed by gzip"
+
+
 def _notes(record: Mapping[str, Any]) -> Iterator[str]:
     reference, rows = record["reference"], [row for row in record["rows"] if row["status"] == "ok"]
     if reference["seconds"]:
@@ -250,18 +265,13 @@ def _notes(record: Mapping[str, Any]) -> Iterator[str]:
     for row in rows:
         if row.get("near"):
             yield f"{row['name']}: {near_line(row['near'])}"
-    for row in rows:
-        if row.get("against_native"):
-            yield f"{row['name']}: {against_line(row['against_native'])}"
+    yield from native_lines(rows)
     for row in rows:
         ratios = row.get("times_encode") or {}
         if ratios:
             decode, whole = (ratio_text(ratios.get(stage)) for stage in ("decode", "picture_to_text"))
             yield f"{row['name']}: × its encoder's time: decode {decode}, picture → text {whole}"
-    for row in rows:
-        if weight := row["facts"].get("page_weight"):
-            runtime, bundle = (_mb(weight[part]) for part in ("runtime", "bundle"))
-            yield f"{row['name']}: a page of {runtime} MB and {bundle} MB of bundle, compressed by gzip"
+    yield from weight_lines(rows)
     beams = {row["name"]: row["decoding"].get("beam") for row in rows}
     if len(set(beams.values())) > 1:
         yield "beam: " + ", ".join(f"{name} {beam}" for name, beam in beams.items())

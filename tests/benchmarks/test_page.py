@@ -60,9 +60,7 @@ class Reader(HTMLParser):
 def with_speedups(*rows: dict[str, Any]) -> list[dict[str, Any]]:
     for row in rows:
         row["speedup"] = {
-            other["name"]: {
-                "end_to_end": speedup(other["rounds"]["end_to_end"], row["rounds"]["end_to_end"]).to_dict()
-            }
+            other["name"]: {"end_to_end": speedup(other["rounds"]["end_to_end"], row["rounds"]["end_to_end"]).to_dict()}
             for other in rows
             if other is not row
         }
@@ -114,7 +112,7 @@ def test_it_shows_what_was_measured(full: dict[str, Any]) -> None:
     assert "no such <architecture>" in shown and "Not measured" in shown
     assert "25.0 GB/s" in shown and "12%" in shown and "2.8 MB a token" in shown
     assert "in one graph: its parts are not timed" in shown
-    assert "Each bar is its own whole" in shown  # 40 times apart
+    assert "Bundles and their peers share a scale" in shown
     assert "Test CPU" in shown and "scenes:test=12" in shown and "OMP_WAIT_POLICY=passive" in shown
 
 
@@ -169,6 +167,19 @@ def test_a_run_of_one_bundle_has_no_plot_and_one_of_failures_still_a_page(full: 
     assert "<svg" not in text and "turns a JPEG into text in" in " ".join(text.split())
     text, reader = html_of(full | {"rows": full["rows"][-1:]})
     assert "no such <architecture>" in reader.text and "Results" not in reader.text
+
+
+def test_an_emulated_device_has_captions_and_no_times() -> None:
+    row = made_up_row("small", latency=None, rounds=None, speedup=None, cold_start=None, memory=None, near=None)
+    row["against_native"] = {"error": None, "photos": 12, "same_tokens": 12, "same_captions": 12, "min_cosine": 0.999}
+    row["against_native"]["ok"] = True
+    record = made_up_record(row)
+    record["device"] |= {"name": "emulated-arm64", "kind": "emulated-arm64", "times": "emulated", "load": 9.0}
+    text, reader = html_of(record | {"limits": None}, changes=compare(record, record))
+    shown = " ".join(reader.text.split())
+    assert "its times would mean nothing" in shown and "trust the ratios" not in shown
+    assert "same tokens for 12 of 12 photos" in shown and "a dog 3" in shown and "Where the time goes" not in shown
+    assert not compare(record, record)["failed"]
 
 
 def test_a_busy_machine_is_told_at_the_top(full: dict[str, Any]) -> None:
@@ -227,12 +238,15 @@ def test_rows_that_share_peers_are_a_group_and_bundles_come_first() -> None:
 
 def test_the_stages_of_a_bar_are_its_medians() -> None:
     row = made_up_row()
-    found = stage_bars([row])
+    found = stage_bars([[row]])
     ((parts,), own) = ([bar["parts"] for bar in found["bars"]], found["own"])
     latency = row["latency"]
     assert parts["encode"] == latency["encode"]["p50"] and not own
     assert parts["further_tokens"] == pytest.approx(latency["decode"]["p50"] - latency["first_token"]["p50"])
     assert max(sum(bar["widths"].values()) for bar in found["bars"]) <= 100.001
+    assert (
+        stage_bars([[row, made_up_row(factor=40)]])["own"] and not stage_bars([[row], [made_up_row(factor=40)]])["own"]
+    )
 
 
 def test_equal_captions_are_said_once_with_every_log_probability() -> None:
@@ -278,7 +292,10 @@ def test_a_plot_of_equal_points_and_of_none_with_a_size_is_drawn() -> None:
 def test_the_last_record_of_the_same_conditions_is_the_one_that_counts(tmp_path: Path) -> None:
     path = tmp_path / "h.jsonl"
     assert records.history(path) == []
-    old, newer = made_up_record(created="2026-01-01T00:00:00+00:00"), made_up_record(created="2026-01-02T00:00:00+00:00")
+    old, newer = (
+        made_up_record(created="2026-01-01T00:00:00+00:00"),
+        made_up_record(created="2026-01-02T00:00:00+00:00"),
+    )
     two_threads = made_up_record(created="2026-01-03T00:00:00+00:00")
     two_threads["settings"] = two_threads["settings"] | {"threads": 2}
     others = made_up_record(made_up_row("another"), created="2026-01-04T00:00:00+00:00")
