@@ -15,6 +15,7 @@ from tokenizers import Tokenizer as Inner
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from edgecap.benchmarks.datasets import open_dataset
+from edgecap.devices.site import write_site
 from edgecap.runtime import Bundle, Caption, Captioner, Preprocess, load_image, write_bundle
 from edgecap.runtime.tokenizer import Tokenizer, plain_words
 from edgecap.runtime.verify import verify_golden
@@ -42,6 +43,7 @@ def write_fixture(folder: Path) -> None:
     _write_tokenizers(folder)
     _write_bundles(folder)
     _write_beside(folder)
+    write_site(Bundle.open(folder / "gru.edgecap"), folder / "site")
 
 
 def _write_pixels(folder: Path) -> None:
@@ -165,6 +167,7 @@ def _write_bundles(folder: Path) -> None:
                     {"options": search, "captions": [_caption(captioner(photo, **search)) for photo in photos]}
                     for search in (searches[:3] if name == "gru" else searches)
                 ],
+                "golden": _caption(captioner(path / "golden.png")),
                 "verify": verify_golden(captioner).to_dict(),
             }
     (folder / "captions.json").write_text(json.dumps(found))

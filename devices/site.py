@@ -1,0 +1,157 @@
+"""A captioner as a web page: one folder of plain files for any server, kept by the browser for when it is offline.
+
+python -m edgecap.devices.site a-onnx-fp32.edgecap -o site            # write it, and say what it weighs
+python -m edgecap.devices.site a-onnx-fp32.edgecap -o site --serve    # and look at it on this machine
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+from ..runtime.bundle import MANIFEST, Bundle, folder_beside
+from ..runtime.errors import EdgecapError, UsageError
+from .browser import TYPES
+from .webfiles import PACKAGE, ort_files, package_files
+
+DEMO = PACKAGE / "demo"
+FILES = "files.json"  # path and SHA-256 of every other file: what the service worker keeps
+VERSION = 'const VERSION = "development";'
+HEADERS = {  # without the first two there are no threads
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Embedder-Policy": "require-corp",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cache-Control": "no-cache",  # asked again each time; the service worker keeps what it needs
+}
+
+
+@dataclass(frozen=True)
+class Weight:
+    """Bytes of a part of a site, as they are and by gzip (level 9)."""
+
+    part: str  # "page" (with the JavaScript runtime), "engine" (ONNX Runtime) or "bundle"
+    bytes: int
+    gzip: int
+
+
+def write_site(bundle: Bundle, out: Path) -> list[Weight]:
+    """Write the folder `out`, in the place of an earlier site; what it weighs.
+
+    Raises UsageError where `out` is something else, for a bundle of another backend, and without onnxruntime-web.
+    """
+    if bundle.manifest["backend"] != "onnx":
+        raise UsageError(f"{bundle.path} is for {bundle.manifest['backend']}: pages run onnx bundles alone")
+    if out.exists() and not (out / FILES).is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"{out} exists and is no such site; choose another place or remove it")
+    sums: dict[str, list[int]] = {}
+    listed = []
+    with folder_beside(out) as new:
+        for part, path, file in _files(bundle):
+            data = file.read_bytes()
+            place = new / path
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_bytes(data)
+            listed.append({"path": path, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()})
+            both = sums.setdefault(part, [0, 0])
+            both[0] += len(data)
+            both[1] += len(gzip.compress(data, 9, mtime=0))
+        text = json.dumps({"files": listed}, indent=1)
+        (new / FILES).write_text(text, encoding="utf-8")
+        script = (DEMO / "sw.js").read_text(encoding="utf-8")
+        version = hashlib.sha256((text + script).encode()).hexdigest()[:16]
+        (new / "sw.js").write_text(script.replace(VERSION, f'const VERSION = "{version}";'), encoding="utf-8")
+        shutil.rmtree(out, ignore_errors=True)
+        new.rename(out)
+    return [Weight(part, *both) for part, both in sums.items()]
+
+
+def _files(bundle: Bundle) -> Iterator[tuple[str, str, Path]]:
+    """(part, path in the site, file) of all but the service worker and its list."""
+    for file in sorted(DEMO.iterdir()):
+        if file.name != "sw.js":
+            yield "page", file.name, file
+    for path, file in package_files():
+        yield "page", path, file
+    for path, file in ort_files(webgpu=False):
+        yield "engine", path, file
+    fused = bundle.manifest["graphs"].get("fused", {})
+    for name in (MANIFEST, *bundle.manifest["files"]):
+        if name not in (fused.get("file"), fused.get("weights")):
+            yield "bundle", f"bundle/{name}", bundle.path / name
+
+
+class _Handler(SimpleHTTPRequestHandler):
+    extensions_map = {**SimpleHTTPRequestHandler.extensions_map, **TYPES}
+
+    def end_headers(self) -> None:
+        for name, value in HEADERS.items():
+            self.send_header(name, value)
+        super().end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def server(folder: Path, port: int = 0) -> ThreadingHTTPServer:
+    """Serves a site on this machine alone: browsers take localhost for secure, with no certificate. port 0: any."""
+    try:
+        return ThreadingHTTPServer(("127.0.0.1", port), partial(_Handler, directory=os.fspath(folder)))
+    except OSError as error:
+        raise EdgecapError(f"port {port} cannot be used ({error.strerror}): choose another --port") from None
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(prog="python -m edgecap.devices.site", description="A captioner as a web page.")
+    made.add_argument("bundle", type=Path, metavar="BUNDLE")
+    made.add_argument("-o", "--out", type=Path, default=Path("site"), help="folder to write (default: site)")
+    made.add_argument("--serve", action="store_true", help="serve it on http://localhost until Ctrl-C")
+    made.add_argument("--port", type=int, default=8000)
+    made.add_argument("--json", action="store_true", help="what it weighs, as JSON")
+    return made
+
+
+def main(arguments: list[str] | None = None) -> None:
+    given = parser().parse_args(arguments)
+    try:
+        weights = write_site(Bundle.open(given.bundle), given.out)
+    except EdgecapError as error:
+        print(error.message, file=sys.stderr)
+        sys.exit(error.exit_code)
+    except OSError as error:
+        sys.exit(f"{given.out} cannot be written ({error.strerror or error})")
+    _show(given.out, weights, given.json)
+    if not given.serve:
+        return
+    try:
+        with server(given.out, given.port) as serving:
+            print(f"http://localhost:{serving.server_address[1]}/", flush=True)
+            serving.serve_forever()
+    except EdgecapError as error:
+        sys.exit(error.message)
+    except KeyboardInterrupt:
+        pass
+
+
+def _show(out: Path, weights: list[Weight], as_json: bool) -> None:
+    whole = Weight("all", sum(each.bytes for each in weights), sum(each.gzip for each in weights))
+    if as_json:
+        record: dict[str, Any] = {"site": str(out), "weight": [asdict(each) for each in (*weights, whole)]}
+        print(json.dumps(record))
+        return
+    for each in (*weights, whole):
+        print(f"{each.part:8}{each.bytes / 1e6:8.2f} MB{each.gzip / 1e6:8.2f} MB gzip")
+
+
+if __name__ == "__main__":
+    main()

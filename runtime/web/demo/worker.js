@@ -1,0 +1,64 @@
+/** The captioner beside the page, so that the page stays awake: one request, any number of partial texts, one answer. */
+
+import * as ort from "./ort/ort.wasm.min.mjs";
+import { Captioner } from "./edgecap/index.js";
+
+/** @type {Promise<Captioner> | undefined} */
+let captioner;
+
+/** @type {Record<string, (given: any, onToken: (partial: any) => void) => Promise<any>>} */
+const requests = {
+  async load({ bundle, threads, total }, onProgress) {
+    let bytes = 0;
+    captioner = Captioner.load(new URL(bundle, self.location.href), {
+      ort,
+      threads,
+      fetch: async (/** @type {any} */ url) => {
+        const response = await fetch(url);
+        if (!response.ok || !response.body) return response;
+        const counted = new TransformStream({
+          transform(chunk, controller) {
+            bytes += chunk.length;
+            onProgress({ progress: Math.min(1, bytes / total) });
+            controller.enqueue(chunk);
+          },
+        });
+        return new Response(response.body.pipeThrough(counted));
+      },
+    });
+    const { bundle: loaded, engine } = await captioner;
+    const { name, target, precision, measured, lineage } = loaded.manifest;
+    return {
+      name,
+      target,
+      precision,
+      measured,
+      data: lineage?.data,
+      bytes: loaded.bytes,
+      engine,
+      sha256: loaded.sha256,
+    };
+  },
+
+  async caption({ image, options }, onToken) {
+    const loaded = await captioner;
+    try {
+      return await loaded?.caption(image, { ...options, onToken });
+    } finally {
+      if (image instanceof ImageBitmap) image.close();
+    }
+  },
+
+  async verify() {
+    return (await captioner)?.verify();
+  },
+};
+
+self.addEventListener("message", async ({ data: { id, request, given } }) => {
+  try {
+    const answer = await requests[request](given, (partial) => self.postMessage({ id, partial }));
+    self.postMessage({ id, answer });
+  } catch (error) {
+    self.postMessage({ id, problem: error instanceof Error ? error.message : String(error) });
+  }
+});

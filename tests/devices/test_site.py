@@ -1,0 +1,87 @@
+"""A captioner as a folder of plain files: what it holds, weighs, replaces and refuses."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from edgecap.devices import site
+from edgecap.devices.webfiles import lacking
+from edgecap.runtime import Bundle, UsageError
+
+from ..runtime.graphs import write_gru_bundle
+
+
+@pytest.fixture
+def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Something that lies where onnxruntime-web would."""
+    folder = tmp_path / "ort"
+    folder.mkdir()
+    for name in ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm"):
+        (folder / name).write_bytes(name.encode() * 50)
+    monkeypatch.setenv("EDGECAP_ORT_WEB", str(folder))
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Bundle:
+    return write_gru_bundle(tmp_path / "tiny.edgecap", seed=3)
+
+
+def test_a_site_is_complete_and_says_what_it_weighs(engine: None, bundle: Bundle, tmp_path: Path) -> None:
+    out = tmp_path / "site"
+    weights = {each.part: each for each in site.write_site(bundle, out)}
+    listed = {each["path"]: each for each in json.loads((out / "files.json").read_text())["files"]}
+    present = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+    assert present == set(listed) | {"files.json", "sw.js"}
+    for path, each in listed.items():
+        data = (out / path).read_bytes()
+        assert (each["bytes"], each["sha256"]) == (len(data), hashlib.sha256(data).hexdigest())
+    assert {"index.html", "app.js", "worker.js", "edgecap/index.js", "bundle/bundle.json"} <= present
+    assert weights["bundle"].bytes == bundle.bytes and 0 < weights["engine"].gzip < weights["engine"].bytes
+    assert Bundle.open(out / "bundle").sha256 == bundle.sha256
+    first = (out / "sw.js").read_text()
+    assert site.VERSION not in first
+    site.write_site(bundle, out)  # in its place, and the same
+    assert (out / "sw.js").read_text() == first
+    other = write_gru_bundle(tmp_path / "other.edgecap", seed=4)
+    site.write_site(other, out)
+    assert (out / "sw.js").read_text() != first
+
+
+def test_refusals_are_one_line(
+    engine: None, bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "photo.jpg").touch()
+    with pytest.raises(SystemExit) as ended:
+        site.main([str(bundle.path), "-o", str(tmp_path / "mine")])
+    assert ended.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+    with pytest.raises(SystemExit) as ended:
+        site.main([str(tmp_path / "none"), "-o", str(tmp_path / "site")])
+    assert ended.value.code == 2 and "no such bundle" in capsys.readouterr().err
+    foreign = Bundle(bundle.path, {**bundle.manifest, "backend": "gguf"})
+    with pytest.raises(UsageError, match="pages run onnx bundles alone"):
+        site.write_site(foreign, tmp_path / "site")
+    monkeypatch.setenv("EDGECAP_ORT_WEB", str(tmp_path / "nothing"))
+    assert lacking()
+    with pytest.raises(UsageError, match="npm install"):
+        site.write_site(bundle, tmp_path / "site")
+    assert not (tmp_path / "site").exists()
+
+
+def test_it_is_served_with_what_threads_need(engine: None, bundle: Bundle, tmp_path: Path) -> None:
+    site.write_site(bundle, tmp_path / "site")
+    with site.server(tmp_path / "site") as serving:
+        threading.Thread(target=serving.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        base = f"http://127.0.0.1:{serving.server_address[1]}/"
+        with urllib.request.urlopen(f"{base}ort/ort.wasm.min.mjs") as reply:
+            assert reply.headers["Content-Type"] == "text/javascript"
+            assert reply.headers["Cross-Origin-Opener-Policy"] == "same-origin"
+        with urllib.request.urlopen(f"{base}ort/ort-wasm-simd-threaded.wasm") as reply:
+            assert reply.headers["Content-Type"] == "application/wasm"
+        serving.shutdown()
