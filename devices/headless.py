@@ -13,7 +13,15 @@ from pathlib import Path
 
 from ..runtime.errors import UsageError
 
-NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
+# Ends the browser when we are gone, however that came: our end of its standard input closes then.
+WATCH = """
+exec 3<&0
+"$@" </dev/null 3<&- & browser=$!
+(cat <&3 >/dev/null; kill $browser) & watch=$!
+wait $browser; code=$?
+kill $watch
+exit $code
+"""
 
 
 class Headless:
@@ -40,8 +48,10 @@ class Headless:
             url,
         ]
         self._log = (Path(self._profile.name) / "log").open("wb")
+        if hasattr(os, "killpg"):
+            command = ["sh", "-c", WATCH, "sh", *command]
         self._process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log, start_new_session=True
+            command, stdin=subprocess.PIPE, stdout=self._log, stderr=self._log, start_new_session=True
         )
 
     @property
@@ -65,6 +75,8 @@ class Headless:
         if hasattr(os, "killpg"):
             self._end(signal.SIGKILL)  # what it started, too
         self._process.wait()
+        assert self._process.stdin is not None
+        self._process.stdin.close()
         self._log.close()
         self._profile.cleanup()
 

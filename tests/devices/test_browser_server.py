@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import socket
 import ssl
 import stat
+import subprocess
 import sys
 import threading
 import time
@@ -20,6 +22,7 @@ from edgecap.devices import browser
 from edgecap.devices.browser import MAX_POST, Server
 from edgecap.devices.certificate import certificate
 from edgecap.devices.channel import Channel, Lost, Refused
+from edgecap.devices.headless import Headless
 from edgecap.devices.lan import lan_addresses, qr_code
 from edgecap.devices.webfiles import ort_files, page_files
 from edgecap.runtime.errors import EdgecapError, UsageError
@@ -209,6 +212,39 @@ def test_a_port_that_is_taken_is_another_port() -> None:
     first.close()
     second.close()
     assert threading.active_count() < 50
+
+
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="needs a Unix shell")
+def test_a_browser_does_not_outlive_who_started_it(tmp_path: Path) -> None:
+    program = tmp_path / "program"
+    program.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid; exec sleep 60\n")
+    program.chmod(0o755)
+    start = f"from edgecap.devices.headless import Headless; h = Headless({str(program)!r}, 'about:blank')"
+    code = (
+        f"{start}; import os, time\nwhile not os.path.exists({str(tmp_path / 'pid')!r}): time.sleep(0.02)\nos._exit(9)"
+    )
+    subprocess.run([sys.executable, "-c", code], timeout=30)
+    pid, deadline = int((tmp_path / "pid").read_text()), time.monotonic() + 20
+    while alive(pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not alive(pid)
+    with pytest.raises(UsageError, match="no program"):
+        Headless("nosuchbrowser", "about:blank")
+    (tmp_path / "failing").write_text("#!/bin/sh\necho cannot start; exit 3\n")
+    (tmp_path / "failing").chmod(0o755)
+    failing = Headless(str(tmp_path / "failing"), "about:blank")
+    while failing.ended is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert failing.ended == 3 and failing.said == "cannot start"
+    failing.close()
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def test_addresses_and_the_code_to_point_a_camera_at() -> None:
