@@ -64,7 +64,7 @@ class Soaked:
     jobs: int = 0
     distinct: int = 0
     warm_up: int = 0
-    rss_mb: tuple[float, float] = (0.0, 0.0)  # after the warm-up, at the end
+    rss_mb: tuple[float, ...] = ()  # of each block, after the warm-up
     slope: float = 0.0
     interval: tuple[float, float] = (0.0, 0.0)
 
@@ -203,7 +203,7 @@ def soak(
     found.seconds = round(time.monotonic() - start, 1)
     found.captions, found.unclear = done, tuple(unclear)
     if len(samples) >= BLOCKS:
-        found.rss_mb = (round(samples[0][1] / 1e6, 2), round(samples[-1][1] / 1e6, 2))
+        found.rss_mb = tuple(round(float(block.mean(axis=0)[1]) / 1e6, 3) for block in np.array_split(samples, BLOCKS))
         found.slope, found.interval = slope(samples)
     return found
 
@@ -229,7 +229,7 @@ def slope(samples: Sequence[tuple[int, int]]) -> tuple[float, tuple[float, float
 @click.option("--captions", type=click.IntRange(1), default=10_000, show_default=True, help="After the warm-up.")
 @click.option("--threads", type=click.IntRange(1, 64), default=4, show_default=True, help="That ask at once.")
 @click.option("--engine-threads", type=click.IntRange(1, 64), default=1, show_default=True, help="Of each operator.")
-@click.option("--warm-up", type=click.IntRange(0), help="Captions before memory counts.  [default: a tenth]")
+@click.option("--warm-up", type=click.IntRange(0), help="Captions before memory counts.  [default: half as many]")
 @click.option("--photos", type=click.Path(exists=True, file_okay=False, path_type=Path), help="JPEG files of a folder.")
 @click.option("--max-growth", type=float, default=MAX_GROWTH, show_default=True, help="KB per 1,000 captions.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
@@ -263,7 +263,7 @@ def main(
         if sys.stderr.isatty():
             click.echo(f"\r{done:,} captions, {rss() / 1e6:.1f} MB", nl=False, err=True)
 
-    warm = max(captions // 10, 1) if warm_up is None else warm_up
+    warm = max(captions // 2, 1) if warm_up is None else warm_up
     try:
         with Captioner.load(bundle, threads=engine_threads) as captioner:
             broken = break_photos(whole)
@@ -278,7 +278,8 @@ def main(
         low, high = found.interval
         click.echo(f"\r{found.captions:,} captions from {threads} threads ({found.backend}), {found.refused:,} refused")
         click.echo(f"wrong    {found.wrong}; {found.distinct} of {found.jobs} answers are like no other")
-        click.echo(f"memory   {found.rss_mb[0]} MB after {warm:,} captions, {found.rss_mb[1]} MB at the end")
+        if found.rss_mb:
+            click.echo(f"memory   {found.rss_mb[0]} MB after {warm:,} captions, {found.rss_mb[-1]} MB at the end")
         click.echo(f"slope    {found.slope:+.2f} KB per 1,000 captions, 95% interval [{low:+.2f}, {high:+.2f}]")
         for problem in problems:
             click.echo(f"Error: {problem}", err=True)

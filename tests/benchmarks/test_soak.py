@@ -40,7 +40,7 @@ def test_a_sound_captioner(bundle: Path, photos: list[bytes]) -> None:
         found = run(captioner, photos)
     assert found.captions >= 240 and found.refused > 5 and found.backend == "onnx"
     assert (found.wrong, found.unclear) == (0, ()) and found.distinct == found.jobs == 18
-    assert found.rss_mb[1] > 5 and found.interval[0] <= found.slope <= found.interval[1]
+    assert len(found.rss_mb) == 20 and min(found.rss_mb) > 5 and found.interval[0] <= found.slope <= found.interval[1]
 
 
 class Shared:
@@ -97,7 +97,7 @@ def test_command(bundle: Path, tmp_path: Path) -> None:
     done = CliRunner().invoke(main, [str(bundle), *options, "1e9", "--json"])
     assert done.exit_code == 0, done.output
     record = json.loads(done.stdout)
-    assert record["wrong"] == 0 and record["warm_up"] == 10 and record["problems"] == []
+    assert record["wrong"] == 0 and record["warm_up"] == 50 and record["problems"] == []
     done = CliRunner().invoke(main, [str(bundle), *options, "-1e9"])
     assert done.exit_code == 1 and "KB per 1,000 captions, 95% interval" in done.stdout
     assert "Error: memory grows" in done.stderr
