@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..devices import get_profile, require_reachable
 from ..devices.confine import parse_size
 from ..runtime.errors import UsageError
+from .beside import beside
 from .device import Device, reach
 from .limits import larger, limits
 from .page import thumbnail
@@ -54,6 +55,8 @@ def bench(
     limit: int | None = None,
     beams: Sequence[int] = (),
     peers: Sequence[str] = (),
+    all_peers: bool = False,
+    checkpoints: Sequence[Path] = (),
     settings: Settings | None = None,
     runs: Path = Path("runs"),
     pictures: dict[str, str] | None = None,
@@ -66,6 +69,8 @@ def bench(
     of the first bundle. skip_bad: leave bad examples out; always so where the bundle's recipe did. limit: photos, by
     default the whole split (20 under emulation). beams: replace what the bundles say, each bundle once with each.
     pictures: filled with every photo, small, as a data: URI by its id.
+    all_peers: put one of every kind beside each bundle, made from its weights, which `checkpoints` may name (see
+    beside.py).
     Raises EdgecapError for anything that cannot be measured as asked; a subject that fails while it is measured is a
     row that says so.
     """
@@ -81,6 +86,10 @@ def bench(
     if how and profile.kind != "browser":
         raise UsageError(f"{device} is no browser: --wait, --http, --webgpu, --open and --native are for those")
     subjects, origin = choose(bundles, peers, beams=beams, runs=runs)
+    if checkpoints and not all_peers:
+        raise UsageError("--checkpoint says where --peers finds a bundle's weights: add --peers")
+    if all_peers and profile.kind != "local":
+        raise UsageError(f"--peers puts them beside bundles on this machine; {profile.name} is another one")
     spec = data or (origin and origin.spec)
     if not spec:
         raise UsageError(f"{subjects[0].path} does not say what data it was trained on: name some with --data")
@@ -108,6 +117,11 @@ def bench(
         require_decodable(dataset.splits[split][: len(photos)], spec)
         if pictures is not None:
             pictures |= {photo.id: thumbnail(photo) for photo in photos}
+        if all_peers:
+            mine = [subject for subject in subjects if subject.kind == "bundle" and not subject.fused]
+            places = {"checkpoints": checkpoints, "runs": runs}
+            others = beside(mine, **places, threads=settings.threads, progress=progress)
+            subjects = unique_names([*subjects, *others])
         reached.prepare(subjects, photos, progress)
         facts = reached.facts(settings.threads)
         before = own_limits(reached, settings, progress, 1)

@@ -113,6 +113,15 @@ def compare_records(before: Path, after: Path, slower: float | None, force: bool
 )
 @click.option("--rounds", type=click.IntRange(10), default=20, show_default=True, help="Interleaved rounds, A B A B …")
 @click.option("--peer", "peers", multiple=True, metavar="KIND:PATH", help="Measure this too: torch:CHECKPOINT.")
+@click.option("--peers", "all_peers", is_flag=True, help="Put every kind of peer beside each bundle.")
+@click.option(
+    "--checkpoint",
+    "checkpoints",
+    multiple=True,
+    metavar="DIR",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="With --peers: the weights of a bundle, where they lie neither under runs/ nor beside it.",
+)
 @click.option("--wait", type=click.FloatRange(1), metavar="SECONDS", help="For a browser to open the page; 600.")
 @click.option("--open", "program", metavar="CHROMIUM", help="Have this program here open the page, without a window.")
 @click.option("--http", is_flag=True, help="Serve browsers without a certificate: 1 thread, no WebGPU.")
@@ -140,6 +149,8 @@ def bench(
     beams: tuple[int, ...],
     rounds: int,
     peers: tuple[str, ...],
+    all_peers: bool,
+    checkpoints: tuple[Path, ...],
     wait: float | None,
     program: str | None,
     http: bool,
@@ -163,6 +174,7 @@ def bench(
       edgecap bench --device cpu
       edgecap bench runs/a-fp32.edgecap runs/a-int8.edgecap --json bench.json
       edgecap bench runs/a-int8.edgecap --data flickr8k:DIR --beam 3 --peer torch:runs/a
+      edgecap bench runs/a-int8.edgecap smolvlm-int8.edgecap --peers --checkpoint SmolVLM-256M-Instruct
       edgecap bench runs/a-fp32.edgecap --device android-mid --limit 20
       edgecap bench runs/a-fp32.edgecap --device browser --open chromium --native
       edgecap bench runs/*.edgecap --report bench.html --history runs/bench.jsonl
@@ -212,6 +224,8 @@ def bench(
             limit=limit,
             beams=beams,
             peers=peers,
+            all_peers=all_peers,
+            checkpoints=checkpoints,
             settings=Settings(threads=threads, rounds=rounds),
             pictures=pictures,
             progress=bars,

@@ -46,7 +46,8 @@ def render(record: Mapping[str, Any]) -> RenderableType:
     parts += [Text(), *(Text(line, style="dim") for line in _notes(record))]
     for row in rows:
         if row["status"] != "ok":
-            parts.append(Text(f"{row['name']} failed: {row['error']}", style="red"))
+            failed = row["status"] == "failed"
+            parts.append(Text(f"{row['name']}{' failed' * failed}: {row['error']}", style="red" if failed else "dim"))
     return Group(*parts)
 
 

@@ -28,6 +28,8 @@ class Subject:
     decoding: Mapping[str, Any] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)  # sha256, bytes, target, precision, …
     fused: bool = False  # run by the one graph that holds the whole captioner
+    peer_of: tuple[str, ...] = ()  # of a peer: the names of the bundles it is put beside
+    refused: str | None = None  # why it cannot run at all, and nothing is asked of it
 
     def load_request(self, threads: int) -> dict[str, Any]:
         return {"path": str(self.path), "threads": threads, "decoding": dict(self.decoding), "fused": self.fused}
@@ -106,11 +108,11 @@ def peer_subject(spec: str, decoding: Mapping[str, Any]) -> Subject:
     path = Path(where)
     if not path.exists():
         raise UsageError(f"peer {spec}: there is nothing at {path}")
-    command = tuple(python_module(PEERS[kind].module, _peer_python(kind)))
+    command = tuple(python_module(PEERS[kind].module, peer_python(kind)))
     return Subject(f"{kind} {path.resolve().name}", kind, path, command, dict(decoding))
 
 
-def _peer_python(kind: str) -> str:
+def peer_python(kind: str) -> str:
     """The interpreter of a kind of peer: EDGECAP_PEER_<KIND>_PYTHON, or this one."""
     name = f"EDGECAP_PEER_{kind.upper()}_PYTHON"
     wanted = os.environ.get(name)

@@ -83,7 +83,7 @@ def run(
     if not subjects or not photos:
         raise UsageError("the bench needs at least one bundle or peer, and one photo")
     device = device or Local()
-    rows = [Row(subject) for subject in subjects]
+    rows = [Row(subject, error=subject.refused) for subject in subjects]
     reference = UNTIMED if not device.timed else _fresh_processes(device, rows, photos, settings, progress)
     with ExitStack() as stack:
         workers = _start(device, rows, settings, stack)
@@ -288,8 +288,9 @@ def _results(rows: Sequence[Row], photos: Sequence[Photo], reference: dict[str, 
             {
                 "name": row.subject.name,
                 "kind": row.subject.kind,
-                "status": "ok" if row.error is None else "failed",
+                "status": "refused" if row.subject.refused else "ok" if row.error is None else "failed",
                 "error": row.error,
+                "peer_of": list(row.subject.peer_of),
                 "sha256": facts.pop("sha256", None),
                 "bytes": facts.pop("bytes", None),
                 "decoding": dict(row.subject.decoding),

@@ -37,8 +37,8 @@ from .subjects import Subject, bundle_subject, peer_subject
 from .work import add_near
 
 FORMAT = "edgecap-vlm-bench"
-KINDS = tuple(kind for kind in PEERS if kind != "torch")
-SOURCE = {"openvino_genai": "optimum_intel"}  # made from that peer's folder, by its interpreter
+KINDS = tuple(kind for kind, peer in PEERS.items() if peer.vlm)
+SOURCE = {kind: peer.source for kind, peer in PEERS.items() if peer.source}  # made from that one's, by its interpreter
 TIMEOUT = 900.0  # seconds for one answer
 PARTS = ("first", "next", "whole")
 

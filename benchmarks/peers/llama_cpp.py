@@ -70,17 +70,11 @@ class LlamaCppPeer(Peer):
         copy_words(task, folder)
 
     def load(self, threads: int) -> None:
-        import llama_cpp as lib
         from llama_cpp import mtmd_cpp as mtmd
         from tokenizers import Tokenizer
 
-        self.lib, self.mtmd = lib, mtmd
-        self.quiet = lib.llama_log_callback(lambda *_: None)  # llama.cpp keeps only its address
-        lib.llama_log_set(self.quiet, ctypes.c_void_p(0))
-        lib.llama_backend_init()
-        model = lib.llama_model_default_params()
-        model.n_gpu_layers = 0
-        self.model = lib.llama_model_load_from_file(os.fsencode(self.folder / TEXT), model)
+        self.mtmd = mtmd
+        self.lib, self.quiet, self.model = opened(os.fsencode(self.folder / TEXT))
         for set_log in (mtmd.mtmd_log_set, mtmd.mtmd_helper_log_set):
             set_log(self.quiet, ctypes.c_void_p(0))
         frame = mtmd.mtmd_context_params_default()
@@ -92,6 +86,7 @@ class LlamaCppPeer(Peer):
         before, after = self.task.prompt(image="\0").split("\0")
         self.tokenizer = tokenizer
         self.before, self.after = (tokenizer.encode(text, add_special_tokens=False).ids for text in (before, after))
+        lib = self.lib
         context = lib.llama_context_default_params()
         context.n_ctx = len(self.before) + self.task.tokens + len(self.after) + self.longest
         context.n_batch = context.n_ubatch = 512
@@ -160,30 +155,49 @@ class LlamaCppPeer(Peer):
             mtmd.mtmd_bitmap_free(bitmap)
 
     def feed(self, given: np.ndarray, place: int) -> int:
-        """Tokens [T] or embeddings [T, dim] from a position on; logits of the last. The next position."""
-        import numpy as np
-
-        count = len(given)
-        places, ones = np.arange(place, place + count, dtype=np.int32), np.ones(count, np.int32)
-        row, wanted = np.zeros(1, np.int32), np.zeros(count, np.int8)
-        wanted[-1] = 1
-        rows = np.full(count, row.ctypes.data, np.uintp)
-        embedded = given.ndim == 2
-        batch = self.lib.llama_batch(
-            n_tokens=count,
-            token=None if embedded else pointer(given, ctypes.c_int32),
-            embd=pointer(given, ctypes.c_float) if embedded else None,
-            pos=pointer(places, ctypes.c_int32),
-            n_seq_id=pointer(ones, ctypes.c_int32),
-            seq_id=pointer(rows, ctypes.POINTER(ctypes.c_int32)),
-            logits=pointer(wanted, ctypes.c_int8),
-        )
-        if code := self.lib.llama_decode(self.context, batch):
-            raise EdgecapError(f"llama.cpp failed with code {code}")
-        return place + count
+        return feed(self.lib, self.context, given, place)
 
     def words(self, ids: list[int]) -> str:
         return words_by(self.tokenizer, ids)
+
+
+def opened(file: bytes) -> tuple[Any, Any, Any]:
+    """The library, silenced, what keeps it so, and a GGUF's model in it."""
+    import llama_cpp as lib
+
+    quiet = lib.llama_log_callback(lambda *_: None)  # llama.cpp keeps only its address
+    lib.llama_log_set(quiet, ctypes.c_void_p(0))
+    lib.llama_backend_init()
+    settings = lib.llama_model_default_params()
+    settings.n_gpu_layers = 0
+    model = lib.llama_model_load_from_file(file, settings)
+    if not model:
+        raise EdgecapError(f"llama.cpp cannot load {os.fsdecode(file)}")
+    return lib, quiet, model
+
+
+def feed(lib: Any, context: Any, given: np.ndarray, place: int) -> int:
+    """Tokens [T] or embeddings [T, dim] from a position on; logits of the last. The next position."""
+    import numpy as np
+
+    count = len(given)
+    places, ones = np.arange(place, place + count, dtype=np.int32), np.ones(count, np.int32)
+    row, wanted = np.zeros(1, np.int32), np.zeros(count, np.int8)
+    wanted[-1] = 1
+    rows = np.full(count, row.ctypes.data, np.uintp)
+    embedded = given.ndim == 2
+    batch = lib.llama_batch(
+        n_tokens=count,
+        token=None if embedded else pointer(given, ctypes.c_int32),
+        embd=pointer(given, ctypes.c_float) if embedded else None,
+        pos=pointer(places, ctypes.c_int32),
+        n_seq_id=pointer(ones, ctypes.c_int32),
+        seq_id=pointer(rows, ctypes.POINTER(ctypes.c_int32)),
+        logits=pointer(wanted, ctypes.c_int8),
+    )
+    if code := lib.llama_decode(context, batch):
+        raise EdgecapError(f"llama.cpp failed with code {code}")
+    return place + count
 
 
 def pointer(array: np.ndarray, kind: Any) -> Any:
@@ -325,4 +339,7 @@ def write_mmproj(model: Path, config: dict[str, Any], file: Path, precision: str
 
 
 if __name__ == "__main__":
-    main(LlamaCppPeer)
+    # What is no SmolVLM has another worker: its folders, and the way they are made, tell.
+    from .llama_prefix import LlamaPrefixPeer
+
+    main(LlamaCppPeer, other=LlamaPrefixPeer)

@@ -1,14 +1,18 @@
 """A checkpoint in torch eager: same photos, preprocessing and search as the bundle, so only the engine
-differs.
+differs. A SmolVLM as it was published is read from its own directory, which a prepared folder names.
 """
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from ...runtime.errors import need
+from ...runtime.errors import EdgecapError, need
 from ..worker import decoded, serve, special_ids, versions
+from .captioner import FILE, Sight, about, arguments, checked, read, weights, write
+from .vlm import INSTALLED, installed
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,9 +41,10 @@ class SplitSession:
 class TorchEngine:
     """The torch module in eval mode behind the runtime's `Session`."""
 
+    kind: ClassVar[str] = "torch"
+
     def __init__(self, request: dict[str, Any]) -> None:
-        for module in ("torch", "transformers"):
-            need(module, extra="train", command="bench --peer torch")
+        self.require()
         begin = perf_counter()
         import torch
 
@@ -48,12 +53,20 @@ class TorchEngine:
 
         imported = perf_counter()
         torch.set_num_threads(request["threads"])
-        checkpoint = require_captioner(load_checkpoint(request["path"]))
-        loaded = perf_counter()
+        folder = Path(request["path"])
+        if (folder / FILE).is_file():
+            known = read(folder)
+            checkpoint = weights(Path(known["from"]), known)
+            self._sight = Sight(known["preprocess"], known["frames"])
+        else:
+            checkpoint = require_captioner(load_checkpoint(folder))
+            self._sight = Sight(checkpoint.preprocess.to_dict(), None)
         self._checkpoint, self._search = checkpoint, decode
         self._inference = torch.inference_mode
         self._options = DecodeOptions.from_dict(request["decoding"])
         self._eos, self._suppress = special_ids(checkpoint.tokens)
+        self.compile(checkpoint.model)
+        loaded = perf_counter()
         self.facts = {
             "import_s": imported - begin,
             "load_s": loaded - imported,
@@ -62,8 +75,21 @@ class TorchEngine:
             "versions": versions("torch", "transformers"),
         }
 
+    @classmethod
+    def require(cls) -> None:
+        """Raises UsageError where what it needs is not there."""
+        for module in ("torch", "transformers"):
+            need(module, extra="train", command=f"bench --peer {cls.kind}")
+
+    @classmethod
+    def warm(cls, folder: Path, threads: int) -> None:
+        """What preparing a folder does beyond naming the weights: nothing."""
+
+    def compile(self, model: Any) -> None:
+        """Nothing: eager."""
+
     def pixels(self, photo: str) -> np.ndarray:
-        return self._checkpoint.preprocess.load(photo)[None]  # [1, H, W, 3]
+        return self._sight.load(photo)  # [1, H, W, 3]
 
     def picture(self, photo: str) -> Any:
         return decoded(photo)
@@ -77,10 +103,27 @@ class TorchEngine:
         return found[0][0]
 
     def caption(self, photo: Any) -> dict[str, Any]:
-        best = self.decode(self.session(), self._checkpoint.preprocess.load(photo)[None])
+        best = self.decode(self.session(), self._sight.load(photo))
         text = self._checkpoint.tokenizer.decode(best.token_ids)
         return {"text": text, "logprob": best.logprob, "tokens": len(best.token_ids)}
 
 
+def main(peer: type[TorchEngine]) -> None:
+    """Serve the bench, tell whether it is installed, or prepare a folder that names a published directory."""
+    if len(sys.argv) < 2:
+        serve(peer)
+    elif sys.argv[1:] == [INSTALLED]:
+        installed(peer.require)
+    else:
+        given = arguments(peer.__module__)
+        try:
+            known = about(given.bundle, peer.kind, given.precision)
+            checked(given.weights, known)
+            write(given.folder, known | {"from": str(given.weights)})
+            peer.warm(given.folder, given.threads)
+        except EdgecapError as error:
+            sys.exit(error.message)
+
+
 if __name__ == "__main__":
-    serve(TorchEngine)
+    main(TorchEngine)

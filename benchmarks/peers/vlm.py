@@ -13,6 +13,7 @@ import os
 import platform
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from importlib import import_module, metadata, util
 from pathlib import Path
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 TASK = "peer.json"
 CHAT = "Can you describe this image?"  # as in the published examples
 FAKE, GLOBAL, IMAGE = "<fake_token_around_image>", "<global-img>", "<image>"
+INSTALLED = "--installed"
 WEIGHTS = {".safetensors", ".bin", ".xml", ".onnx", ".data", ".gguf"}
 
 
@@ -223,10 +225,35 @@ def copy_words(task: Task, folder: Path) -> None:
         shutil.copyfile(Path(task.model) / name, folder / name)
 
 
-def main(peer: type[Peer]) -> None:
-    """Serve the bench, or make a folder where there are arguments."""
+def installed(require: Callable[[], None]) -> None:
+    """End with the reason where the engine is not there."""
+    try:
+        require()
+    except UsageError as error:
+        sys.exit(error.message)
+
+
+def main(peer: type[Peer], *, other: type | None = None) -> None:
+    """Serve the bench, tell whether its engine is installed, or make a folder where there are arguments.
+
+    other: the peer of the same kind for captioners that are no SmolVLM: it loads folders that hold a captioner.json,
+    and prepares those that are put beside a bundle.
+    """
+    if other is not None and "--bundle" in sys.argv:
+        from .captioner import main as prepare
+
+        prepare(other)
+        return
     if len(sys.argv) < 2:
-        serve(cast("Loader", peer))  # time_stages needs no session of a peer that has stages
+
+        def load(request: dict[str, Any]) -> Any:
+            held = Path(request["path"], "captioner.json").is_file()
+            return other(request) if other is not None and held else peer(request)
+
+        serve(cast("Loader", load))  # time_stages needs no session of a peer that has stages
+        return
+    if sys.argv[1:] == [INSTALLED]:
+        installed(peer.require)
         return
     parser = argparse.ArgumentParser(prog=f"python -m {peer.__module__}", description=f"Make a folder for {peer.kind}.")
     parser.add_argument("model", type=Path, help="A SmolVLM as a Hugging Face directory.")

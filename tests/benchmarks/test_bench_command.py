@@ -54,6 +54,7 @@ ROW = {
     "kind": str,
     "status": str,
     "error": type(None),
+    "peer_of": list,
     "sha256": str,
     "bytes": {"total": int, "graphs": int},
     "decoding": dict,
