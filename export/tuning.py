@@ -141,7 +141,7 @@ def timeable(device: str) -> Profile:
     profile = get_profile(device)
     if profile.kind != "local":
         raise UsageError(
-            f"device {profile.name} ({KINDS[profile.kind]}) must be reached to be timed, which export cannot do; "
+            f"device {profile.name} ({KINDS[profile.kind].label}) must be reached to be timed, which export cannot do; "
             "run it on that device with --autotune --device cpu, and use its file here with --tuning"
         )
     return profile

@@ -231,12 +231,13 @@ def test_an_old_python_and_one_without_edgecap(board: Profile, tmp_path: Path) -
         device.facts(1)
 
 
+@needs
 def test_systems_without_wheels_are_told() -> None:
-    host = Host(Profile("x", "ssh", "native", ("onnx-int8",), host="x"))
-    with pytest.raises(EdgecapError, match="x runs Darwin, for which wheels are not shipped"):
-        host.platform({"system": "Darwin", "machine": "arm64", "python": "3.12", "glibc": ""})
-    with pytest.raises(EdgecapError, match="a Linux without glibc"):
-        host.platform({"system": "Linux", "machine": "aarch64", "python": "3.12", "glibc": ""})
+    with Host(Profile("x", "ssh", "native", ("onnx-int8",), host="x")) as host:
+        with pytest.raises(EdgecapError, match="x runs Darwin, for which wheels are not shipped"):
+            host.platform({"system": "Darwin", "machine": "arm64", "python": "3.12", "glibc": ""})
+        with pytest.raises(EdgecapError, match="a Linux without glibc"):
+            host.platform({"system": "Linux", "machine": "aarch64", "python": "3.12", "glibc": ""})
     assert unreachable("") == "ssh says nothing"
 
 
