@@ -26,17 +26,20 @@ sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 if TYPE_CHECKING:
     from .backends import BACKENDS, load_model
     from .bundle import Bundle, write_bundle
-    from .captioner import Caption, Captioner
-    from .decode import DecodeOptions, Hypothesis
+    from .captioner import Caption, Captioner, Options
+    from .decode import Cancelled, DecodeOptions, Hypothesis
     from .preprocess import Preprocess, load_image
     from .session import Model, Session
+    from .streaming import AsyncStream, Stream
     from .tokenizer import Tokenizer
     from .verify import Verification, verify_golden
 
 __all__ = [
+    "AsyncStream",
     "BACKENDS",
     "Bundle",
     "BundleError",
+    "Cancelled",
     "Caption",
     "Captioner",
     "DecodeOptions",
@@ -44,8 +47,10 @@ __all__ = [
     "Hypothesis",
     "MissingExtra",
     "Model",
+    "Options",
     "Preprocess",
     "Session",
+    "Stream",
     "Tokenizer",
     "UsageError",
     "Verification",
@@ -60,10 +65,11 @@ __all__ = [
 _MODULES = {
     "backends": ("BACKENDS", "load_model"),
     "bundle": ("Bundle", "write_bundle"),
-    "captioner": ("Caption", "Captioner"),
-    "decode": ("DecodeOptions", "Hypothesis"),
+    "captioner": ("Caption", "Captioner", "Options"),
+    "decode": ("Cancelled", "DecodeOptions", "Hypothesis"),
     "preprocess": ("Preprocess", "load_image"),
     "session": ("Model", "Session"),
+    "streaming": ("AsyncStream", "Stream"),
     "tokenizer": ("Tokenizer",),
     "verify": ("Verification", "verify_golden"),
 }
