@@ -8,6 +8,7 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,10 @@ def test_a_page_s_figures_become_a_record(web: None, bundle: Path, play: Any, ca
     assert here["name"] == "tiny native" and here["speedup"]["tiny"]["end_to_end"]["ratio"] > 0
     assert there["against_native"]["photos"] == 3 and not there["against_native"]["ok"], "it says the same of each"
     json.dumps(record, allow_nan=False)
+    if find_spec("jinja2"):
+        from edgecap.benchmarks.page import page
+
+        assert "Chrome 150 on Android 15" in page(record) and "threads were allowed" in page(record)
     assert "Chrome 150 on Android 15" in str(render(record).renderables[0])
     pages[0].join(5)
     assert pages[0].end["text"].startswith("Done.") and [row["name"] for row in pages[0].end["rows"]] == [
