@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import TYPE_CHECKING, Any
 
-from .graph import PassResult, save, split
+from .graph import PassResult, save, split, split_to
 from .kv_cache import share_cache
 from .merge import merge_projections
 from .skip_norm import fuse_residuals
@@ -64,6 +65,7 @@ class Source:
             self._trunk = to_onnx(
                 self.checkpoint.model,
                 framed=self.frames is not None,
+                scratch=self.scratch,
                 report=lambda done: self.progress("graphs", done, 2),
             )
         return self._trunk.copy()
@@ -105,11 +107,15 @@ def written(pair: OnnxPair) -> tuple[dict[str, Any], dict[str, bytes | Path]]:
     files: dict[str, bytes | Path] = {}
     for name, graph in graphs.items():
         model = getattr(pair, name)
-        if model.ByteSize() < LARGE:
+        if pair.outside is None and model.ByteSize() < LARGE:
             files[graph["file"]] = save(model)
             continue
         graph["weights"] = f"{name}.bin"
-        files[graph["file"]], files[graph["weights"]] = split(model, graph["weights"])
+        if pair.outside is None:
+            files[graph["file"]], files[graph["weights"]] = split(model, graph["weights"])
+        else:
+            path = Path(mkdtemp(dir=pair.outside.folder)) / graph["weights"]
+            files[graph["file"]], files[graph["weights"]] = split_to(model, path), path
     return graphs, files
 
 

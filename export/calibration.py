@@ -13,7 +13,7 @@ from PIL import Image
 
 from ..runtime.backends.onnx import OnnxModel
 from ..runtime.framed import FramedModel, read_frames
-from .statistics import Feeds
+from .statistics import Feeds, Statistics, load
 from .trunk import OnnxPair
 
 if TYPE_CHECKING:
@@ -47,14 +47,15 @@ class Calibration:
         return [{"pixels": framing(Image.fromarray(photo)).pixels} for photo in self.pixels]
 
     def play_decoder(
-        self, pair: OnnxPair, take: Callable[[Feeds], None], report: Callable[[int], None] = lambda done: None
+        self, pair: OnnxPair, known: Statistics, report: Callable[[int], None] = lambda done: None
     ) -> None:
-        """Feed the decoder the photos' own captions, several photos a run, and hand on the inputs of each run.
+        """Feed the decoder the photos' own captions, several photos a run, and let the statistics see each run.
 
-        One by one: a language model's hold its KV cache, gigabytes in all. report is called with the photos done.
+        One by one: a language model's inputs hold its KV cache, gigabytes in all. report is called with the photos
+        done.
         """
         manifest = {"session": pair.session, "tokens": self.tokens, "graphs": pair.graphs()}
-        recorder = _Recorder(pair.decoder, take)
+        recorder = known if pair.outside is not None else _Recorder(pair.decoder, known.add)
         model: Model = OnnxModel(manifest, engine(pair.encoder), recorder)  # type: ignore[arg-type]
         if self.frames is not None:
             model = FramedModel.of(model, self.frames)  # type: ignore[arg-type]
@@ -76,7 +77,8 @@ def teacher_force(session: Session, pixels: np.ndarray, captions: Sequence[Seque
 
 
 class _Recorder:
-    """Stands in for the decoder's engine session and hands on what it was fed."""
+    """Stands in for the decoder's engine session and hands on what it was fed. (A large decoder is not loaded twice:
+    the statistics' own session computes its outputs, too.)"""
 
     def __init__(self, model: onnx.ModelProto, take: Callable[[Feeds], None]) -> None:
         self.inner = engine(model)
@@ -92,4 +94,4 @@ def engine(model: onnx.ModelProto) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = 1  # the same sums in the same order every time
-    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return load(model, options)

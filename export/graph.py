@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from io import BytesIO
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 import onnx
 from onnx import numpy_helper
+
+from .outside import SMALLEST, Maker, maker, outside_of
 
 BESIDE = 1024  # bytes of a tensor that `split` leaves where it is
 ALIGNED = 64  # bytes
@@ -49,11 +53,45 @@ class Graph:
     def constant(self, name: str) -> np.ndarray | None:
         """The value of an initializer, or None where `name` is computed (or empty)."""
         tensor = self.initializers.get(name)
-        return None if tensor is None else numpy_helper.to_array(tensor)
+        return None if tensor is None else _value(tensor)
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """The shape of an initializer, whose value is not read; None where `name` is computed."""
+        tensor = self.initializers.get(name)
+        return None if tensor is None else tuple(tensor.dims)
+
+    def dtype(self, name: str) -> np.dtype | None:
+        """The same for its type."""
+        tensor = self.initializers.get(name)
+        return None if tensor is None else onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+
+    def reader(self, name: str) -> Maker:
+        """What gives an initializer's value of now: where it lies outside, made anew each time."""
+        make = maker(self.initializers[name])
+        if make is None:
+            value = numpy_helper.to_array(self.initializers[name])
+            return lambda: value
+        return make
 
     def set_constant(self, name: str, value: np.ndarray) -> str:
         """Add or replace an initializer; returns its name."""
-        tensor = numpy_helper.from_array(np.ascontiguousarray(value), name)
+        value, outside = np.ascontiguousarray(value), outside_of(self.model)
+        if outside is None or value.nbytes < SMALLEST:
+            return self._set(name, numpy_helper.from_array(value, name))
+        return self._set(name, outside.put(name, value.dtype, value.shape, lambda: value))
+
+    def set_made(
+        self, name: str, sources: Iterable[str], shape: tuple[int, ...], change: Callable[..., np.ndarray]
+    ) -> str:
+        """The same for what `change` makes of other initializers, float32: outside, where they are, whenever it is
+        read."""
+        outside, makers = outside_of(self.model), [self.reader(source) for source in sources]
+        if outside is None:
+            return self.set_constant(name, change(*(make() for make in makers)))
+        made = outside.put(name, np.dtype(np.float32), shape, lambda: change(*(make() for make in makers)))
+        return self._set(name, made)
+
+    def _set(self, name: str, tensor: onnx.TensorProto) -> str:
         if name in self.initializers:
             self.initializers[name].CopyFrom(tensor)
         else:
@@ -144,17 +182,29 @@ def split(model: onnx.ModelProto, file: str) -> tuple[bytes, bytes]:
 
     An engine maps such a file: without, it holds the weights twice while it packs them for its kernels.
     """
+    weights = BytesIO()
+    return _split(model, file, weights), weights.getvalue()
+
+
+def split_to(model: onnx.ModelProto, path: Path) -> bytes:
+    """The same with the weights written to a file, one after the other."""
+    with open(path, "wb") as file:
+        return _split(model, path.name, file)
+
+
+def _split(model: onnx.ModelProto, file: str, weights: BinaryIO) -> bytes:
     light = onnx.ModelProto()
     light.CopyFrom(model)
-    parts, at = [], 0
+    if outside_of(model) is not None:
+        del light.metadata_props[:]
+    at = 0
     for tensor in light.graph.initializer:
-        if tensor.ByteSize() < BESIDE or tensor.data_type == onnx.TensorProto.STRING:
-            continue
-        data = tensor.raw_data or onnx.numpy_helper.to_array(tensor).tobytes()
-        if len(data) <= BESIDE:
+        data = _beside(tensor)
+        if data is None:
             continue
         gap = -at % ALIGNED
-        parts += [bytes(gap), data]
+        weights.write(bytes(gap))
+        weights.write(data)
         place = {"location": file, "offset": str(at + gap), "length": str(len(data))}
         at += gap + len(data)
         kept = onnx.TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
@@ -162,7 +212,22 @@ def split(model: onnx.ModelProto, file: str) -> tuple[bytes, bytes]:
         for key, value in place.items():
             kept.external_data.add(key=key, value=value)
         tensor.CopyFrom(kept)
-    return save(light), b"".join(parts)
+    return save(light)
+
+
+def _beside(tensor: onnx.TensorProto) -> bytes | memoryview | None:
+    """The contents of a tensor that is large enough to lie beside the graph."""
+    if (make := maker(tensor)) is not None:
+        return memoryview(np.ascontiguousarray(make()).reshape(-1).view(np.uint8))
+    if tensor.ByteSize() < BESIDE or tensor.data_type == onnx.TensorProto.STRING:
+        return None
+    data = tensor.raw_data or onnx.numpy_helper.to_array(tensor).tobytes()
+    return data if len(data) > BESIDE else None
+
+
+def _value(tensor: onnx.TensorProto) -> np.ndarray:
+    make = maker(tensor)
+    return numpy_helper.to_array(tensor) if make is None else make()
 
 
 def join(graph: bytes, weights: bytes = b"") -> onnx.ModelProto:
@@ -179,5 +244,14 @@ def join(graph: bytes, weights: bytes = b"") -> onnx.ModelProto:
 
 
 def save(model: onnx.ModelProto) -> bytes:
-    """The model as the bytes of one file, with nothing in them that changes from run to run."""
+    """The model as the bytes of one file, with nothing in them that changes from run to run. Weights that lay outside
+    are put in, and must fit by now."""
+    if outside_of(model) is not None:
+        whole = onnx.ModelProto()
+        whole.CopyFrom(model)
+        del whole.metadata_props[:]
+        for tensor in whole.graph.initializer:
+            if (make := maker(tensor)) is not None:
+                tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(make()), tensor.name))
+        model = whole
     return model.SerializeToString(deterministic=True)

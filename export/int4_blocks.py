@@ -46,8 +46,8 @@ def quantize_blocks(
             continue
         bits, source = (8 if wanted == "int8" else 4), layer.node.input[1]
         if source not in shared:
-            covariance = None if statistics is None or bits == 8 else statistics.covariance(layer)[0][0]
-            size = _size(layer.weights.shape[-1], block)
+            covariance = None if statistics is None or bits == 8 else statistics.covariance(layer)[0]
+            size = _size(layer.shape[-1], block)
             blocks, scales = _store(graph, source, layer.weights[0], covariance, size, bits, damping)
             shared[source] = (blocks, scales, bits)
         _multiply(graph, layer, *shared[source], block)
@@ -82,8 +82,8 @@ def _store(
         steps = np.rint(blocked / scales[..., None].astype(np.float32))
         stored = (np.clip(steps, -127, 127) + 128).astype(np.uint8)
     else:
-        if covariance is not None:
-            covariance = np.pad(covariance, (0, extra))
+        if covariance is not None and extra:
+            covariance = np.pad(covariance, ((0, 0), (0, extra), (0, extra)))
         whole, scales = round_float_blocks(rows, covariance, block=block, damping=damping)
         nibbles = (whole + 8).astype(np.uint8).reshape(outputs, -1, block)
         stored = nibbles[..., 0::2] | nibbles[..., 1::2] << 4
@@ -94,7 +94,7 @@ def _store(
 
 def _multiply(graph: Graph, layer: Layer, blocks: str, scales: str, bits: int, block: int) -> None:
     node = layer.node
-    _, outputs, width = layer.weights.shape
+    _, outputs, width = layer.shape
     result = node.output[0]
     bias = list(node.input[2:3]) if node.op_type == "Gemm" else []
     product = f"{result}_product" if bias and bias[0] else result
@@ -120,8 +120,8 @@ def _multiply(graph: Graph, layer: Layer, blocks: str, scales: str, bits: int, b
 
 def _gather(graph: Graph, gather: onnx.NodeProto, shared: dict[str, tuple[str, str, int]], block: int) -> int:
     """Let a Gather of words read blocks: those of the output layer where it is tied (see tie.py), or its own."""
-    table = graph.constant(gather.input[0])
-    if table is None or table.dtype != np.float32 or table.ndim != 2:
+    shape = graph.shape(gather.input[0])
+    if shape is None or graph.dtype(gather.input[0]) != np.float32 or len(shape) != 2:
         return 0
     old, axis = [gather], attribute(gather, "axis", 0)
     result = gather.output[0]
@@ -131,12 +131,13 @@ def _gather(graph: Graph, gather: onnx.NodeProto, shared: dict[str, tuple[str, s
             return 0
         old.append(turn)
         result = turn.output[0]
-    words, width = table.shape[::-1] if axis == 1 else table.shape
+    words, width = shape[::-1] if axis == 1 else shape
     if width % 16:  # a filled-up block: what is gathered would be too wide
         return 0
     if axis == 1:
         blocks, scales, bits = shared[gather.input[0]]
     else:
+        table = graph.reader(gather.input[0])()
         blocks, scales, bits = *_store(graph, gather.input[0], table, None, _size(width, block), 4, 0.0), 4
     rows = graph.set_constant("rows_shape", np.array([0, -1], np.int64))
     lines = graph.set_constant(f"{blocks}_lines", np.array([words, -1], np.int64))

@@ -228,7 +228,7 @@ def _round(
     bias = graph.constant(layer.node.input[2]) if len(layer.node.input) > 2 and layer.node.input[2] else None
     floor: np.ndarray | float = 1e-9
     if bias is not None:  # the int32 bias, in steps of input scale × weight scale, must not overflow
-        shape = layer.weights.shape[:2]
+        shape = layer.shape[:2]
         floor = np.maximum(np.abs(bias).reshape(shape) / (2**30 * max((high - low) / 255, 1e-9)), 1e-9)
     # Depthwise kernels widen to int32 first and cannot saturate; kernels larger than 1×1 are laid out
     # channels-first or -last by engine, so their neighbours are unknown: 7 bits keep any pair in range.
@@ -236,7 +236,7 @@ def _round(
     if options.pairs and wide:
         floor = np.maximum(floor, np.abs(layer.weights).max(-1) / 64)
     if four:
-        block = block_size(layer.weights.shape[-1], options.block)
+        block = block_size(layer.shape[-1], options.block)
         return round_blocks(layer.weights, covariance, mean, block=block, floor=floor, damping=options.damping)
     return round_weights(
         layer.weights,
@@ -253,12 +253,12 @@ def four_bit_layers(layers: list[Layer], options: StaticOptions) -> set[str]:
     """The names of the layers whose weights are rounded to 4 bits; small kernels (depthwise, the stem) never are."""
     if options.bits == 8:
         return set()
-    layers = [layer for layer in layers if layer.pointwise and layer.weights.shape[-1] >= 8]
-    most = options.spared * sum(layer.weights.size for layer in layers)
+    layers = [layer for layer in layers if layer.pointwise and layer.shape[-1] >= 8]
+    most = options.spared * sum(layer.size for layer in layers)
     chosen, spared = set(), 0
-    for layer in sorted(layers, key=lambda layer: layer.weights.size):
-        spared += layer.weights.size
-        if (spared > most or layer.weights.size > most / 10) and layer.node.name not in options.precision:
+    for layer in sorted(layers, key=lambda layer: layer.size):
+        spared += layer.size
+        if (spared > most or layer.size > most / 10) and layer.node.name not in options.precision:
             chosen.add(layer.node.name)
     return chosen
 

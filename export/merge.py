@@ -22,7 +22,7 @@ class _Projection:
     """A MatMul by constant weights [K, N], and the Add of a constant [N] behind it, if there is one."""
 
     multiply: NodeProto
-    weights: np.ndarray
+    shape: tuple[int, int]
     add: NodeProto | None
     bias: np.ndarray | None
 
@@ -68,8 +68,8 @@ def _projections(graph: Graph, name: str) -> list[_Projection]:
     for node in graph.consumers.get(name, []):
         if node.op_type != "MatMul" or node.input[0] != name or node.output[0] in graph.outputs:
             continue
-        weights = graph.constant(node.input[1])
-        if weights is None or weights.ndim != 2 or weights.dtype != np.float32:
+        shape = graph.shape(node.input[1])
+        if shape is None or len(shape) != 2 or graph.dtype(node.input[1]) != np.float32:
             continue
         if len(graph.consumers[node.input[1]]) > 1:  # a tied embedding: merging would store it twice
             continue
@@ -77,8 +77,8 @@ def _projections(graph: Graph, name: str) -> list[_Projection]:
         bias = None
         if add is not None and add.op_type == "Add" and add.output[0] not in graph.outputs:
             values = [graph.constant(each) for each in add.input if each != node.output[0]]
-            bias = values[0] if values and values[0] is not None and values[0].shape == weights.shape[1:] else None
-        found.append(_Projection(node, weights, add if bias is not None else None, bias))
+            bias = values[0] if values and values[0] is not None and values[0].shape == shape[1:] else None
+        found.append(_Projection(node, (shape[0], shape[1]), add if bias is not None else None, bias))
     biased = [each for each in found if each.bias is not None]
     return found if not biased or len(biased) == len(found) else []
 
@@ -87,13 +87,18 @@ def _merged(graph: Graph, group: list[_Projection]) -> list[NodeProto]:
     first = group[0]
     name = "+".join(each.multiply.name for each in group)
     product = f"{first.output}_merged"
-    weights = graph.set_constant(f"{product}_weights", np.concatenate([each.weights for each in group], 1))
+    widths = tuple(each.shape[1] for each in group)
+    weights = graph.set_made(
+        f"{product}_weights",
+        [each.multiply.input[1] for each in group],
+        (first.shape[0], sum(widths)),
+        lambda *parts: np.concatenate(parts, 1),
+    )
     nodes = [make_node("MatMul", [first.multiply.input[0], weights], [product], name=name)]
     if first.bias is not None:
         bias = graph.set_constant(f"{product}_bias", np.concatenate([each.bias for each in group]))
         nodes.append(make_node("Add", [product, bias], [f"{product}_biased"], name=f"{name}_bias"))
         product = f"{product}_biased"
-    widths = tuple(each.weights.shape[1] for each in group)
     sizes = graph.set_constant("split_" + "_".join(map(str, widths)), np.array(widths))
     outputs = [each.output for each in group]
     return [*nodes, make_node("Split", [product, sizes], outputs, name=f"{name}_split", axis=-1)]

@@ -81,7 +81,7 @@ def statistics(source: Source, name: str) -> Statistics:
             known = calibrate(pair.encoder, feeds, progress=calibration.reporter(name, len(feeds)))
         else:
             known = no_statistics(pair.decoder)
-            calibration.play_decoder(pair, known.add, calibration.reporter(name, len(calibration.pixels)))
+            calibration.play_decoder(pair, known, calibration.reporter(name, len(calibration.pixels)))
         source.statistics[name] = known
     return source.statistics[name]
 
@@ -101,4 +101,4 @@ def raised_layers(options: BuildOptions, name: str, precision: str) -> Mapping[s
 
 
 def _matrix_bytes(model: onnx.ModelProto) -> int:
-    return sum(layer.weights.size for layer in layers_of(Graph(model)) if layer.node.op_type != "Conv")
+    return sum(layer.size for layer in layers_of(Graph(model)) if layer.node.op_type != "Conv")

@@ -15,9 +15,10 @@ import onnx
 
 from ..runtime.errors import EdgecapError
 from .artifact import Artifact, Source
-from .graph import Graph, PassResult, save
+from .graph import Graph, PassResult, save, split_to
 from .int8_static import StaticOptions, quantize_static
 from .onnx_quantized import raised_layers, statistics
+from .outside import outside_of
 from .pixels import fold_pixels
 from .statistics import layers_of
 
@@ -81,7 +82,7 @@ def is_convolutional(graph: onnx.ModelProto) -> bool:
     """Whether most of a graph's weights belong to convolutions."""
     sizes = {True: 0, False: 0}
     for layer in layers_of(Graph(graph)):
-        sizes[layer.node.op_type == "Conv"] += layer.weights.size
+        sizes[layer.node.op_type == "Conv"] += layer.size
     return sizes[True] > sizes[False]
 
 
@@ -118,7 +119,10 @@ def convert(graph: onnx.ModelProto, scratch: Path) -> ov.Model:
     """ONNX → OpenVINO, by way of the file `scratch`. Raises EdgecapError where OpenVINO cannot."""
     import openvino as ov
 
-    scratch.write_bytes(save(graph))
+    if outside_of(graph) is not None:
+        scratch.write_bytes(split_to(graph, scratch.with_suffix(".weights")))
+    else:
+        scratch.write_bytes(save(graph))
     try:
         return ov.convert_model(scratch)
     except Exception as error:  # a family of exceptions without a common base

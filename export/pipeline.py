@@ -21,6 +21,7 @@ from ..train.checkpoint import Checkpoint, load_checkpoint, require_captioner
 from ..train.data.cache import load_pixels
 from ..train.framing import frames_of
 from ..train.lora import refuse_adapter
+from ..train.models.narrow import is_large, narrow
 from ..train.run import RUNS, latest_run
 from ..train.smolvlm import CHAT
 from ..train.tokenizer import caption_text
@@ -144,6 +145,13 @@ def export(
         looked_at = _calibration(seen, dataset, max(calibration, PRUNING_PHOTOS), progress)
         loaded = make_smaller(seen, smaller, dataset, looked_at, progress, say, skip_bad=skip_bad)
         loaded = published.pruned_to(loaded) if published else loaded
+    if is_large(loaded.model):
+        if options.fused or autotune:
+            option = "--fused" if options.fused else "--autotune"
+            raise UsageError(
+                f"{option} is for captioners of up to 2 GB a part in fp32, and this one is larger: leave it out"
+            )
+        narrow(loaded.model)
     before = prune_passes(loaded.metrics)
     frames = frames_of(loaded) if chosen.frames and not options.fused else None
     calibrator = _calibration(loaded, dataset, calibration if chosen.calibrated else 1, progress, frames)
@@ -238,8 +246,9 @@ class Job:
 
     @property
     def exact(self) -> bool:
-        """Whether torch itself is the reference."""
-        return self.target == REFERENCE and not self.pruned
+        """Whether torch itself is the reference: for fp32, and for what is so large that its fp32 graphs would hardly
+        run here beside the torch model."""
+        return (self.target == REFERENCE and not self.pruned) or is_large(self.whole.model)
 
     @property
     def pruned(self) -> bool:

@@ -135,11 +135,27 @@ def round_float_blocks(
     block: int,
     damping: float = 0.01,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Round float weights [O, K] to -7..7 with an fp16 scale for each `block` inputs: int8 [O, K], [O, K / block]."""
+    """Round float weights [O, K] to -7..7 with an fp16 scale for each `block` inputs: int8 [O, K], [O, K / block].
+
+    covariance: of the inputs [1, K, K], or of S stretches of them [S, K / S, K / S]; errors stay inside a stretch.
+    """
     outputs, width = weights.shape
-    power = np.ones(width) if covariance is None else np.einsum("kk->k", covariance)
+    power = np.ones(width) if covariance is None else np.einsum("skk->sk", covariance).reshape(-1)
     power = (power + damping * power.mean() + 1e-12).reshape(width // block, block)
-    blocked = weights.reshape(outputs, width // block, block)
+    scales = np.concatenate([_block_scales(weights[i : i + ROWS], power) for i in range(0, outputs, ROWS)])
+    steps = scales.repeat(block, axis=-1)  # [O, K]
+    if covariance is None:
+        whole = _pass_on(weights[None], steps[None], NIBBLE, None, damping)[0]
+    else:
+        shape = (outputs, len(covariance), -1)
+        apart = [each.reshape(shape).transpose(1, 0, 2) for each in (weights, steps)]  # [S, O, K / S]
+        whole = _pass_on(*apart, NIBBLE, covariance, damping).transpose(1, 0, 2).reshape(outputs, width)
+    return whole.astype(np.int8), scales.astype(np.float16)
+
+
+def _block_scales(weights: np.ndarray, power: np.ndarray) -> np.ndarray:
+    """The scale [O, blocks] of each block with the least error, weights [O, K] and power [blocks, block]."""
+    blocked = weights.reshape(len(weights), *power.shape)
     largest = np.abs(blocked).max(axis=-1) / NIBBLE  # [O, blocks]
     best, scales = np.full(largest.shape, np.inf), largest
     for share in np.linspace(1.0, 0.6, 17):
@@ -149,10 +165,7 @@ def round_float_blocks(
         lost = (lost * power).sum(-1)
         scales = np.where(lost < best, scale, scales)
         best = np.minimum(best, lost)
-    steps = scales.repeat(block, axis=-1)[None]  # [1, O, K]
-    held = None if covariance is None else covariance[None]
-    whole = _pass_on(weights[None], steps, NIBBLE, held, damping)[0]
-    return whole.astype(np.int8), scales.astype(np.float16)
+    return scales
 
 
 def _half(scale: np.ndarray) -> np.ndarray:

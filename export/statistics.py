@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import TypeAlias
 
 import numpy as np
@@ -11,22 +12,37 @@ import onnx
 import onnxruntime as ort
 
 from .graph import Graph, attribute
+from .outside import Maker, loadable, outside_of
 
 SAMPLES_PER_RUN = 1500  # of each tensor, for its range
 POSITIONS_PER_RUN = 96  # of each layer, for its covariance
 HELD = 256  # positions that are multiplied together: a decoder's step alone has a few, and large layers much to add to
+# Bytes of all covariances. Above, wide layers' inputs are taken in stretches that know nothing of each other, in fp32.
+MOST, STRETCH, WHOLE = 4_000_000_000, 2048, 256
 
 Feeds: TypeAlias = Mapping[str, np.ndarray]
 
 
 @dataclass
 class Layer:
-    """A Conv, MatMul or Gemm with constant weights, seen as groups of outputs: weights [G, O, K]."""
+    """A Conv, MatMul or Gemm with constant weights, seen as groups of outputs: weights [G, O, K].
+
+    shape: of these; read: makes them of the graph's tensor, each time where that lies outside.
+    """
 
     node: onnx.NodeProto
-    weights: np.ndarray
+    shape: tuple[int, int, int]
+    read: Maker
     depthwise: bool
     pointwise: bool
+
+    @property
+    def weights(self) -> np.ndarray:
+        return self.read()
+
+    @property
+    def size(self) -> int:
+        return prod(self.shape)
 
     @property
     def input(self) -> str:
@@ -49,18 +65,21 @@ def layer_of(graph: Graph, node: onnx.NodeProto) -> Layer | None:
     """A node as a layer, if it is one whose weights are constants."""
     if node.op_type not in ("Conv", "MatMul", "Gemm") or attribute(node, "transA", 0):
         return None
-    weights = graph.constant(node.input[1])
-    if weights is None or weights.dtype != np.float32:
+    name = node.input[1]
+    shape = graph.shape(name)
+    if shape is None or graph.dtype(name) != np.float32:
         return None
+    read = graph.reader(name)
     if node.op_type == "Conv":
         groups = attribute(node, "group", 1)
-        kernel = int(np.prod(weights.shape[2:]))
-        shaped = weights.reshape(groups, weights.shape[0] // groups, -1)
-        return Layer(node, shaped, groups > 1 and weights.shape[1] == 1, kernel == 1 and groups == 1)
-    if weights.ndim != 2:
+        seen = (groups, shape[0] // groups, prod(shape[1:]))
+        pointwise = prod(shape[2:]) == 1 and groups == 1
+        return Layer(node, seen, lambda: read().reshape(seen), groups > 1 and shape[1] == 1, pointwise)
+    if len(shape) != 2:
         return None
-    matrix = weights if attribute(node, "transB", 0) else weights.T
-    return Layer(node, matrix[None], False, True)
+    if attribute(node, "transB", 0):
+        return Layer(node, (1, *shape), lambda: read()[None], False, True)
+    return Layer(node, (1, *shape[::-1]), lambda: read().T[None], False, True)
 
 
 class Statistics:
@@ -81,7 +100,7 @@ class Statistics:
         options.intra_op_num_threads = 1
         # Optimizing would fuse away the tensors asked for.
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
-        self.session = ort.InferenceSession(probe.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        self.session = load(probe, options)
         self.wanted = wanted
         self.seed, self.random = seed, np.random.default_rng(seed)
         self.samples: dict[str, list[np.ndarray]] = {name: [] for name in self.tensors}
@@ -92,11 +111,16 @@ class Statistics:
         self.offsets: dict[str, np.ndarray] = {}
         self.ranges: dict[tuple[str, str], tuple[float, float]] = {}
         self.runs = 0
+        self.stretched = sum(8 * layer.shape[0] * layer.shape[2] ** 2 for layer in layers) > MOST
 
     def add(self, feeds: Feeds) -> None:
         """One more run of the graph: input name → array. Conv inputs must have batch size 1."""
-        computed = self.session.run([name for name in self.wanted if name not in feeds], feeds)
-        values = dict(zip((name for name in self.wanted if name not in feeds), computed, strict=True)) | feeds
+        self.run([], feeds)
+
+    def run(self, names: list[str], feeds: Feeds) -> list[np.ndarray]:
+        """The same, for the graph's outputs of these names."""
+        asked = list(dict.fromkeys([*(name for name in self.wanted if name not in feeds), *names]))
+        values = dict(zip(asked, self.session.run(asked, feeds), strict=True)) | feeds
         for name in self.tensors:
             flat = values[name].reshape(-1)
             self.lows[name] = min(self.lows[name], float(flat.min()))
@@ -111,6 +135,7 @@ class Statistics:
             if sum(each.shape[1] for each in self.held[key]) >= HELD:
                 self._sum(key)
         self.runs += 1
+        return [values[name] for name in names]
 
     def _sum(self, key: str) -> None:
         """Add what is held of a layer's inputs to its moments."""
@@ -119,15 +144,20 @@ class Statistics:
         count, total, outer = self.moments.get(key, (0, 0.0, 0.0))
         total = total + rows.sum(axis=1, dtype=np.float64)
         product = np.matmul(rows.transpose(0, 2, 1), rows)
-        self.moments[key] = (count + rows.shape[1], total, outer + product.astype(np.float64))
+        if not self.stretched:
+            product = product.astype(np.float64)
+        self.moments[key] = (count + rows.shape[1], total, outer + product)
 
     def _rows(self, layer: Layer, value: np.ndarray) -> np.ndarray:
         """Inputs of the layer at some positions: float32 [G, P, K]."""
         if layer.node.op_type != "Conv":
             rows = value.reshape(-1, value.shape[-1])
-            return rows[None, self.random.permutation(len(rows))[:POSITIONS_PER_RUN]]
+            rows = rows[self.random.permutation(len(rows))[:POSITIONS_PER_RUN]]
+            if not self.stretched:
+                return rows[None]
+            return rows.reshape(len(rows), -1, stretch(rows.shape[1])).transpose(1, 0, 2)
         _, channels, height, width = value.shape
-        groups = layer.weights.shape[0]
+        groups = layer.shape[0]
         kernel = attribute(layer.node, "kernel_shape")
         strides = attribute(layer.node, "strides", [1, 1])
         dilations = attribute(layer.node, "dilations", [1, 1])
@@ -148,13 +178,13 @@ class Statistics:
         return patches.reshape(groups, len(picks), -1)
 
     def covariance(self, layer: Layer) -> tuple[np.ndarray, np.ndarray]:
-        """Covariance [G, K, K] and mean [G, K] of the layer's inputs."""
+        """Covariance [G, K, K] and mean [G, K] of the layer's inputs; `stretched`, of G stretches of K / G inputs."""
         key = layer.node.output[0]
         if self.held[key]:
             self._sum(key)
         count, total, outer = self.moments[key]
         mean = total / count
-        covariance = outer / count - mean[:, :, None] * mean[:, None, :]
+        covariance = outer / count - (mean[:, :, None] * mean[:, None, :]).astype(outer.dtype)
         return covariance, mean + self.offsets[key][:, 0]
 
     def range(self, name: str, *, method: str = "mse") -> tuple[float, float]:
@@ -192,3 +222,18 @@ def _error(values: np.ndarray, low: float, high: float) -> float:
     zero = round(-low / scale)
     steps = np.clip(np.rint(values / scale), -zero, 255 - zero)
     return float(np.mean((values - steps * scale) ** 2))
+
+
+def stretch(width: int) -> int:
+    """Of so many inputs the most that are taken together: a divisor of the width, whole blocks of weights."""
+    sizes = (size for size in range(WHOLE, min(width, STRETCH) + 1, WHOLE) if width % size == 0)
+    return max(sizes, default=width)
+
+
+def load(model: onnx.ModelProto, options: ort.SessionOptions) -> ort.InferenceSession:
+    """A graph in ONNX Runtime; one whose weights lie outside is read from files that it maps, and not packed: packed
+    weights would be there a second time."""
+    if outside_of(model) is not None:
+        options.add_session_config_entry("session.disable_prepacking", "1")
+    with loadable(model) as source:
+        return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])

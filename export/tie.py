@@ -45,9 +45,10 @@ def _output_layer(graph: Graph, table: np.ndarray) -> onnx.NodeProto | None:
     for node in graph.graph.node:
         if node.op_type not in ("MatMul", "Gemm"):
             continue
-        weights = graph.constant(node.input[1])
-        if weights is None:
+        shape = graph.shape(node.input[1])
+        if shape is None or sorted(shape) != sorted(table.shape):
             continue
+        weights = graph.constant(node.input[1])
         columns = weights.T if attribute(node, "transB", 0) else weights
         if columns.shape == table.shape[::-1] and np.array_equal(columns, table.T):
             return node

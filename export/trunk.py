@@ -5,14 +5,19 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from tempfile import gettempdir
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
 
-from ..runtime.errors import EdgecapError, UsageError
+from ..runtime.errors import EdgecapError
+from ..train.models.narrow import is_large
 from ..train.quiet import quiet
 from .graph import Graph, PassResult, attribute, op_counts
+from .outside import SMALLEST, Outside
 from .tie import tie_embedding
 
 if TYPE_CHECKING:
@@ -20,7 +25,6 @@ if TYPE_CHECKING:
 
     from ..train.models import CaptionModel
 
-MOST = 2**31 - 2**24  # bytes of a graph's weights: protobuf's limit
 OPSET_PLAIN, OPSET_ATTENTION = 18, 23  # 23 has Attention, RotaryEmbedding and RMSNormalization
 DTYPES = {
     onnx.TensorProto.UINT8: "uint8",
@@ -34,20 +38,27 @@ DTYPES = {
 
 @dataclass
 class OnnxPair:
-    """Encoder and decoder as ONNX models, the session roles that wire them, and what was done to them so far."""
+    """Encoder and decoder as ONNX models, the session roles that wire them, and what was done to them so far.
+
+    outside: where the weights of a large captioner are; None: in the models.
+    """
 
     encoder: onnx.ModelProto
     decoder: onnx.ModelProto
     session: dict[str, Any]
     passes: list[PassResult]
+    outside: Outside | None = None
 
     def copy(self) -> OnnxPair:
         models = []
+        outside = None if self.outside is None else Outside(self.outside.folder, before=self.outside)
         for model in (self.encoder, self.decoder):
             clone = onnx.ModelProto()
             clone.CopyFrom(model)
+            if outside is not None:
+                outside.own(clone)
             models.append(clone)
-        return OnnxPair(models[0], models[1], self.session, list(self.passes))
+        return OnnxPair(models[0], models[1], self.session, list(self.passes), outside)
 
     def graphs(self) -> dict[str, Any]:
         """The manifest's "graphs"."""
@@ -55,36 +66,39 @@ class OnnxPair:
 
 
 def to_onnx(
-    model: CaptionModel, *, framed: bool = False, report: Callable[[int], None] = lambda done: None
+    model: CaptionModel,
+    *,
+    framed: bool = False,
+    scratch: Path | None = None,
+    report: Callable[[int], None] = lambda done: None,
 ) -> OnnxPair:
-    """Trace both graphs of a captioner. framed: see `CaptionModel.graphs`. `report` is called with 1 and 2 when the
-    first and second are done."""
+    """Trace both graphs of a captioner. framed: see `CaptionModel.graphs`. scratch: where files of a large one are
+    written when an engine is to read its graphs. `report` is called with 1 and 2 when the first and second are done."""
     pair = model.graphs(framed=framed)
-    for part in (pair.encoder, pair.decoder):
-        held = sum(tensor.numel() * 4 for tensor in part.parameters())
-        if held > MOST:
-            raise UsageError(
-                f"{type(part).__name__} has {held / 1e9:.1f} GB of weights in fp32, and an ONNX graph holds 2 GB: "
-                "take a smaller model, or for llama.cpp its own converter"
-            )
+    outside = Outside(scratch or Path(gettempdir())) if is_large(model) else None
     attention = bool(pair.session.get("kv"))
     opset = OPSET_ATTENTION if attention else OPSET_PLAIN
-    encoder = trace(pair.encoder, pair.encoder_inputs, pair.encoder_outputs, OPSET_PLAIN)
+    encoder = trace(pair.encoder, pair.encoder_inputs, pair.encoder_outputs, OPSET_PLAIN, outside)
     report(1)
-    decoder = trace(pair.decoder, pair.decoder_inputs, pair.decoder_outputs, opset)
+    decoder = trace(pair.decoder, pair.decoder_inputs, pair.decoder_outputs, opset, outside)
     report(2)
     result = PassResult(
         "torch_to_onnx",
         {"opset": {"encoder": OPSET_PLAIN, "decoder": opset}},
         {"encoder_ops": op_counts(encoder), "decoder_ops": op_counts(decoder)},
     )
-    return OnnxPair(encoder, decoder, pair.session, [result, tie_embedding(decoder).on("decoder")])
+    return OnnxPair(encoder, decoder, pair.session, [result, tie_embedding(decoder).on("decoder")], outside)
 
 
 def trace(
-    module: nn.Module, inputs: dict[str, tuple[Tensor, dict[int, str]]], outputs: tuple[str, ...], opset: int
+    module: nn.Module,
+    inputs: dict[str, tuple[Tensor, dict[int, str]]],
+    outputs: tuple[str, ...],
+    opset: int,
+    outside: Outside | None = None,
 ) -> onnx.ModelProto:
-    """One module → a checked ONNX model. inputs: name → (example, axis → name of the dynamic axis).
+    """One module → a checked ONNX model. inputs: name → (example, axis → name of the dynamic axis). outside: where its
+    weights go, read from the module whenever a pass asks; a model without them is not checked.
 
     The exporter folds BatchNorm and padding into the convolutions. Raises EdgecapError where torch cannot export it.
     """
@@ -107,18 +121,34 @@ def trace(
                 external_data=False,
                 verbose=False,
             )
+            thin = {} if outside is None else _put_outside(program.model.graph, outside)
             model = program.model_proto
     except Exception as error:  # the exporter's own exceptions share no base class
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise EdgecapError(f"torch cannot export {type(module).__name__} to ONNX: {lines[-1][:200]}") from error
-    _clean(model)
+    _clean(model, thin, outside)
     _name_axes(model, {name: named for name, (_, named) in inputs.items()})
-    onnx.checker.check_model(model)
+    if outside is None:
+        onnx.checker.check_model(model)
     return model
 
 
-def _clean(model: onnx.ModelProto) -> None:
-    """Drop what changes from run to run or names source files: docs, metadata, intermediate shapes."""
+def _put_outside(graph: Any, outside: Outside) -> dict[str, onnx.TensorProto]:
+    """Take the larger initializers out of the exporter's graph before that becomes a ModelProto: their thin tensors."""
+    import onnx_ir
+
+    thin = {}
+    for name, value in graph.initializers.items():
+        held = value.const_value
+        if held.nbytes >= SMALLEST:
+            thin[name] = outside.put(name, held.dtype.numpy(), tuple(map(int, held.shape)), held.numpy)
+            value.const_value = onnx_ir.tensor(np.zeros(0, np.float32), name=name)
+    return thin
+
+
+def _clean(model: onnx.ModelProto, thin: dict[str, onnx.TensorProto], outside: Outside | None) -> None:
+    """Drop what changes from run to run or names source files: docs, metadata, intermediate shapes. thin: tensors
+    whose values are outside, in the place of those in the model."""
     model.producer_name, model.producer_version, model.doc_string = "edgecap", "", ""
     del model.metadata_props[:]
     graph = model.graph
@@ -130,19 +160,39 @@ def _clean(model: onnx.ModelProto) -> None:
         for item in items:
             item.doc_string = ""
             del item.metadata_props[:]
+    if outside is not None:
+        outside.own(model)
+        for tensor in graph.initializer:
+            if tensor.name in thin:
+                tensor.CopyFrom(thin[tensor.name])
+        _fold_casts(model)
     _fold_transposes(model)
     _drop_flat_reshapes(model)
     _rows_of_grid(model)
     _drop_open_masks(model)
 
 
+def _fold_casts(model: onnx.ModelProto) -> None:
+    """Weights that torch keeps in 16 bits, as the float32 that it widens them to."""
+    graph = Graph(model)
+    for node in list(model.graph.node):
+        shape = graph.shape(node.input[0]) if node.op_type == "Cast" else None
+        if shape is not None and attribute(node, "to") == onnx.TensorProto.FLOAT:
+            graph.set_made(node.output[0], [node.input[0]], shape, lambda value: value.astype(np.float32))
+            node.output[0] = f"{node.output[0]}_folded"  # now unused
+    graph.refresh()
+    graph.prune()
+
+
 def _fold_transposes(model: onnx.ModelProto) -> None:
     """Transpose constants here: the exporter leaves the large ones to the engine, which hides them as weights."""
     graph = Graph(model)
     for node in list(model.graph.node):
-        value = graph.constant(node.input[0]) if node.op_type == "Transpose" else None
-        if value is not None:
-            graph.set_constant(node.output[0], value.transpose(attribute(node, "perm")))
+        shape = graph.shape(node.input[0]) if node.op_type == "Transpose" else None
+        if shape is not None:
+            perm = attribute(node, "perm")
+            turned = tuple(shape[axis] for axis in perm)
+            graph.set_made(node.output[0], [node.input[0]], turned, partial(np.transpose, axes=perm))
             node.output[0] = f"{node.output[0]}_folded"  # now unused
     graph.refresh()
     graph.prune()

@@ -13,7 +13,7 @@ from string import ascii_lowercase
 from typing import Any
 
 WORDS, ROWS = 49152, 49280  # tokens of SmolLM2, and with those that SmolVLM adds
-TEXT: dict[str, dict[str, int]] = {  # HuggingFaceTB/SmolVLM-256M-Instruct, -500M-Instruct: config.json
+TEXT: dict[str, dict[str, int]] = {  # HuggingFaceTB/SmolVLM-256M-Instruct, -500M-Instruct, -Instruct: config.json
     "256m": {
         "hidden_size": 576,
         "intermediate_size": 1536,
@@ -28,14 +28,29 @@ TEXT: dict[str, dict[str, int]] = {  # HuggingFaceTB/SmolVLM-256M-Instruct, -500
         "num_attention_heads": 15,
         "num_key_value_heads": 5,
     },
+    "2.2b": {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+    },
 }
-VISION = {
+BASE = {  # siglip-base-patch16-512
     "hidden_size": 768,
     "intermediate_size": 3072,
     "num_hidden_layers": 12,
     "num_attention_heads": 12,
     "image_size": 512,
     "patch_size": 16,
+}
+SO400M = {  # siglip-so400m-patch14-384
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 16,
+    "image_size": 384,
+    "patch_size": 14,
 }
 SPECIAL = [
     "<|endoftext|>",
@@ -64,7 +79,8 @@ ADDED = [
     *(f"<|reserved_special_token_{i}|>" for i in range(88)),
     "<end_of_utterance>",
 ]
-BOS, PAD, IMAGE, EOS = 1, 2, WORDS + ADDED.index("<image>"), ROWS - 1
+FIRST_ADDED = ["<fake_token_around_image>", "<image>", "<end_of_utterance>"]  # SmolVLM-Instruct's: tiles have no tokens
+BOS, PAD = 1, 2
 CHAT = (
     "<|im_start|>{% for message in messages %}{{message['role'] | capitalize}}{% if message['content'][0]['type'] == "
     "'image' %}{{':'}}{% else %}{{': '}}{% endif %}{% for line in message['content'] %}{% if line['type'] == 'text' %}"
@@ -88,8 +104,9 @@ def merges() -> Iterator[tuple[str, str]]:
                 yield word[:-1], word[-1]
 
 
-def tokenizer() -> Any:
-    """A tokenizer of SmolVLM's size, kinds of token and special ids, whose words are combinations of letters."""
+def tokenizer(rows: int = ROWS) -> Any:
+    """A tokenizer of SmolVLM's size, kinds of token and special ids, whose words are combinations of letters. rows: of
+    the model's embedding, which tell the sizes apart."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -107,46 +124,59 @@ def tokenizer() -> Any:
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     found.decoder = decoders.ByteLevel()
-    found.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in [*SPECIAL, *ADDED]])
+    found.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in [*SPECIAL, *added(rows)]])
     return found
+
+
+def added(rows: int) -> list[str]:
+    """The tokens that a SmolVLM of so many rows adds to SmolLM2's."""
+    return ADDED if rows == ROWS else FIRST_ADDED
 
 
 def config(size: str, layers: int | None = None) -> dict[str, Any]:
     """config.json as published; layers: of each transformer, instead of all."""
     fewer = {} if layers is None else {"num_hidden_layers": layers}
+    large = size == "2.2b"
+    rows = WORDS + len(FIRST_ADDED) if large else ROWS
     text = {
         "model_type": "llama",
         **TEXT[size],
         "head_dim": 64,
-        "vocab_size": ROWS,
-        "max_position_embeddings": 8192,
-        "rope_theta": 100000,
+        "vocab_size": rows,
+        "max_position_embeddings": 16384 if large else 8192,
+        "rope_theta": 273768.0 if large else 100000,
         "rms_norm_eps": 1e-5,
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
         "tie_word_embeddings": False,
         "bos_token_id": BOS,
-        "eos_token_id": EOS,
+        "eos_token_id": rows - 1,
         "pad_token_id": PAD,
     }
-    vision = {"model_type": "idefics3_vision", **VISION, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
+    vision = {
+        "model_type": "idefics3_vision",
+        **(SO400M if large else BASE),
+        "hidden_act": "gelu_pytorch_tanh",
+        "layer_norm_eps": 1e-6,
+    }
     return {
         "architectures": ["Idefics3ForConditionalGeneration"],
         "model_type": "idefics3",
-        "image_token_id": IMAGE,
-        "scale_factor": 4,
+        "image_token_id": WORDS + added(rows).index("<image>"),
+        "scale_factor": 3 if large else 4,
         "pad_token_id": PAD,
         "tie_word_embeddings": False,
         "torch_dtype": "bfloat16",
-        "vocab_size": ROWS,
+        "vocab_size": rows,
         "text_config": text | fewer,
         "vision_config": vision | fewer,
     }
 
 
-def processing(side: int, tokens: int) -> dict[str, dict[str, Any]]:
-    """The files beside weights and tokenizer, as published. side: pixels of a tile; tokens: its embeddings."""
+def processing(side: int, tokens: int, rows: int = ROWS) -> dict[str, dict[str, Any]]:
+    """The files beside weights and tokenizer, as published. side: pixels of a tile; tokens: its embeddings;
+    rows: as of `tokenizer`."""
     half, name = [0.5, 0.5, 0.5], "Idefics3Processor"
     image = {
         "do_convert_rgb": True,
@@ -182,7 +212,7 @@ def processing(side: int, tokens: int) -> dict[str, dict[str, Any]]:
         "tokenizer_config.json": words,
         "special_tokens_map.json": {k: words[k] for k in ("bos_token", "eos_token", "pad_token", "unk_token")},
         "chat_template.json": {"chat_template": CHAT},
-        "generation_config.json": {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD},
+        "generation_config.json": {"bos_token_id": BOS, "eos_token_id": rows - 1, "pad_token_id": PAD},
     }
 
 
@@ -197,7 +227,7 @@ def save(folder: Path, config: dict[str, Any], *, seed: int = 0) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     vision = config["vision_config"]
     grid = vision["image_size"] // vision["patch_size"] // config["scale_factor"]
-    files = {"config.json": config, **processing(vision["image_size"], grid * grid)}
+    files = {"config.json": config, **processing(vision["image_size"], grid * grid, config["vocab_size"])}
 
     def write() -> None:
         for name, values in files.items():
@@ -205,7 +235,9 @@ def save(folder: Path, config: dict[str, Any], *, seed: int = 0) -> Path:
 
     write()
     torch.manual_seed(seed)
-    model: Any = Idefics3ForConditionalGeneration(AutoConfig.from_pretrained(folder))
+    # 2.2 billion weights are drawn in the 16 bits that they are written in.
+    options = {"dtype": torch.bfloat16} if config["text_config"]["hidden_size"] > 1000 else {"dtype": torch.float32}
+    model: Any = Idefics3ForConditionalGeneration._from_config(AutoConfig.from_pretrained(folder), **options)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
@@ -214,7 +246,7 @@ def save(folder: Path, config: dict[str, Any], *, seed: int = 0) -> Path:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     model.to(torch.bfloat16).save_pretrained(folder)
     write()  # as published, and not as this transformers writes them: others read the same files
-    tokenizer().save(str(folder / "tokenizer.json"))
+    tokenizer(config["vocab_size"]).save(str(folder / "tokenizer.json"))
     return folder
 
 

@@ -147,6 +147,13 @@ def test_the_tokenizer_counts_as_the_published_one_does() -> None:
     assert tokenizer.decode(tokenizer.encode(text).ids) == text
 
 
+def test_the_largest_adds_three_tokens() -> None:
+    found = published.config("2.2b")
+    assert (found["vocab_size"], found["image_token_id"], found["text_config"]["eos_token_id"]) == (49155, 49153, 49154)
+    assert found["text_config"]["vocab_size"] == 49152 + len(published.added(49155))
+    assert published.config("500m")["image_token_id"] == 49190
+
+
 def small() -> dict[str, Any]:
     """The 256M's config with few layers, heads and pixels."""
     config = published.config("256m", 2)

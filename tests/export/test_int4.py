@@ -59,7 +59,7 @@ def test_blocks_keep_outputs_better_than_nearest_and_than_one_scale() -> None:
     coarse = output_error(weights, round_blocks(weights, *moments(rows), block=64), rows, shift=True)
     assert clever < 0.85 * nearest and clever < 0.95 * coarse
 
-    covariance = moments(rows)[0][0]
+    covariance = moments(rows)[0]
     errors = []
     for known in (covariance, None):
         whole, scales = round_float_blocks(weights[0], known, block=16)
