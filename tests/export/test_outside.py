@@ -95,12 +95,12 @@ def test_weights_outside_make_the_same_bundles(large: Source) -> None:
 
 
 def test_a_large_captioner_is_exported_and_compared_with_torch(
-    vlm: Path, large: Source, low: pytest.MonkeyPatch, tmp_path: Path
+    vlm: Path, large: Source, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    low.setattr(statistics, "MOST", 1000)  # its covariances are in stretches
-    low.setattr(statistics, "STRETCH", 16)
-    low.setattr(statistics, "WHOLE", 16)
-    low.setattr(artifact, "to_onnx", lambda *args, **options: large.trunk())
+    monkeypatch.setattr(statistics, "MOST", 1000)  # its covariances are in stretches
+    monkeypatch.setattr(statistics, "STRETCH", 16)
+    monkeypatch.setattr(statistics, "WHOLE", 16)
+    monkeypatch.setattr(artifact, "to_onnx", lambda *args, **options: large.trunk())
     options = {"source": str(vlm), "data": SCENES, "limit": 1, "calibration": 1, "max_cider_drop": 10}
     for target in ("onnx-fp32", "onnx-int4"):
         done = export(None, target=target, out=tmp_path / f"{target}.edgecap", **options)
@@ -123,7 +123,7 @@ def test_constants_outside_are_read_and_written_like_others(tmp_path: Path) -> N
     net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 3)).eval()
     usual, thin = (trunk.trace(net, inputs, ("y",), 18, where) for where in (None, beside))
     assert outside_of(usual) is None and outside_of(thin) is beside
-    assert thin.ByteSize() < usual.ByteSize() - 64 * 64 * 4 and plain(thin) == plain(usual)
+    assert thin.ByteSize() < 2000 < 64 * 64 * 4 < usual.ByteSize() and plain(thin) == plain(usual)
     ours, theirs = Graph(thin), Graph(usual)
     (name,) = (name for name in ours.initializers if ours.shape(name) == (64, 64))
     assert ours.dtype(name) == np.float32
