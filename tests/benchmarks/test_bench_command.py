@@ -416,6 +416,7 @@ def test_names_that_look_like_markup_are_shown_as_they_are(record: dict[str, Any
 @pytest.fixture(scope="module")
 def command(folder: Path) -> subprocess.CompletedProcess[str]:
     arguments = ["--device", "cpu", "--rounds", "10", "--limit", "4", "--json", "-", "--history", "runs/bench.jsonl"]
+    arguments += ["--report", "runs/bench.html", "--embed-photos"]
     return subprocess.run(
         [sys.executable, "-m", "edgecap", "bench", *arguments],
         cwd=folder,
@@ -434,6 +435,13 @@ def test_json_on_stdout_is_the_record_alone(command: subprocess.CompletedProcess
     assert latency["end_to_end"]["runs"] >= 30
     line = json.loads((folder / "runs" / "bench.jsonl").read_text())
     assert line["rows"][0]["sha256"] == found["rows"][0]["sha256"]
+
+
+def test_the_report_is_written_with_the_photos_asked_for(
+    command: subprocess.CompletedProcess[str], folder: Path
+) -> None:
+    html = (folder / "runs" / "bench.html").read_text()
+    assert html.count('<img src="data:image/jpeg;base64,') == 4 and "holds no earlier record" in html
 
 
 def test_progress_goes_to_stderr(command: subprocess.CompletedProcess[str]) -> None:
