@@ -83,6 +83,9 @@ class Browser(Device):
         return self.server.url(self._addresses[0] if self._addresses else "127.0.0.1")
 
     def subjects(self, subjects: Sequence[Subject]) -> list[Subject]:
+        if any(subject.fused for subject in subjects):
+            click.echo("one-graph forms are left out: they are not measured in a browser", err=True)
+            subjects = [subject for subject in subjects if not subject.fused]
         if not self._options.native:
             return list(subjects)
         self._native = {subject.name + NATIVE for subject in subjects}
@@ -166,8 +169,6 @@ class Browser(Device):
             return Native(subject, threads, self)
         if subject.kind != "bundle":
             raise WorkerFailed("peers do not run in a browser")
-        if subject.fused:
-            raise WorkerFailed("one-graph forms are not measured in a browser")
         self._workers += 1
         return PageWorker(self, subject, f"w{self._workers}")
 
@@ -196,7 +197,7 @@ class Browser(Device):
         """Token by token against this machine, where it is measured, too (its rows are among the subjects)."""
         by_name = {subject.name: subject for subject in subjects}
         pairs = [(by_name[name.removesuffix(NATIVE)], by_name[name]) for name in sorted(self._native)]
-        pairs = [(page, here) for page, here in pairs if page.kind == "bundle" and not page.fused]
+        pairs = [(page, here) for page, here in pairs if page.kind == "bundle"]
         found, done = {}, 0
         for page, here in pairs:
             same = {"same_tokens": 0, "same_captions": 0}

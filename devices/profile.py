@@ -116,12 +116,12 @@ def load_profile(path: Path) -> Profile:
 
 
 def profiles() -> dict[str, Profile]:
-    """Every profile that ships with edgecap, by name; what can be measured now comes first."""
+    """Every profile that ships with edgecap, by name; what can be measured now comes first, this machine before all."""
     folder = Path(str(files(__package__) / "profiles"))
     found = [load_profile(path) for path in sorted(folder.glob("*.toml"))]
     if not found:
         raise EdgecapError(f"no device profiles in {folder}: install edgecap again")
-    return {p.name: p for p in sorted(found, key=lambda p: (not p.reachable, p.name))}
+    return {p.name: p for p in sorted(found, key=lambda p: (not p.reachable, p.kind != "local", p.name))}
 
 
 def get_profile(name: str) -> Profile:

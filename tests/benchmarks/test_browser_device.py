@@ -8,6 +8,7 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from edgecap.benchmarks.browser import Browser, Options, png
 from edgecap.benchmarks.page_answers import browser_name, checked, device_facts
 from edgecap.benchmarks.report import render
 from edgecap.benchmarks.runner import WorkerFailed
+from edgecap.benchmarks.subjects import bundle_subject
 from edgecap.benchmarks.suite import Settings
 from edgecap.cli import cli
 from edgecap.devices import browser as servers
@@ -193,8 +195,6 @@ def test_a_page_that_hangs_is_a_row_that_says_so(web: None, bundle: Path, play: 
         assert device.url.startswith("http://")
         assert device.channel.wait(10) == HELLO
         device._bundles[bundle] = device._serve_bundle(bundle, "bundles/0/")
-        from edgecap.benchmarks.subjects import bundle_subject
-
         worker = device.start(bundle_subject(bundle)[0], 1)
         with pytest.raises(WorkerFailed, match="gave no answer within 0.2 s"):
             worker.ask("load", threads=1, decoding={}, timeout=0.2)
@@ -210,7 +210,11 @@ def test_waiting_has_an_end(web: None, bundle: Path) -> None:
         bench([bundle], device="iphone", settings=QUICK, browser=Options(http=True, open="nosuchbrowser"))
 
 
-def test_peers_and_fused_graphs_say_that_they_do_not_run_there(web: None, bundle: Path, play: Any) -> None:
+def test_peers_and_fused_graphs_do_not_run_there(web: None, bundle: Path, play: Any, capsys: Any) -> None:
+    with Browser(get_profile("browser"), Options(http=True)) as device:
+        subject = bundle_subject(bundle)[0]
+        assert device.subjects([subject, replace(subject, fused=True)]) == [subject]
+    assert "one-graph forms are left out" in capsys.readouterr().err
     play(good)
     record = bench([bundle], peers=[f"torch:{bundle}"], device="browser", settings=QUICK, browser=Options(http=True))
     assert [row["status"] for row in record["rows"]] == ["ok", "failed"]
