@@ -29,7 +29,9 @@ def node() -> str:
 @pytest.fixture(scope="module")
 def fixture(node: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("web")
-    write_fixture(folder)
+    with pytest.MonkeyPatch.context() as patch:  # edgecap may be installed elsewhere
+        patch.setenv("EDGECAP_ORT_WEB", str(WEB / "node_modules" / "onnxruntime-web"))
+        write_fixture(folder)
     return folder
 
 
