@@ -164,18 +164,20 @@ def _rounds(
     settings: Settings,
     progress: Progress,
 ) -> None:
-    """Time photos in interleaved rounds; every round goes on where the last one stopped in the list of
-    photos.
+    """Time photos in interleaved rounds; every round goes on where the last one stopped in the list of photos. The rows
+    of a round see the same photos, as many as the slowest of them has time for: the others see those several times.
     """
 
-    def take(start: int, count: int) -> list[str]:
-        return [photos[(start + k) % len(photos)].path for k in range(count)]
+    def take(start: int, count: int, few: int) -> list[str]:
+        return [photos[(start + k % few) % len(photos)].path for k in range(count)]
 
     counts: dict[int, int] = {}
     for i, worker in workers.items():
         row = rows[i]
         with row.trying("warm-up"):
-            warm = worker.ask("time", photos=take(0, settings.warmup), timeout=settings.timeout)["runs"]
+            warm = worker.ask("time", photos=take(0, settings.warmup, settings.warmup), timeout=settings.timeout)[
+                "runs"
+            ]
             seconds = max(1e-6, middle(run["end_to_end"] for run in warm))
             wanted = max(settings.min_runs, settings.min_seconds / seconds)
             counts[i] = math.ceil(wanted / settings.rounds)
@@ -183,13 +185,14 @@ def _rounds(
     total = settings.rounds * len(rows)
     offset = done = 0
     for _ in range(settings.rounds):
+        few = min((counts[i] for i in workers if rows[i].error is None), default=0)
         for i, row in enumerate(rows):
             if row.error is None:
                 with row.trying("latency"):
-                    files = take(offset, counts[i])
+                    files = take(offset, counts[i], few)
                     row.runs.append(workers[i].ask("time", photos=files, timeout=settings.timeout)["runs"])
             progress("latency", done := done + 1, total)
-        offset += max(counts.values(), default=0)
+        offset += few
 
 
 def _captions(

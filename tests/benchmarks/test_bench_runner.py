@@ -15,9 +15,9 @@ import pytest
 
 from edgecap.benchmarks.latency import STAGES
 from edgecap.benchmarks.quality import Photo
-from edgecap.benchmarks.runner import Worker, WorkerFailed, worker_environment
+from edgecap.benchmarks.runner import Running, Worker, WorkerFailed, worker_environment
 from edgecap.benchmarks.subjects import Subject, peer_subject
-from edgecap.benchmarks.suite import Settings, run
+from edgecap.benchmarks.suite import Row, Settings, _rounds, run
 from edgecap.runtime.errors import UsageError
 
 FAKE = Path(__file__).with_name("fake_worker.py")
@@ -231,3 +231,23 @@ def test_memory_is_read_from_the_process_itself_not_its_parent() -> None:
     assert int(big) > 300 * 2**20
     if sys.platform == "linux":
         assert json.loads(small)["peak_rss"] < 100 * 2**20
+
+
+def test_the_rows_of_a_round_see_the_same_photos_and_all_photos_are_seen() -> None:
+    """Also where one row is so slow that it has time for two photos a round, and the other takes many more."""
+
+    class Answers(Running):
+        def __init__(self, seconds: float) -> None:
+            self.seconds, self.asked = seconds, []
+
+        def ask(self, op: str, *, timeout: float, **arguments: Any) -> dict[str, Any]:
+            self.asked.append(arguments["photos"])
+            return {"runs": [{"end_to_end": self.seconds}] * len(arguments["photos"])}
+
+    slow, fast = Answers(1.0), Answers(0.1)
+    rows = [Row(fake("slow")), Row(fake("fast"))]
+    settings = Settings(rounds=3, min_runs=6, min_seconds=2.0, warmup=1)
+    _rounds(rows, {0: slow, 1: fast}, PHOTOS, settings, lambda phase, done, total: None)
+    for a, b in zip(slow.asked[1:], fast.asked[1:], strict=True):
+        assert len(a) == 2 and len(b) == 7 and set(a) == set(b)
+    assert {file for files in slow.asked[1:] for file in files} == {photo.path for photo in PHOTOS}
