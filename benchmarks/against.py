@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -66,13 +67,14 @@ def _one(a: Running, b: Running, photo: str, timeout: float) -> tuple[bool, bool
 
 def _summary(rows: Sequence[tuple[bool, bool, np.ndarray]], precision: str | None) -> dict[str, Any]:
     cosines = np.concatenate([row[2] for row in rows])
-    same, least = sum(row[0] for row in rows), float(cosines.min())
+    same, least, mean = sum(row[0] for row in rows), float(cosines.min()), float(cosines.mean())
+    sound = math.isfinite(mean)  # not so where logits are no numbers
     return {
         "photos": len(rows),
         "same_tokens": same,
         "same_captions": sum(row[1] for row in rows),
-        "min_cosine": least,
-        "mean_cosine": float(cosines.mean()),
-        "ok": same == len(rows) if precision == "fp32" else least >= MIN_COSINE,
+        "min_cosine": least if sound else None,
+        "mean_cosine": mean if sound else None,
+        "ok": sound and (same == len(rows) if precision == "fp32" else least >= MIN_COSINE),
         "error": None,
     }

@@ -79,6 +79,8 @@ def bench(
 
     profile = get_profile(device)
     if host:
+        if profile.kind != "ssh":
+            raise UsageError(f"--host names a device that is reached over ssh, and {profile.name} is not: add --device")
         profile = replace(profile, host=host)
     limited = parse_size(memory_limit) if memory_limit else None
     require_reachable(profile)

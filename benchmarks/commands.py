@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 
 @click.command()
@@ -79,6 +80,16 @@ class Percent(click.ParamType):
         if not value.endswith("%") or not 0 <= number < 1000:
             self.fail(f"{value!r} is not a percentage such as 5%", param, ctx)
         return number / 100
+
+
+def given_besides(*names: str) -> list[str]:
+    """What stands on the command line, but for the parameters of these names, as it is written there."""
+    context = click.get_current_context()
+    found = []
+    for parameter in context.command.params:
+        if context.get_parameter_source(parameter.name) is ParameterSource.COMMANDLINE and parameter.name not in names:
+            found.append(parameter.opts[0] if isinstance(parameter, click.Option) else parameter.name.upper())
+    return found
 
 
 def compare_records(before: Path, after: Path, slower: float | None, force: bool, json_file: str | None) -> None:
@@ -181,8 +192,8 @@ def bench(
       edgecap bench --compare before.json after.json --fail-if-slower 5%
     """
     if compare:
-        if bundles:
-            raise click.UsageError("--compare takes two records and measures no bundles")
+        if others := given_besides("compare", "slower", "force", "json_file"):
+            raise click.UsageError(f"--compare takes two records and measures nothing: leave out {', '.join(others)}")
         compare_records(*compare, slower, force, json_file)
         return
     if force or slower is not None:
@@ -206,6 +217,7 @@ def bench(
         files.append(Path(json_file))
     for file in files:
         records.check_writable(file)
+    past = records.history(history) if history else []
     browser = None
     if wait or program or http or webgpu or native:
         from .browser import Options
@@ -230,21 +242,22 @@ def bench(
             pictures=pictures,
             progress=bars,
         )
-    changed = None
-    if history:
-        changed = since_last(records.history(history), record)
-        records.append(record, history)
-    if report:
-        first = history is not None and changed is None
-        write_page(page(record, changes=changed, first_record=first, photos=pictures), report)
+    # What cannot be measured again first: nothing is lost when showing it fails.
     if json_file == "-":
         click.echo(records.dumps(record))
-    else:
-        if json_file:
-            records.write(record, Path(json_file))
+    elif json_file:
+        records.write(record, Path(json_file))
+    changed = None
+    if history:
+        records.append(record, history)
+        changed = since_last(past, record)
+    if json_file != "-":
         show(record)
         if changed:
             show_since(changed)
+    if report:
+        first = history is not None and changed is None
+        write_page(page(record, changes=changed, first_record=first, photos=pictures), report)
     rows = [row for row in record["rows"] if row["kind"] == "bundle"]
     if any(row["status"] != "ok" or row.get("against_native", {}).get("ok") is False for row in rows):
         sys.exit(1)

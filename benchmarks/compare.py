@@ -153,7 +153,7 @@ def _row(a: Record, b: Record | None, limit: float, stages: Sequence[str], same_
 def _samples(row: Record, stage: str) -> list[float]:
     """A row's independent times (s) of a stage: one a round, or one a process."""
     if stage == "cold_start":
-        return list((row["cold_start"] or {}).get("runs", ()))
+        return [seconds for seconds in (row["cold_start"] or {}).get("runs", ()) if seconds]
     return [median for median in (row.get("rounds") or {}).get(stage, ()) if median]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -12,6 +11,7 @@ from .runner import WorkerFailed
 
 MAX_TEXT = 4000  # characters of a caption
 MAX_TOKENS = 4096
+MAX_LOGPROB = 1e6  # away from 0
 MAX_SECONDS = 24 * 3600.0
 
 _BROWSERS = (  # in this order: the later ones claim to be the earlier ones, too
@@ -84,7 +84,7 @@ def _caption(found: Any, at: str) -> dict[str, Any]:
     if not isinstance(ids, list) or len(ids) > MAX_TOKENS or not all(type(i) is int and 0 <= i < 2**31 for i in ids):
         raise WorkerFailed(f"the page's {at} has no ids of tokens")
     logprob = found.get("logprob")
-    if isinstance(logprob, bool) or not isinstance(logprob, int | float) or not math.isfinite(logprob):
+    if isinstance(logprob, bool) or not isinstance(logprob, int | float) or not abs(logprob) <= MAX_LOGPROB:
         logprob = None
     return {
         "text": _text(found["text"], MAX_TEXT),
@@ -122,6 +122,7 @@ def device_facts(hello: Any) -> dict[str, Any]:
     """
     said = hello if isinstance(hello, dict) else {}
     gpu, memory, cores = said.get("webgpu"), said.get("memory_gb"), said.get("cores")
+    gpu = gpu if isinstance(gpu, dict) else None
     described = [_text(gpu.get(key), 80) for key in ("vendor", "architecture", "description")] if gpu else []
     good = isinstance(memory, int | float) and not isinstance(memory, bool) and 0 < memory <= 4096
     return {

@@ -126,6 +126,7 @@ def history(path: Path) -> list[dict[str, Any]]:
 
 
 _ROW = {"name", "kind", "status", "error", "sha256", "bytes", "decoding", "latency", "memory", "cold_start", "quality"}
+_TEXTS = ("name", "kind", "status")
 
 
 def parse(text: str) -> dict[str, Any] | None:
@@ -138,9 +139,37 @@ def parse(text: str) -> dict[str, Any] | None:
         return None
     rows = found.get("rows")
     whole = all(isinstance(found.get(key), dict) for key in ("device", "settings", "data", "versions"))
-    if not whole or not isinstance(rows, list) or not all(isinstance(row, dict) and row.keys() >= _ROW for row in rows):
-        return None
-    return found
+    whole = whole and isinstance(found.get("created"), str) and _numbers(found.get("limits"))
+    return found if whole and isinstance(rows, list) and all(map(_sound, rows)) else None
+
+
+def _sound(row: Any) -> bool:
+    """Whether a row's parts have the shapes that comparing records relies on."""
+    if not isinstance(row, dict) or not row.keys() >= _ROW or not isinstance(row["decoding"], dict):
+        return False
+    parts = [
+        row.get(key) or {} for key in ("latency", "cold_start", "rounds", "captions", "bytes", "memory", "quality")
+    ]
+    if not all(isinstance(part, dict) for part in parts) or not all(isinstance(row[key], str) for key in _TEXTS):
+        return False
+    _, cold, rounds, captions, size, memory, quality = parts
+    return (
+        all(isinstance(times, list) and _numbers(times) for times in (*rounds.values(), cold.get("runs", [])))
+        and all(isinstance(said, dict) and _number(said.get("cider", 0.0)) for said in captions.values())
+        and _numbers([size.get("total"), memory.get("peak_rss")])
+        and (not quality or _number(quality.get("cider")))
+    )
+
+
+def _numbers(values: Any) -> bool:
+    """Whether these are numbers or None, in a list or a table, or nothing at all."""
+    if values is None or not isinstance(values, list | dict):
+        return values is None
+    return all(value is None or _number(value) for value in (values.values() if isinstance(values, dict) else values))
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1e18 < value < 1e18
 
 
 def check_writable(path: Path) -> None:

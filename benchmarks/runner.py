@@ -160,7 +160,7 @@ class Worker(Running):
             self._lines.put(None)  # so that asking again fails the same way
             raise WorkerFailed(self._why_it_ended())
         try:
-            answer = json.loads(line)
+            answer = json.loads(line, parse_constant=lambda text: None)  # NaN, which no record can hold
         except (ValueError, RecursionError):
             answer = None
         if not isinstance(answer, dict):

@@ -10,9 +10,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 
+from edgecap.benchmarks.against import _summary
 from edgecap.benchmarks.latency import STAGES
 from edgecap.benchmarks.quality import Photo
 from edgecap.benchmarks.runner import Running, Worker, WorkerFailed, worker_environment
@@ -122,6 +124,16 @@ def test_a_peer_may_have_an_interpreter_of_its_own(tmp_path: Path, monkeypatch: 
 def test_a_worker_that_misbehaves_gives_a_reason(code: str, said: str) -> None:
     with python(code) as worker, pytest.raises(WorkerFailed, match=said):
         worker.receive(60)
+
+
+def test_what_is_no_number_in_an_answer_is_none() -> None:
+    with python('print(\'{"ok": true, "logprob": NaN, "x": [-Infinity]}\', flush=True)') as worker:
+        found = worker.receive(60)
+    assert found["logprob"] is None and found["x"] == [None]
+    bad, good = np.array([1.0, np.nan]), np.array([1.0, 0.995])
+    found = _summary([(True, True, good), (True, True, bad)], "fp32")
+    assert found["min_cosine"] is None and found["ok"] is False
+    assert _summary([(False, True, good)], "int8")["ok"] is True
 
 
 def test_a_silent_worker_is_given_up_and_ended() -> None:

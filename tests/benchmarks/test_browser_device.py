@@ -224,6 +224,8 @@ def test_peers_and_fused_graphs_do_not_run_there(web: None, bundle: Path, play: 
 def test_the_command_says_what_is_for_browsers_alone(web: None, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = CliRunner().invoke(cli, ["bench", str(bundle), "--webgpu"])
     assert result.exit_code != 0 and "cpu is no browser" in str(result.exception)
+    result = CliRunner().invoke(cli, ["bench", str(bundle), "--host", "pi@pi5.local"])
+    assert "--host names a device that is reached over ssh, and cpu is not" in str(result.exception)
     monkeypatch.setenv("EDGECAP_ORT_WEB", "/nowhere")
     result = CliRunner().invoke(cli, ["bench", str(bundle), "--device", "browser"])
     assert "npm install --prefix DIR onnxruntime-web" in str(result.exception)
@@ -233,6 +235,10 @@ def test_what_a_page_says_of_itself() -> None:
     assert device_facts("nonsense")["cores"] is None and device_facts({"cores": True})["cores"] is None
     facts = device_facts({"webgpu": {"vendor": "arm", "architecture": "valhall\x1b[2J"}, "memory_gb": float("inf")})
     assert facts["webgpu"] == "arm valhall [2J" and facts["memory_gb"] is None
+    assert device_facts({"webgpu": "x"})["webgpu"] is None
+    for odd in (10**400, float("nan"), "-1", True):
+        said = {"ok": True, "since_start": 0, "captions": [CAPTION | {"logprob": odd}]}
+        assert checked({"op": "caption", "photos": ["p"]}, said)["captions"][0]["logprob"] is None
     assert checked({"op": "memory"}, {"ok": True, "since_start": 0, "bytes": "many"}) == {"bytes": None}
     phone = "Mozilla/5.0 (iPhone; CPU iPhone OS 18_1 like Mac OS X) Version/18.1 Mobile/15E148 Safari/604.1"
     assert browser_name(phone) == ("Safari 18", "iOS 18.1")

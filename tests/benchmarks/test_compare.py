@@ -226,7 +226,34 @@ def test_a_limit_is_a_percentage(arguments: list[str], files: tuple[Path, Path])
     assert invoke("--compare", *files, *arguments).exit_code == 2
 
 
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [
+        (("decoding",), []),
+        (("name",), ["a"]),
+        (("latency",), "fast"),
+        (("rounds",), {"end_to_end": [1, "2"]}),
+        (("cold_start", "runs"), 5),
+        (("quality", "cider"), None),
+        (("quality", "cider"), float("nan")),
+        (("captions",), {"photo": "a dog"}),
+        (("memory", "peak_rss"), "much"),
+        (("bytes", "total"), 10**400),
+    ],
+)
+def test_an_odd_line_of_a_history_is_passed_over(where: tuple, value: Any, tmp_path: Path) -> None:
+    odd = made_up_record()
+    place = odd["rows"][0]
+    for key in where[:-1]:
+        place = place[key]
+    place[where[-1]] = value
+    (tmp_path / "h.jsonl").write_text(f"{json.dumps(odd)}\n{json.dumps(made_up_record())}\n" + '{"x": ' + "1" * 9999)
+    assert records.history(tmp_path / "h.jsonl") == [made_up_record()]
+
+
 def test_options_that_do_not_go_together_are_refused(files: tuple[Path, Path]) -> None:
+    odd = invoke("--compare", *files, "--report", "r.html", "--device", "cpu", "--peers", "x.edgecap")
+    assert odd.exit_code == 2 and "leave out BUNDLES, --device, --peers, --report" in odd.output
     assert invoke("x.edgecap", "--compare", *files).exit_code == 2
     assert invoke("--force").exit_code == 2
     assert invoke("--fail-if-slower", "5%").exit_code == 2

@@ -310,3 +310,16 @@ def test_the_last_record_of_the_same_conditions_is_the_one_that_counts(tmp_path:
     assert since_last(history[2:], made_up_record()) is None
     with pytest.raises(UsageError, match="cannot be read"):
         records.history(tmp_path)
+
+
+def test_a_report_that_fails_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object, **__: object) -> str:
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr("edgecap.benchmarks.bench.bench", lambda *_, **__: made_up_record())
+    monkeypatch.setattr("edgecap.benchmarks.page.page", fails)
+    files = [tmp_path / name for name in ("r.json", "h.jsonl", "r.html")]
+    options = [word for pair in zip(("--json", "--history", "--report"), map(str, files), strict=True) for word in pair]
+    result = CliRunner().invoke(cli, ["bench", *options])
+    assert str(result.exception) == "a defect" and "JPEG → text" in result.output
+    assert [file.exists() for file in files] == [True, True, False]
