@@ -89,7 +89,7 @@ class Browser(Device):
         if not self._options.native:
             return list(subjects)
         self._native = {subject.name + NATIVE for subject in subjects}
-        return [*subjects, *(replace(subject, name=subject.name + NATIVE) for subject in subjects)]
+        return [*subjects, *map(_native, subjects)]
 
     def watching(self, progress: Progress) -> Progress:
         def both(phase: str, done: int, total: int) -> None:
@@ -259,6 +259,11 @@ class Browser(Device):
         if not path.exists():
             path.write_bytes(png(file))
         return str(path)
+
+
+def _native(subject: Subject) -> Subject:
+    """The same on this machine; its row's facts say so."""
+    return replace(subject, name=subject.name + NATIVE, facts=dict(subject.facts) | {"on": "native"})
 
 
 class PageWorker(Running):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -68,22 +69,33 @@ def differences(a: Record, b: Record) -> list[str]:
     """Why two records should not be compared, "what: … and …" each."""
     found = []
     for what, where in _SAME.items():
-        one, two = (_at(record, where) for record in (a, b))
+        one, two = (_condition(record, where) for record in (a, b))
         if one != two:
             found.append(f"{what}: {_said(one)} and {_said(two)}")
     return found
 
 
+_MODEL = ("device", "cpu", "model")
 _SAME = {
     "device": ("device", "name"),
-    "CPU": ("device", "cpu", "model"),
+    "CPU": _MODEL,
     "cores": ("device", "cpu", "cores"),
     "memory limit": ("device", "memory_limit", "bytes"),
     "threads": ("settings", "threads"),
+    "browser's engine": ("device", "browser", "engine"),
+    "browser's page isolated": ("device", "browser", "isolated"),  # without it a page has one thread
     "data": ("data", "fingerprint"),
     "split": ("data", "split"),
     "photos": ("data", "photos"),
 }
+
+
+def _condition(record: Record, where: Sequence[str]) -> Any:
+    """What must be the same; of a browser, which stands where others have their CPU, without its version."""
+    value = _at(record, where)
+    if where == _MODEL and _at(record, ("device", "kind")) == "browser":
+        return re.sub(r" [\d.]+", "", str(value))
+    return value
 
 
 def _at(record: Record, where: Sequence[str]) -> Any:
@@ -108,7 +120,10 @@ def _notes(a: Record, b: Record) -> list[str]:
         one, two = ((record.get("limits") or {}).get(name) for record in (a, b))
         if one and two and not 0.9 < two / one < 1.1:
             notes.append(f"the machine's own limit of {what} changed by {two / one - 1:+.0%} between the records")
-    for package in ("onnxruntime", "edgecap", "python"):
+    browsers = [_at(record, _MODEL) for record in (a, b) if _at(record, ("device", "kind")) == "browser"]
+    if len(set(browsers)) > 1:
+        notes.append(" → ".join(browsers))
+    for package in ("onnxruntime", "onnxruntime-web", "edgecap", "python"):
         one, two = (record["versions"].get(package) for record in (a, b))
         if one != two:
             notes.append(f"{package} {one} → {two}")

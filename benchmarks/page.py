@@ -94,6 +94,11 @@ def _ok(rows: Iterable[Row]) -> list[Row]:
     return [row for row in rows if row["status"] == "ok"]
 
 
+def _there(rows: Iterable[Row]) -> list[Row]:
+    """Timed rows of the device itself, without those that --native puts beside it."""
+    return [row for row in _timed(rows) if row["facts"].get("on") != "native"]
+
+
 def _timed(rows: Iterable[Row]) -> list[Row]:
     """Rows that ran where times mean something: not under emulation."""
     return [row for row in _ok(rows) if (row["latency"] or {}).get("end_to_end")]
@@ -106,7 +111,7 @@ def _whole(row: Row) -> dict[str, float]:
 
 def headline(record: Mapping[str, Any]) -> dict[str, Any]:
     """What stands at the top: which bundle is fastest and which captions best, and whether the machine was busy."""
-    ours = [row for row in _timed(record["rows"]) if row["kind"] == "bundle"]
+    ours = [row for row in _there(record["rows"]) if row["kind"] == "bundle"]
     cpu, load = record["device"]["cpu"], record["device"].get("load")
     found: dict[str, Any] = {"fastest": None, "best": None, "busy": None}
     if ours:
@@ -180,7 +185,7 @@ def plots(rows: Sequence[Row]) -> dict[str, Any] | None:
             size=(row["bytes"] or {}).get("total"),
             peer=row["kind"] != "bundle",
         )
-        for row in _timed(rows)
+        for row in _there(rows)
     ]
     if len(points) < 2:
         return None

@@ -225,7 +225,9 @@ def limits_line(record: Mapping[str, Any]) -> str | None:
     """The machine's own limits in one line; None where none was measured."""
     limits, threads = record.get("limits") or {}, record["settings"]["threads"]
     parts = [text.format(limits[name]) for name, text in LIMITS.items() if limits.get(name) is not None]
-    return f"this machine's limits with {threads} thread{'s' * (threads != 1)}: {', '.join(parts)}" if parts else None
+    device = record["device"]
+    whose = "this machine" if device.get("kind", "local") == "local" else device["name"]
+    return f"{whose}'s limits with {threads} thread{'s' * (threads != 1)}: {', '.join(parts)}" if parts else None
 
 
 def near_line(near: Mapping[str, Any]) -> str:

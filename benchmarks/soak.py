@@ -13,6 +13,7 @@ import random
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -50,7 +51,8 @@ class Job:
 class Soaked:
     """What a soak found. wrong: answers that were another than the single thread's; unclear: errors that were none of
     ours, one line each. distinct: answers of the single thread that no other job has, by tokens and log-probability, of
-    jobs: two of these cannot be swapped unseen. slope: KB per 1,000 captions after the warm-up, interval: 95% of it.
+    jobs: two of these cannot be swapped unseen. slope: KB per 1,000 captions after the warm-up, interval: 95% of it;
+    None where too few captions were made to tell.
     """
 
     bundle: str
@@ -65,15 +67,17 @@ class Soaked:
     distinct: int = 0
     warm_up: int = 0
     rss_mb: tuple[float, ...] = ()  # of each block, after the warm-up
-    slope: float = 0.0
-    interval: tuple[float, float] = (0.0, 0.0)
+    slope: float | None = None
+    interval: tuple[float, float] | None = None
 
     def problems(self, max_growth: float) -> list[str]:
         """What must not be, one line each."""
         found = list(self.unclear[:5])
         if self.wrong:
             found.append(f"{self.wrong} answers differ from the single thread's")
-        if self.interval[1] > max_growth:
+        if self.slope is None or self.interval is None:
+            found.append("too few captions to tell whether memory grows")
+        elif self.interval[1] > max_growth:
             found.append(
                 f"memory grows by {self.slope:.1f} KB per 1,000 captions, {self.interval[1]:.1f} at the interval's "
                 f"upper end: more than {max_growth:g}"
@@ -162,7 +166,7 @@ def soak(
         raise UsageError(f"the soak's own photos are not as they should be: {expected[wrong_kind[0]]}"[:300])
     answers = [expected[job] for job in good if job.kind not in ("left", "stream")]
     found = Soaked(str(captioner.bundle.path), captioner.bundle.manifest["backend"], threads, warm_up=warm_up)
-    found.jobs, found.distinct = len(answers), len(set(answers))
+    found.jobs, found.distinct = len(answers), sum(count == 1 for count in Counter(answers).values())
 
     draw, lock, total = random.Random(1), threading.Lock(), warm_up + captions
     samples: list[tuple[int, int]] = []  # captions done after the warm-up, bytes
@@ -290,12 +294,13 @@ def main(
     if as_json:
         click.echo(json.dumps({**asdict(found), "problems": problems}, ensure_ascii=False))
     else:
-        low, high = found.interval
         click.echo(f"\r{found.captions:,} captions from {threads} threads ({found.backend}), {found.refused:,} refused")
         click.echo(f"wrong    {found.wrong}; {found.distinct} of {found.jobs} answers are like no other")
         if found.rss_mb:
             click.echo(f"memory   {found.rss_mb[0]} MB after {warm:,} captions, {found.rss_mb[-1]} MB at the end")
-        click.echo(f"slope    {found.slope:+.2f} KB per 1,000 captions, 95% interval [{low:+.2f}, {high:+.2f}]")
+        if found.slope is not None and found.interval is not None:
+            low, high = found.interval
+            click.echo(f"slope    {found.slope:+.2f} KB per 1,000 captions, 95% interval [{low:+.2f}, {high:+.2f}]")
         for problem in problems:
             click.echo(f"Error: {problem}", err=True)
     if problems:

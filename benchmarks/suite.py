@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from statistics import median as middle
@@ -247,11 +247,16 @@ def _speedups(other: Row, row: Row) -> dict[str, Any]:
     result = {}
     for stage in STAGES:
         both = zip(_stage_rounds(other, stage), _stage_rounds(row, stage), strict=False)
-        pairs = [(middle(a), middle(b)) for a, b in both if a and b]
+        pairs = _above_zero((middle(a), middle(b)) for a, b in both if a and b)
         if len(pairs) >= 2:
             a, b = zip(*pairs, strict=True)
             result[stage] = speedup(a, b).to_dict()
     return result
+
+
+def _above_zero(pairs: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Those that have a ratio: a browser's clock may be too coarse for a short stage."""
+    return [(a, b) for a, b in pairs if a > 0 and b > 0]
 
 
 def _times_encode(row: Row) -> dict[str, Any]:
@@ -259,7 +264,8 @@ def _times_encode(row: Row) -> dict[str, Any]:
     encode = _stage_rounds(row, "encode")
     result = {}
     for stage in ("decode", "picture_to_text"):
-        pairs = [(middle(a), middle(b)) for a, b in zip(_stage_rounds(row, stage), encode, strict=True) if a and b]
+        both = zip(_stage_rounds(row, stage), encode, strict=True)
+        pairs = _above_zero((middle(a), middle(b)) for a, b in both if a and b)
         if len(pairs) >= 2:
             a, b = zip(*pairs, strict=True)
             result[stage] = speedup(a, b).to_dict()

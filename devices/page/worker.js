@@ -68,7 +68,8 @@ async function timeWhole(file) {
   const run = { end_to_end: (performance.now() - begin) / 1000, tokens: tokenIds.length };
   const { preprocess, encode, firstToken, perToken, total } = timings;
   const stages = { preprocess, encode, first_token: firstToken, next_token: perToken, decode: total - preprocess - encode };
-  for (const [stage, ms] of Object.entries(stages)) if (Number.isFinite(ms) && ms > 0) run[stage] = ms / 1000;
+  if (perToken <= 0 && tokenIds.length < 2) delete stages.next_token; // there was none; 0 may also be a coarse clock's
+  for (const [stage, ms] of Object.entries(stages)) if (Number.isFinite(ms)) run[stage] = Math.max(0, ms) / 1000;
   return run;
 }
 

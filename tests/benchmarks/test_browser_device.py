@@ -38,6 +38,7 @@ QUICK = Settings(rounds=3, min_runs=3, min_seconds=0, warmup=1, cold_starts=1, l
 HELLO = {"user_agent": "Mozilla/5.0 (Linux; Android 15) Chrome/150.0.0.0 Mobile Safari/537.36", "cores": 8}
 HELLO |= {"memory_gb": 8, "secure": True, "isolated": True, "webgpu": None}
 RUN = {"end_to_end": 0.02, "picture_to_text": 0.01, "encode": 0.005, "decode": 0.004, "tokens": 2, "madness": 7}
+RUN |= {"preprocess": 0}  # by a coarse clock
 CAPTION = {"text": "a red\n circle", "logprob": -1.5, "tokens": 2, "ids": [4, 5]}
 
 

@@ -171,6 +171,26 @@ def test_a_machine_that_changed_is_told() -> None:
     ]
 
 
+def browser_record(model: str, **facts: Any) -> dict[str, Any]:
+    record = made_up_record()
+    record["device"] |= {"kind": "browser", "browser": {"engine": "wasm", "isolated": True} | facts}
+    record["device"]["cpu"] |= {"model": model}
+    return record
+
+
+def test_a_browser_s_version_is_a_note_and_its_engine_is_not() -> None:
+    before = browser_record("Chrome 150 on Android 15")
+    notes = compare(before, browser_record("Chrome 151 on Android 15"))["notes"]
+    assert notes == ["Chrome 150 on Android 15 → Chrome 151 on Android 15"]
+    for model, facts, said in (
+        ("Firefox 150 on Android 15", {}, "CPU: Chrome on Android and Firefox on Android"),
+        ("Chrome 150 on Android 15", {"engine": "webgpu"}, "browser's engine: wasm and webgpu"),
+        ("Chrome 150 on Android 15", {"isolated": False}, "browser's page isolated: True and False"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            compare(before, browser_record(model, **facts))
+
+
 # --- the command ---
 
 

@@ -16,9 +16,10 @@ from edgecap.benchmarks import page as module
 from edgecap.benchmarks import record as records
 from edgecap.benchmarks.compare import compare, since_last
 from edgecap.benchmarks.latency import speedup
-from edgecap.benchmarks.page import captions, grouped, page, pieces, stage_bars, thumbnail, write_page
+from edgecap.benchmarks.page import captions, grouped, headline, page, pieces, plots, stage_bars, thumbnail, write_page
 from edgecap.benchmarks.plots import Point, frontier, pareto
 from edgecap.benchmarks.quality import Photo
+from edgecap.benchmarks.report import limits_line
 from edgecap.cli import cli
 from edgecap.runtime.errors import MissingExtra, UsageError
 
@@ -323,3 +324,17 @@ def test_a_report_that_fails_loses_nothing(tmp_path: Path, monkeypatch: pytest.M
     result = CliRunner().invoke(cli, ["bench", *options])
     assert str(result.exception) == "a defect" and "JPEG → text" in result.output
     assert [file.exists() for file in files] == [True, True, False]
+
+
+def test_rows_of_this_machine_beside_a_browser_are_not_at_the_top() -> None:
+    here = made_up_row("tiny native", factor=0.1, facts={"on": "native"})
+    record = made_up_record(made_up_row("tiny"), here, made_up_row("other", factor=2))
+    assert headline(record)["fastest"]["name"] == "tiny"
+    assert plots(record["rows"])["names"] == ["tiny", "other"]
+
+
+def test_limits_are_of_the_device() -> None:
+    record = made_up_record()
+    assert limits_line(record).startswith("this machine's limits with 1 thread: ")
+    record["device"] |= {"name": "raspberry-pi-5", "kind": "ssh"}
+    assert limits_line(record).startswith("raspberry-pi-5's limits with 1 thread: ")

@@ -89,6 +89,8 @@ def test_slope() -> None:
         rise, (low, high) = slope(list(zip(done.tolist(), values.astype(int).tolist(), strict=True)))
         assert low <= rise <= high and abs(rise - growth) < 15 and high - low < 40
     steady, growing = (module.Soaked("x", "onnx", 4, slope=rise, interval=(rise - 9, rise + 9)) for rise in (0, 300))
+    few = module.Soaked("x", "onnx", 4)
+    assert few.slope is None and few.problems(64) == ["too few captions to tell whether memory grows"]
     assert steady.problems(64) == [] and "memory grows by 300.0 KB" in growing.problems(64)[0]
 
 
