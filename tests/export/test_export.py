@@ -47,12 +47,12 @@ def traced_once():
     known = {}
     original = artifact.to_onnx
 
-    def to_onnx(model, *, framed=False, report=lambda done: None):
+    def to_onnx(model, *, framed=False, **options):
         key = str(framed) + str(
             sorted((name, float(tensor.double().sum())) for name, tensor in model.state_dict().items())
         )
         if key not in known:
-            known[key] = original(model, framed=framed, report=report)
+            known[key] = original(model, framed=framed, **options)
         return known[key].copy()
 
     artifact.to_onnx = to_onnx

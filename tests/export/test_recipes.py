@@ -187,9 +187,9 @@ def traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both targets start from the same traced graphs."""
     known, original = {}, artifact.to_onnx
 
-    def to_onnx(model: Any, *, framed: bool = False, report: Any = lambda done: None) -> Any:
+    def to_onnx(model: Any, *, framed: bool = False, **options: Any) -> Any:
         if framed not in known:
-            known[framed] = original(model, framed=framed, report=report)
+            known[framed] = original(model, framed=framed, **options)
         return known[framed].copy()
 
     monkeypatch.setattr(artifact, "to_onnx", to_onnx)
