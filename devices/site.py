@@ -11,7 +11,6 @@ import gzip
 import hashlib
 import json
 import os
-import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -20,7 +19,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from ..runtime.bundle import MANIFEST, Bundle, folder_beside
+from ..runtime.bundle import MANIFEST, Bundle, folder_beside, swap
 from ..runtime.errors import EdgecapError, UsageError
 from .browser import TYPES
 from .webfiles import PACKAGE, ort_files, package_files
@@ -48,17 +47,16 @@ class Weight:
 def write_site(bundle: Bundle, out: Path) -> list[Weight]:
     """Write the folder `out`, in the place of an earlier site; what it weighs.
 
-    Raises UsageError where `out` is something else, for a bundle of another backend, and without onnxruntime-web.
+    Raises UsageError where `out` holds anything else, for a bundle of another backend, and without onnxruntime-web.
     """
+    out = out.resolve()
     if bundle.manifest["backend"] != "onnx":
         raise UsageError(f"{bundle.path} is for {bundle.manifest['backend']}: pages run onnx bundles alone")
-    if out.exists() and not (out / FILES).is_file() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(f"{out} exists and is no such site; choose another place or remove it")
+    _check_place(out)
     sums: dict[str, list[int]] = {}
     listed = []
     with folder_beside(out) as new:
-        for part, path, file in _files(bundle):
-            data = file.read_bytes()
+        for part, path, data in _files(bundle):
             place = new / path
             place.parent.mkdir(parents=True, exist_ok=True)
             place.write_bytes(data)
@@ -71,24 +69,47 @@ def write_site(bundle: Bundle, out: Path) -> list[Weight]:
         script = (DEMO / "sw.js").read_text(encoding="utf-8")
         version = hashlib.sha256((text + script).encode()).hexdigest()[:16]
         (new / "sw.js").write_text(script.replace(VERSION, f'const VERSION = "{version}";'), encoding="utf-8")
-        shutil.rmtree(out, ignore_errors=True)
-        new.rename(out)
+        swap(new, out)
     return [Weight(part, *both) for part, both in sums.items()]
 
 
-def _files(bundle: Bundle) -> Iterator[tuple[str, str, Path]]:
-    """(part, path in the site, file) of all but the service worker and its list."""
+def _check_place(out: Path) -> None:
+    """UsageError unless nothing is lost by replacing `out`: it is free, empty, or holds the files of a site alone."""
+    here = Path.cwd()
+    if out == here or out in here.parents:
+        raise UsageError(f"{out} is the current folder, or above it; choose another place")
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise UsageError(f"{out} is a file; choose another place or remove it")
+    present = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_symlink() or not path.is_dir()}
+    try:
+        listed = {each["path"] for each in json.loads((out / FILES).read_bytes())["files"]} if present else set()
+    except (OSError, ValueError, LookupError, TypeError):
+        raise UsageError(f"{out} exists and is no such site; choose another place or remove it") from None
+    if others := sorted(present - listed - {FILES, "sw.js"}):
+        raise UsageError(f"{out} holds {others[0]}, which is of no such site; choose another place or move it away")
+
+
+def _files(bundle: Bundle) -> Iterator[tuple[str, str, bytes]]:
+    """(part, path in the site, contents) of all but the service worker and its list."""
     for file in sorted(DEMO.iterdir()):
         if file.name != "sw.js":
-            yield "page", file.name, file
+            yield "page", file.name, file.read_bytes()
     for path, file in package_files():
-        yield "page", path, file
+        yield "page", path, file.read_bytes()
     for path, file in ort_files(webgpu=False):
-        yield "engine", path, file
-    fused = bundle.manifest["graphs"].get("fused", {})
-    for name in (MANIFEST, *bundle.manifest["files"]):
-        if name not in (fused.get("file"), fused.get("weights")):
-            yield "bundle", f"bundle/{name}", bundle.path / name
+        yield "engine", path, file.read_bytes()
+    manifest, text = bundle.manifest, bundle.path.joinpath(MANIFEST).read_bytes()
+    if fused := manifest["graphs"].get("fused"):  # pages run the two graphs: the bundle they get says no more
+        left = {fused["file"], fused.get("weights")}
+        graphs = {name: graph for name, graph in manifest["graphs"].items() if name != "fused"}
+        files = {name: entry for name, entry in manifest["files"].items() if name not in left}
+        manifest = {**manifest, "graphs": graphs, "files": files}
+        text = (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode()
+    yield "bundle", f"bundle/{MANIFEST}", text
+    for name in manifest["files"]:
+        yield "bundle", f"bundle/{name}", bundle.read(name)
 
 
 class _Handler(SimpleHTTPRequestHandler):

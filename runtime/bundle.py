@@ -242,7 +242,7 @@ def write_bundle(out: str | os.PathLike[str], manifest: Mapping[str, Any], files
                 _sync_folder(temporary / name)
             _sync_folder(temporary)
             Bundle.open(temporary, verify="sizes")
-            _swap(temporary, out)
+            swap(temporary, out)
         except OSError as error:
             raise _unwritable(out, error) from None
     return Bundle.open(out, verify="sizes")
@@ -342,7 +342,9 @@ def _sync_folder(path: Path) -> None:
         os.close(handle)
 
 
-def _swap(new: Path, out: Path) -> None:
+def swap(new: Path, out: Path) -> None:
+    """Put `new`, a `folder_beside(out)`, in the place of `out`: whoever is killed meanwhile leaves one of the two, and
+    `recover` puts it back."""
     old = out.parent / new.name.replace(".new-", ".old-")
     if out.exists():
         _writing.add(old.name)

@@ -74,6 +74,43 @@ def test_refusals_are_one_line(
     assert not (tmp_path / "site").exists()
 
 
+def test_nothing_of_anybody_elses_is_replaced(
+    engine: None, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "notes.txt").write_text("mine")
+    for text in ("{}", "[]", "no JSON", '{"files": 1}', '{"files": [{}]}', '{"files": []}'):
+        (foreign / "files.json").write_text(text)
+        with pytest.raises(UsageError, match="no such site"):
+            site.write_site(bundle, foreign)
+    assert (foreign / "notes.txt").read_text() == "mine"
+    out = tmp_path / "site"
+    site.write_site(bundle, out)
+    (out / "bundle" / "mine.jpg").touch()
+    with pytest.raises(UsageError, match="holds bundle/mine.jpg"):
+        site.write_site(bundle, out)
+    (out / "bundle" / "mine.jpg").unlink()
+    (tmp_path / "link").symlink_to(out)
+    site.write_site(bundle, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and (out / "sw.js").is_file()
+    monkeypatch.chdir(out)
+    for place in (Path(), out, tmp_path):
+        with pytest.raises(UsageError, match="current folder"):
+            site.write_site(bundle, place)
+    assert (out / "sw.js").is_file() and not list(tmp_path.glob(".*"))
+
+
+def test_a_fused_graph_stays_behind(engine: None, bundle: Bundle, tmp_path: Path) -> None:
+    graphs = {**bundle.manifest["graphs"], "fused": {"file": "fused.onnx"}}
+    files = {**bundle.manifest["files"], "fused.onnx": {"bytes": 9, "sha256": "0" * 64}}
+    with_fused = Bundle(bundle.path, {**bundle.manifest, "graphs": graphs, "files": files})
+    plain, fused = site.write_site(bundle, tmp_path / "a")[-1], site.write_site(with_fused, tmp_path / "b")[-1]
+    shipped = Bundle.open(tmp_path / "b" / "bundle")  # nothing is missing that it lists
+    assert shipped.manifest == bundle.manifest and shipped.bytes == fused.bytes
+    assert abs(fused.bytes - plain.bytes) < 100  # bundle.json's spaces, perhaps
+
+
 def test_it_is_served_with_what_threads_need(engine: None, bundle: Bundle, tmp_path: Path) -> None:
     site.write_site(bundle, tmp_path / "site")
     with site.server(tmp_path / "site") as serving:
