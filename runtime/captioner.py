@@ -78,8 +78,9 @@ class Options(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class _Call:
-    """One call's options, made sense of."""
+    """One call's options, made sense of, and the model as it was when the call began: closing lets it finish."""
 
+    model: Model
     view: View
     options: DecodeOptions
     prompt_ids: Ids | None
@@ -236,12 +237,12 @@ class Captioner:
         view = self.view(image_size=rest.pop("image_size", None), tiles=rest.pop("tiles", None))
         if cancel is not None and not callable(getattr(cancel, "is_set", None)):
             raise UsageError(f"cancel must have is_set(), as a threading.Event has, not be {type(cancel).__name__}")
-        return _Call(view, *self.settings(**rest), cancel)
+        return _Call(self._running(), view, *self.settings(**rest), cancel)
 
     def _running(self) -> Model:
         if self._model is None:
             raise UsageError(f"the captioner of {self.bundle.path} is closed")
-        return self._model  # closing meanwhile lets a call finish
+        return self._model
 
     def _search(self, call: _Call, began: float) -> dict[str, Any]:
         """Of `decode` and `search`, all but session, pixels and options."""
@@ -254,7 +255,7 @@ class Captioner:
         }
 
     def _caption(self, pixels: Pixels | Sequence[Pixels], call: _Call, began: float) -> list[Caption]:
-        model, view = self._running(), call.view
+        model, view = call.model, call.view
         captions: dict[int, Caption] = {}
         for places in view.alike(pixels):
             photos: Any = [pixels[place] for place in places]
@@ -267,9 +268,9 @@ class Captioner:
     def _said(self, image: ImageSource, call: _Call, began: float) -> Generator[str, None, Caption]:
         from .streaming import spoken
 
-        model, photo = self._running(), call.view.load(image)
+        photo = call.view.load(image)
         photos: Any = photo[None] if call.view.stacks else [photo]
-        steps = search(call.view.session(model), photos, call.options, **self._search(call, began))
+        steps = search(call.view.session(call.model), photos, call.options, **self._search(call, began))
         (hypotheses,) = yield from spoken(self.tokenizer, call.before, steps)
         return self._to_caption(hypotheses, call.before)
 
@@ -297,4 +298,6 @@ def _is_one(image_or_images: Any) -> bool:
     """Whether this is one photo, and not several."""
     if isinstance(image_or_images, ONE_PHOTO) or hasattr(image_or_images, "getexif"):
         return True
-    return isinstance(image_or_images, np.ndarray) and image_or_images.ndim != 4
+    if isinstance(image_or_images, np.ndarray):
+        return image_or_images.ndim != 4
+    return not isinstance(image_or_images, Iterable)  # no photo: loading it says so

@@ -15,7 +15,7 @@ from .errors import EdgecapError, UsageError
 if TYPE_CHECKING:
     from .session import Pixels
 
-    ImageSource: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
+    ImageSource: TypeAlias = str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image | np.ndarray
 
 MAX_BYTES = 128 * 2**20
 MAX_PIXELS = 89_478_485  # Pillow's own limit against decompression bombs: 256 MB as RGB

@@ -12,6 +12,7 @@ from .captioner import BATCH, Caption, Captioner
 from .errors import EdgecapError
 
 if TYPE_CHECKING:
+    from .decode import Cancelled
     from .preprocess import Preprocess
     from .session import Pixels
     from .view import View
@@ -140,16 +141,23 @@ def fetch(url: str) -> bytes:
 
 
 def caption_sources(
-    captioner: Captioner, sources: Iterable[Source], *, batch: int = BATCH, **options: Any
+    captioner: Captioner,
+    sources: Iterable[Source],
+    *,
+    batch: int = BATCH,
+    cancel: Cancelled | None = None,
+    **options: Any,
 ) -> Iterator[tuple[Source, Caption | EdgecapError]]:
     """Each source, in order, with its caption or what is wrong with it. Options as in a `Captioner` call.
 
-    Photos are captioned up to `batch` at a time, a source that is `alone` as soon as it comes.
+    Photos are captioned up to `batch` at a time, a source that is `alone` as soon as it comes. cancel: once it is set,
+    the batch at hand ends with what it has, and no further source is asked for.
     """
     # A bad option is the caller's error, not each photo's.
     budget = {name: options.get(name) for name in ("image_size", "tiles")}
     captioner.settings(**{name: value for name, value in options.items() if name not in budget})
     view = captioner.view(**budget)
+    options = {**options, "cancel": cancel}
     waiting: list[tuple[Source, Pixels | EdgecapError]] = []
     began = time.monotonic()
     for source in sources:
@@ -162,6 +170,8 @@ def caption_sources(
         if source.alone or len(waiting) == batch:
             yield from _finish(captioner, waiting, options, began)
             waiting = []
+        if cancel is not None and cancel.is_set():
+            break
     yield from _finish(captioner, waiting, options, began)
 
 

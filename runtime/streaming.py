@@ -21,35 +21,42 @@ class Stream(Iterator[str]):
     """Pieces of one caption's text, which joined are the caption's `text`; afterwards `caption` is that caption.
 
     Every piece is said before the next step is made, in the thread that asks for it. Who stops asking has ended the
-    search. May be used by one thread at a time.
+    search. Threads that ask at once wait for each other.
     """
 
     def __init__(self, pieces: Generator[str, None, Caption]) -> None:
         self._pieces = pieces
         self._caption: Caption | None = None
+        self._without: str | None = None  # why there will be no caption
+        self._lock = threading.Lock()
 
     def __next__(self) -> str:
-        try:
-            return next(self._pieces)
-        except StopIteration as end:
-            if self._caption is None:
-                self._caption = end.value
-            raise StopIteration from None
+        with self._lock:
+            try:
+                return next(self._pieces)
+            except StopIteration as end:
+                self._caption = self._caption or end.value
+                raise StopIteration from None
+            except BaseException as error:
+                self._without = f"the stream ended in an error, without a caption: {error}"
+                raise
 
     @property
     def caption(self) -> Caption:
-        """The whole caption. Raises UsageError before the last piece."""
+        """The whole caption. Raises UsageError before the last piece, and where none came: an error, `close`."""
         if self._caption is None:
-            raise UsageError("the caption is not there before the stream has ended")
+            raise UsageError(self._without or "the caption is not there before the stream has ended")
         return self._caption
 
     def close(self) -> None:
-        """End the search now; nothing more comes."""
-        self._pieces.close()
+        """End the search now, or after the step that another thread makes; nothing more comes."""
+        with self._lock:
+            self._pieces.close()
+            self._without = self._without or "the stream was closed before its end: it has no caption"
 
 
 class AsyncStream(AsyncIterator[str]):
-    """A `Stream` for `async for`: each step is made in a thread, and a cancelled task ends the search."""
+    """A `Stream` for `async for`: each step is made in a thread, and a cancelled task, or `aclose`, ends the search."""
 
     def __init__(self, start: Callable[[Cancelled], Stream], cancel: Cancelled | None) -> None:
         self._ended = Either(cancel)
@@ -64,6 +71,11 @@ class AsyncStream(AsyncIterator[str]):
         if piece is None:
             raise StopAsyncIteration
         return piece
+
+    async def aclose(self) -> None:
+        """End the search now, or after the step being made; nothing more comes."""
+        self._ended.set()
+        await asyncio.to_thread(self._stream.close)
 
     @property
     def caption(self) -> Caption:

@@ -126,8 +126,30 @@ def test_close(bundle_path, photos):
     with Captioner.load(bundle_path, threads=1, verify="sizes") as captioner:
         assert captioner(photos[0]).text
     captioner.close()
+    for given in (photos[0], []):
+        with pytest.raises(UsageError, match="closed"):
+            captioner(given)
+
+
+def test_closing_lets_a_call_finish(bundle_path, photos):
+    captioner = Captioner.load(bundle_path, threads=1, verify="sizes")
+    expected = captioner(many := [*photos, *photos][: module.BATCH + 2])
+
+    def given():
+        for place, each in enumerate(many):
+            if place == module.BATCH + 1:  # one batch is done
+                captioner.close()
+            yield each
+
+    assert captioner(given()) == expected
     with pytest.raises(UsageError, match="closed"):
         captioner(photos[0])
+
+
+def test_what_is_no_photo(captioner):
+    for nothing in (None, 3, object()):
+        with pytest.raises(UsageError, match=f"a photo is .*, not {type(nothing).__name__}"):
+            captioner(nothing)
 
 
 def test_batches_are_bounded(captioner, photos, monkeypatch):

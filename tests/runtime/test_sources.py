@@ -93,6 +93,23 @@ def test_a_bad_option_is_not_each_photos_error(album, captioner):
         list(caption_sources(captioner, find_photos([str(album)]), beam=0))
 
 
+def test_cancelling_ends_with_the_batch_at_hand(album, captioner):
+    cancel, asked = threading.Event(), []
+
+    def sources() -> Iterator[Source]:
+        for number, source in enumerate(find_photos([str(album)])):
+            if number == 3:
+                cancel.set()
+            asked.append(source)
+            yield source
+
+    results = list(caption_sources(captioner, sources(), batch=3, cancel=cancel, min_length=6))
+    assert [source for source, _ in results] == asked and len(asked) == 4
+    assert [result.cut for _, result in results] == [False, False, False, True]
+    results = list(caption_sources(captioner, find_photos([str(album)]), batch=2, cancel=cancel))
+    assert len(results) == 1 and results[0][1].cut
+
+
 # --- the web ----------------------------------------------------------------------------------------
 
 

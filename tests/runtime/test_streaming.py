@@ -77,6 +77,8 @@ def test_a_piece_comes_before_the_next_step(watched, photos):
         _ = stream.caption
     stream.close()
     assert list(stream) == [] and model.steps == 0
+    with pytest.raises(UsageError, match="closed before its end"):
+        _ = stream.caption
 
 
 def test_what_a_stream_refuses(captioner, photos, tmp_path):
@@ -89,6 +91,10 @@ def test_what_a_stream_refuses(captioner, photos, tmp_path):
     stream = captioner.stream(tmp_path / "nothing.jpg")
     with pytest.raises(EdgecapError, match="nothing.jpg: there is no such file"):
         next(stream)
+    with pytest.raises(UsageError, match="ended in an error, without a caption: .*nothing.jpg"):
+        _ = stream.caption
+    with pytest.raises(UsageError, match="not NoneType"):
+        next(captioner.stream(None))
 
 
 # --- text ------------------------------------------------------------------------------------------
@@ -248,5 +254,35 @@ def test_a_cancelled_task_ends_the_search(watched, photos, streamed):
         steps = model.steps
         await asyncio.sleep(0.1)
         assert model.steps == steps < 20
+
+    asyncio.run(main())
+
+
+def test_a_step_that_outlasts_its_wait(watched, photos):
+    """The next one to ask waits for it, and the search ends: never "generator already executing"."""
+    going, go_on = threading.Event(), threading.Event()
+
+    def before(step: int) -> None:
+        going.set()
+        go_on.wait(5)
+
+    captioner, model = watched(before)
+
+    async def main() -> None:
+        stream = captioner.astream(photos[0], min_length=8, max_length=8)
+        first = await anext(stream)
+        with pytest.raises(TimeoutError):
+            step = asyncio.ensure_future(anext(stream))
+            await asyncio.to_thread(going.wait, 5)
+            await asyncio.wait_for(step, 0.02)
+        asyncio.get_running_loop().call_later(0.05, go_on.set)
+        rest = [piece async for piece in stream]
+        assert stream.caption.cut and model.steps == 1 and first + "".join(rest) != ""
+        stream = captioner.astream(photos[0], min_length=8, max_length=8)
+        await anext(stream)
+        await stream.aclose()
+        assert [piece async for piece in stream] == []
+        with pytest.raises(UsageError, match="closed before its end"):
+            _ = stream.caption
 
     asyncio.run(main())
