@@ -49,6 +49,7 @@ class Options:
     http: bool = False  # no certificate: what a LAN's page may then do is little
     webgpu: bool = False  # instead of WebAssembly
     open: str | None = None  # a Chromium on this machine that opens the page, without a window
+    lan: bool = False  # others on the network reach the page although `open` opens it
     native: bool = False  # each bundle is measured on this machine, too, on the same photos in the same rounds
 
 
@@ -61,10 +62,11 @@ class Browser(Device):
         self._load = machine_load()
         self._ort = dict(webfiles.ort_files(webgpu=options.webgpu))  # the one thing that may be missing, so first
         files = [*webfiles.page_files(), *webfiles.package_files(), *self._ort.items()]
-        self._addresses = lan_addresses()
+        alone = options.open is not None and not options.lan
+        self._addresses = [] if alone else lan_addresses()
         self._certificate = None if options.http else _certificate(self._addresses)
         self.channel = Channel()
-        self.server = Server(self.channel, certificate=self._certificate)
+        self.server = Server(self.channel, certificate=self._certificate, host="127.0.0.1" if alone else "0.0.0.0")
         for path, file in files:
             self.server.add(path, file)
         self._folder = tempfile.TemporaryDirectory(prefix="edgecap-photos-")

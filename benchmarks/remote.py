@@ -8,6 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+import click
+
+from .. import __version__
 from ..devices import Profile
 from ..devices.local import cache_folder
 from ..devices.ssh import Host, file_hash
@@ -76,9 +79,13 @@ class Ssh(Device):
     def facts(self, threads: int) -> dict[str, Any]:
         try:
             with self._relay(threads, start="facts", memory_limit=self.memory_limit) as relay:
-                return dict(relay.receive(60)["facts"])
+                facts = dict(relay.receive(60)["facts"])
         except WorkerFailed as failure:
             raise EdgecapError(f"{self.host.name}: {self.host.python} cannot run edgecap there: {failure}") from None
+        there = facts["versions"].get("edgecap")
+        if self.profile.python and there and there != __version__:
+            click.echo(f"{self.host.name} measures edgecap {there}; this machine has {__version__}", err=True)
+        return facts
 
     def close(self) -> None:
         self.host.close()

@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import shutil
+import struct
 import sys
 import tarfile
 import tempfile
@@ -24,6 +25,7 @@ def probe(cache):
         "cache": cache,
         "system": platform.system(),
         "machine": platform.machine(),
+        "bits": 8 * struct.calcsize("P"),  # a 64-bit kernel may have a 32-bit system above it
         "python": f"{sys.version_info[0]}.{sys.version_info[1]}",
         "glibc": version if libc == "glibc" else "",
         "free": shutil.disk_usage(cache).free,

@@ -7,6 +7,7 @@ from __future__ import annotations
 import gzip
 import json
 import mimetypes
+import os
 import secrets
 import ssl
 import sys
@@ -14,8 +15,9 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import parse_qs, urlsplit
 
 from .certificate import Certificate
@@ -26,6 +28,7 @@ MAX_POST = 2**20  # bytes
 MAX_COMPRESSED = 64 * 2**20  # bytes; larger files are sent as they are
 MAX_CONNECTIONS = 64
 SILENCE = 60.0  # seconds after which a connection that says nothing is closed
+PIECE = 64 * 2**10  # bytes that are sent at once, within that time: a large file over plain HTTP may take longer
 
 # What may run in the page, and that it is its own process: without the first two there are no threads.
 HEADERS = {
@@ -79,8 +82,12 @@ class Server(ThreadingHTTPServer):
     block_on_close = False
     request_queue_size = 32
 
-    def __init__(self, channel: Channel, *, certificate: Certificate | None, port: int = PORT) -> None:
-        """certificate: for HTTPS; None is plain HTTP. port: one that is free where this one is not."""
+    def __init__(
+        self, channel: Channel, *, certificate: Certificate | None, port: int = PORT, host: str = "0.0.0.0"
+    ) -> None:
+        """certificate: for HTTPS; None is plain HTTP. port: one that is free where this one is not. host: the address
+        of this machine that others reach it by, 127.0.0.1 for nobody else; by default all of them.
+        """
         self.channel = channel
         self.token = secrets.token_urlsafe(16)
         self._files: dict[str, Served] = {}
@@ -91,9 +98,9 @@ class Server(ThreadingHTTPServer):
             self._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             self._tls.load_cert_chain(certificate.certificate, certificate.key)
         try:
-            super().__init__(("0.0.0.0", port), _Handler)
+            super().__init__((host, port), _Handler)
         except OSError:
-            super().__init__(("0.0.0.0", 0), _Handler)
+            super().__init__((host, 0), _Handler)
         self._thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True)
 
     @property
@@ -165,7 +172,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         name, query = self._target()
         if name == "next":
-            self._to_channel(lambda page: self.server.channel.next(page), query)
+            after = max(0, _whole(query, "after"))
+            self._to_channel(lambda page: self.server.channel.next(page, after), query)
         elif name is None or (found := self.server.find(name)) is None:
             self._reply(404, b"There is nothing here.")
         else:
@@ -189,9 +197,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif name == "hello":
             self._to_channel(lambda page: channel.join(page, _parsed(body)), query)
         else:
-            id = query.get("id", "")
-            number = int(id) if id.isdecimal() and len(id) < 12 else -1
-            self._to_channel(lambda page: channel.answer(page, number, _parsed(body)), query)
+            self._to_channel(lambda page: channel.answer(page, _whole(query, "id"), _parsed(body)), query)
 
     def _target(self) -> tuple[str | None, dict[str, str]]:
         """What is asked for below the address, and the query; None for who does not know the address."""
@@ -218,27 +224,44 @@ class _Handler(BaseHTTPRequestHandler):
     def _send_file(self, name: str, found: Served) -> None:
         try:
             packed = found.packed() if "gzip" in self.headers.get("Accept-Encoding", "") else None
-            body = found.body() if packed is None else packed
+            body: BinaryIO
+            if packed is None and isinstance(found.source, Path):
+                body = found.source.open("rb")
+            else:
+                body = BytesIO(found.body() if packed is None else packed)
         except Exception as error:  # a photo or a file of a bundle that cannot be read any more
             self._reply(500, " ".join(f"{error}".split()).encode())
             return
         more = {"Cache-Control": "private, max-age=3600"} | ({"Content-Encoding": "gzip"} if packed else {})
-        self.server.sent[name] = len(body)
-        self._reply(200, body, found.type, more)
+        with body:
+            self.server.sent[name] = size = body.seek(0, os.SEEK_END)
+            body.seek(0)
+            self._head(200, size, found.type, more)
+            while piece := body.read(PIECE):
+                self.wfile.write(piece)
+                size -= len(piece)
+        self.close_connection = self.close_connection or size != 0  # it changed meanwhile
 
-    def _reply(
-        self, status: int, body: bytes, type: str = "text/plain; charset=utf-8", more: dict[str, str] | None = None
-    ) -> None:
+    def _reply(self, status: int, body: bytes, type: str = "text/plain; charset=utf-8") -> None:
+        self._head(status, len(body), type, {})
+        self.wfile.write(body)
+
+    def _head(self, status: int, size: int, type: str, more: dict[str, str]) -> None:
         self.send_response(status)
-        for name, value in (HEADERS | {"Cache-Control": "no-store"} | (more or {})).items():
+        for name, value in (HEADERS | {"Cache-Control": "no-store"} | more).items():
             self.send_header(name, value)
         if status != 204:
             self.send_header("Content-Type", type)
-            self.send_header("Content-Length", str(len(body)))
+            self.send_header("Content-Length", str(size))
         if self.close_connection:
             self.send_header("Connection", "close")
         self.end_headers()
-        self.wfile.write(body)
+
+
+def _whole(query: dict[str, str], name: str) -> int:
+    """A number of the query; -1 for what is none."""
+    text = query.get(name, "")
+    return int(text) if text.isascii() and text.isdecimal() and len(text) < 12 else -1
 
 
 def _parsed(body: bytes) -> Any:

@@ -58,16 +58,20 @@ class Channel:
             self._answers.clear()
             self._hear()
 
-    def next(self, page: str) -> dict[str, Any] | None:
-        """The next command; None when there was none for a while."""
+    def next(self, page: str, after: int = 0) -> dict[str, Any] | None:
+        """The next command; None when there was none for a while. after: the id of the last one that arrived, until
+        which a command is given again, as its reply may be lost on the way.
+        """
         with self._changed:
             self._mine(page)
             self._polls += 1
             try:
+                while self._commands and self._commands[0]["id"] <= after:
+                    self._commands.popleft()
                 if not self._commands and self._end is None:
                     self._changed.wait_for(lambda: self._commands or self._end is not None, self._poll)
                 if self._commands:
-                    return self._commands.popleft()
+                    return self._commands[0]
                 if self._end is not None:
                     self._end_seen = True
                     self._changed.notify_all()

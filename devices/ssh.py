@@ -137,6 +137,8 @@ class Host:
                 f"{self.name} runs {system}, for which wheels are not shipped: install edgecap there and name its "
                 "interpreter as python = in the profile"
             )
+        if found.get("bits") == 32:
+            raise EdgecapError(f"{self.name} runs a 32-bit system, for which there are no wheels: install a 64-bit one")
         return Platform(found["machine"], found["python"], found["glibc"])
 
     def ship(

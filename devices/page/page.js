@@ -117,10 +117,12 @@ async function post(name, value) {
 /** Ask for commands until there are no more. */
 async function listen() {
   let failed = 0;
+  let last = 0; // the id of the last command that came
   for (;;) {
-    let reply;
+    let reply, said;
     try {
-      reply = await fetch(new URL(`next?${query}`, base), { cache: "no-store" });
+      reply = await fetch(new URL(`next?${query}&after=${last}`, base), { cache: "no-store" });
+      said = reply.status === 200 ? await reply.json() : await reply.text();
       failed = 0;
     } catch {
       if (++failed > RETRIES) return over("The bench is gone: it was stopped, or the network was lost.", true);
@@ -128,10 +130,11 @@ async function listen() {
       continue;
     }
     if (reply.status === 204) continue;
-    if (reply.status !== 200) return over(await reply.text(), true);
-    const command = await reply.json();
-    if (command.op === "end") return finish(command);
-    carryOut(command); // not awaited: the next one may be for another worker
+    if (reply.status !== 200) return over(said, true);
+    if (said.op === "end") return finish(said);
+    if (said.id <= last) continue; // it came twice
+    last = said.id;
+    carryOut(said); // not awaited: the next one may be for another worker
   }
 }
 

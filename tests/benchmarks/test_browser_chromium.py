@@ -54,7 +54,7 @@ from edgecap.benchmarks.bench import bench
 from edgecap.benchmarks.browser import Options
 from edgecap.benchmarks.suite import Settings
 quick = Settings(threads=1, rounds=2, min_runs=2, min_seconds=0, warmup=1, cold_starts=1, limit_seconds=0, timeout=60)
-options = Options(open="./browser", native=True, wait=60)
+options = Options(open="./browser", lan=True, native=True, wait=60)
 record = bench([Path("tiny.edgecap")], device="browser", settings=quick, browser=options)
 Path("record.json").write_text(json.dumps(record))
 """

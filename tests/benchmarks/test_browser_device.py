@@ -76,14 +76,16 @@ class Page(threading.Thread):
     def play(self) -> None:
         me = "page=0123456789abcdef"
         self.ask(f"hello?{me}", HELLO)
+        last = 0
         while True:
-            status, body = self.ask(f"next?{me}")
+            status, body = self.ask(f"next?{me}&after={last}")
             if status == 204:
                 continue
             command = json.loads(body)
             if command["op"] == "end":
                 self.end = command
                 return
+            last = command["id"]
             for path in [*command.get("files", ()), *command.get("photos", ())]:
                 self.files[path] = self.ask(path)[1]
             answer = self.answer_to(command)

@@ -69,6 +69,37 @@ def test_files_come_with_the_headers_that_threads_need(server: Server) -> None:
     assert ask(server, "GET", "broken.png")[0] == 500
 
 
+def test_a_large_file_comes_in_pieces_and_takes_its_time(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A connection that goes on is not cut, however long it takes in all."""
+    monkeypatch.setattr(browser._Handler, "timeout", 1.0)
+    data = os.urandom(2**20) * 24
+    (tmp_path / "large.bin").write_bytes(data)
+    server.add("large.bin", tmp_path / "large.bin", "bundle")
+    with socket.socket() as slow:
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**16)
+        slow.connect(("127.0.0.1", server.server_address[1]))
+        slow.sendall(f"GET /{server.token}/large.bin HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        got, began = b"", time.monotonic()
+        while time.monotonic() < began + 2:
+            got += slow.recv(2**16)
+            time.sleep(0.02)
+        begin = got.index(b"\r\n\r\n") + 4
+        while len(got) < begin + len(data):
+            more = slow.recv(2**20)
+            assert more, "it was cut"
+            got += more
+        assert got[begin:] == data
+    assert server.weight("bundle") == len(data)
+
+
+def test_who_opens_the_page_here_is_alone() -> None:
+    server = Server(Channel(), certificate=None, port=0, host="127.0.0.1")
+    assert server.server_address[0] == "127.0.0.1"
+    server.server_close()
+
+
 def test_who_does_not_know_the_address_gets_nothing(server: Server) -> None:
     other = "A" * len(server.token)
     for path in ("/", "/a.js", f"/{other}/", f"/{other}/a.js", f"/{server.token}", f"/{server.token[:-1]}/a.js"):
@@ -102,6 +133,10 @@ def test_a_command_goes_out_and_its_answer_comes_back(server: Server) -> None:
     id = channel.send({"op": "load"}, channel.visit)
     status, body, _ = ask(server, "GET", f"next?{PAGE}")
     assert status == 200 and json.loads(body) == {"op": "load", "id": id}
+    assert ask(server, "GET", f"next?{PAGE}&after=x")[1] == body, "it comes again until it is known to have arrived"
+    second = channel.send({"op": "close"}, channel.visit)
+    assert json.loads(ask(server, "GET", f"next?{PAGE}&after={id}")[1])["id"] == second
+    assert ask(server, "GET", f"next?{PAGE}&after={second}")[0] == 204
     assert ask(server, "POST", f"answer?{PAGE}&id=77", b"{}")[0] == 409
     assert ask(server, "POST", f"answer?{PAGE}&id=-1", b"{}")[0] == 409
     assert ask(server, "POST", f"answer?{PAGE}&id={id}", b'{"ok": true, "x": NaN}')[0] == 204

@@ -8,6 +8,7 @@ import os
 import shlex
 import shutil
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -26,7 +27,7 @@ from edgecap.benchmarks.datasets import open_dataset
 from edgecap.benchmarks.device import reach
 from edgecap.benchmarks.record import package_versions
 from edgecap.benchmarks.remote import Ssh
-from edgecap.benchmarks.runner import WorkerFailed
+from edgecap.benchmarks.runner import Worker, WorkerFailed
 from edgecap.benchmarks.subjects import bundle_subject, peer_subject
 from edgecap.benchmarks.suite import Settings
 from edgecap.devices import Profile, agent, cpu_facts, get_profile
@@ -238,7 +239,22 @@ def test_systems_without_wheels_are_told() -> None:
             host.platform({"system": "Darwin", "machine": "arm64", "python": "3.12", "glibc": ""})
         with pytest.raises(EdgecapError, match="a Linux without glibc"):
             host.platform({"system": "Linux", "machine": "aarch64", "python": "3.12", "glibc": ""})
+        with pytest.raises(EdgecapError, match="x runs a 32-bit system, for which there are no wheels"):
+            host.platform({"system": "Linux", "machine": "aarch64", "python": "3.12", "glibc": "2.36", "bits": 32})
+    assert agent.probe(os.path.expanduser("~"))["bits"] == 8 * struct.calcsize("P")
     assert unreachable("") == "ssh says nothing"
+
+
+@pytest.mark.parametrize(("version", "said"), [("0.0.1", "x measures edgecap 0.0.1; this machine has"), (None, "")])
+def test_another_edgecap_there_is_told(
+    version: str | None, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    code = f'print(\'{{"ok": true, "facts": {{"versions": {json.dumps({"edgecap": version})}}}}}\', flush=True)'
+    monkeypatch.setattr(Ssh, "_relay", lambda *_, **__: Worker([sys.executable, "-c", code]))
+    device = Ssh(Profile("x", "ssh", "native", ("onnx-int8",), host="x", python="/opt/python"))
+    assert device.facts(1)["versions"] == {"edgecap": version}
+    assert (said in (told := capsys.readouterr().err)) and bool(told) == bool(said)
+    shutil.rmtree(device.host._folder)
 
 
 def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
