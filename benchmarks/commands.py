@@ -109,11 +109,35 @@ def compare_records(before: Path, after: Path, slower: float | None, force: bool
         sys.exit(1)
 
 
-@click.command()
+SECTIONS = {  # of the bench's help: the parameters' names
+    "Where": ("device", "host", "memory_limit", "threads"),
+    "What": ("data", "skip_bad", "split", "limit", "beams", "rounds"),
+    "Peers": ("peers", "all_peers", "checkpoints"),
+    "Browser": ("wait", "program", "http", "webgpu", "native"),
+    "Output": ("json_file", "history", "report", "embed_photos"),
+    "Compare": ("compare", "slower", "force"),
+}
+
+
+class InSections(click.Command):
+    """A command whose help has its options by section; those of none come last."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        options = [each for each in self.get_params(ctx) if isinstance(each, click.Option)]
+        lines = {each.name: line for each in options if (line := each.get_help_record(ctx))}
+        named = [(title, [lines.pop(name) for name in names if name in lines]) for title, names in SECTIONS.items()]
+        for title, found in [*named, ("Other", list(lines.values()))]:
+            with formatter.section(title):
+                formatter.write_dl(found)
+
+
+@click.command(cls=InSections)
 @click.argument("bundles", nargs=-1, type=click.Path(path_type=Path), metavar="[BUNDLE]...")
 @click.option("--device", default="cpu", show_default=True, help="Where to measure; see edgecap devices.")
-@click.option("--host", metavar="USER@ADDRESS", help="Of a device that is reached over ssh.")
-@click.option("--memory-limit", metavar="SIZE", help="Of each worker, as in 512M: one that holds more is ended.")
+@click.option("--host", metavar="USER@ADDRESS", help="Of a device that is reached over ssh (--device raspberry-pi-5).")
+@click.option(
+    "--memory-limit", metavar="SIZE", help="Here or over ssh, of each worker: one that holds more is ended; 512M."
+)
 @click.option("--data", metavar="SPEC", help="Photos and captions; default: what the bundle was trained on.")
 @click.option("--skip-bad", is_flag=True, help="Leave bad examples out; always so where the bundle's recipe did.")
 @click.option("--split", default="test", show_default=True, help="The split to caption.")
@@ -123,7 +147,7 @@ def compare_records(before: Path, after: Path, slower: float | None, force: bool
     "--beam", "beams", multiple=True, type=click.IntRange(1, 64), help="Replace the bundles' own; may be given twice."
 )
 @click.option("--rounds", type=click.IntRange(10), default=20, show_default=True, help="Interleaved rounds, A B A B …")
-@click.option("--peer", "peers", multiple=True, metavar="KIND:PATH", help="Measure this too: torch:CHECKPOINT.")
+@click.option("--peer", "peers", multiple=True, metavar="KIND:PATH", help="Measure this peer, too: torch:CHECKPOINT.")
 @click.option("--peers", "all_peers", is_flag=True, help="Put every kind of peer beside each bundle.")
 @click.option(
     "--checkpoint",
@@ -133,12 +157,16 @@ def compare_records(before: Path, after: Path, slower: float | None, force: bool
     type=click.Path(path_type=Path, exists=True, file_okay=False),
     help="With --peers: the weights of a bundle, where they lie neither under runs/ nor beside it.",
 )
-@click.option("--wait", type=click.FloatRange(1), metavar="SECONDS", help="For a browser to open the page; 600.")
-@click.option("--open", "program", metavar="CHROMIUM", help="Have this program here open the page, without a window.")
+@click.option(
+    "--wait", type=click.FloatRange(1), metavar="SECONDS", help="Until a browser must have opened the page; 600."
+)
+@click.option("--open", "program", metavar="CHROMIUM", help="A browser here that opens the page, without a window.")
 @click.option("--http", is_flag=True, help="Serve browsers without a certificate: 1 thread, no WebGPU.")
 @click.option("--webgpu", is_flag=True, help="Browsers compute with WebGPU instead of WebAssembly.")
 @click.option("--native", is_flag=True, help="Beside a browser, measure each bundle on this machine, too.")
-@click.option("--json", "json_file", metavar="FILE", help="Write the whole record here; - is stdout.")
+@click.option(
+    "--json", "json_file", metavar="FILE", help="Write the record (or what --compare found) here; - is stdout."
+)
 @click.option("--history", type=click.Path(path_type=Path), help="Add the record here; tell what it changed.")
 @click.option("--report", type=click.Path(path_type=Path, dir_okay=False), help="Write all of it as one HTML file.")
 @click.option("--embed-photos", is_flag=True, help="With --report: put the photos into it, small.")

@@ -271,6 +271,16 @@ def test_an_odd_line_of_a_history_is_passed_over(where: tuple, value: Any, tmp_p
     assert records.history(tmp_path / "h.jsonl") == [made_up_record()]
 
 
+def test_every_option_of_the_bench_has_its_section_in_the_help() -> None:
+    from edgecap.benchmarks.commands import SECTIONS, bench
+
+    named = [name for names in SECTIONS.values() for name in names]
+    assert sorted(named) == sorted(parameter.name for parameter in bench.params if parameter.name != "bundles")
+    said = invoke("--help").output
+    titles = [line.strip() for line in said.splitlines() if line.strip().endswith(":") and not line.startswith("   ")]
+    assert [title for title in titles if title.rstrip(":") in SECTIONS] == [f"{title}:" for title in SECTIONS]
+
+
 def test_options_that_do_not_go_together_are_refused(files: tuple[Path, Path]) -> None:
     odd = invoke("--compare", *files, "--report", "r.html", "--device", "cpu", "--peers", "x.edgecap")
     assert odd.exit_code == 2 and "leave out BUNDLES, --device, --peers, --report" in odd.output
