@@ -83,6 +83,9 @@ def test_cpp(bundle: Path, library: Path, tmp_path: Path, own: bool) -> None:
     for beam, size in ((1, (40, 56)), (3, (90, 32))):
         picture = np.asarray(Image.fromarray(random.integers(0, 256, (4, 4, 3), np.uint8)).resize(size[::-1]))
         Image.fromarray(picture).save(tmp_path / "photo.ppm")
+        if beam > 1:  # as GIMP writes them
+            photo = (tmp_path / "photo.ppm").read_bytes()
+            (tmp_path / "photo.ppm").write_bytes(photo.replace(b"P6\n", b"P6\n# drawn\n  # twice\n", 1))
         command = [tmp_path / "caption", bundle / "fused.onnx", tmp_path / "photo.ppm", str(beam)]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         text, logprob, ids = done.stdout.splitlines()

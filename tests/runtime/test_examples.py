@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -29,8 +32,8 @@ def save(path: Path, seed: int) -> Path:
 def test_script(bundle_path, captioner, folder):
     photos = [save(folder / "a.png", 1), folder / "none.jpg", save(folder / "b.png", 2)]
     command = [sys.executable, EXAMPLES / "script.py", bundle_path, *photos]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
-    assert done.stdout.splitlines() == [captioner(photos[0]).text, captioner(photos[2]).text]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and done.stdout.splitlines() == [captioner(photos[0]).text, captioner(photos[2]).text]
     assert done.stderr == f"{photos[1]}: there is no such file\n"
 
 
@@ -41,28 +44,47 @@ def test_watch(bundle_path, captioner, folder):
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout.readline() == f"watching {folder}\n"
-            assert process.stdout.readline() == f"early.png\t{captioner(early)}\n"
+            first = captioner(early)
+            assert process.stdout.readline() == f"early.png\t{first}\n"
             late = save(folder / "late.png", 2)
             assert process.stdout.readline() == f"late.png\t{captioner(late)}\n"
+            older = save(folder.parent / "older.png", 3)
+            os.utime(older, (1e9, 1e9))
+            expected = captioner(older)
+            older.replace(late)
+            assert process.stdout.readline() == f"late.png\t{expected}\n"
+            if sys.platform == "linux":
+                Path(os.fsdecode(os.fsencode(folder) + b"/\xff.png")).write_bytes(early.read_bytes())
+                assert process.stdout.readline() == f"\\udcff.png\t{first}\n"
             time.sleep(1.2)  # two looks more: nothing is told twice
-        finally:
-            process.terminate()
+            process.send_signal(signal.SIGINT)
             out, err = process.communicate(timeout=30)
-    assert out == "" and err.count("broken.jpg") == 2 and "not an image" in err  # its name, and the error's own
-    texts = {path.name: path.read_text() for path in folder.glob("*.txt")}
-    assert texts == {"early.png.txt": f"{captioner(early)}\n", "late.png.txt": f"{captioner(late)}\n"}
+        finally:
+            process.kill()
+    assert (
+        process.returncode == 0 and out == "" and err.count("broken.jpg") == 2 and "not an image" in err
+    )  # its name, and the error's own
+    texts = {path.name: path.read_text() for path in folder.glob("[el]*.txt")}
+    assert texts == {"early.png.txt": f"{first}\n", "late.png.txt": f"{expected}\n"}
+    done = subprocess.run([*command[:-1], folder / "gone"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "gone" in done.stderr and done.stderr.count("\n") == 1
 
 
-def test_service(bundle_path, captioner, folder, monkeypatch):
+@pytest.fixture
+def service():
     for module in ("fastapi", "httpx2"):
         if importlib.util.find_spec(module) is None:
             pytest.skip(f"the service needs {module}: pip install 'edgecap[test]'")
-    from fastapi.testclient import TestClient
-
-    monkeypatch.setenv("EDGECAP_BUNDLE", str(bundle_path))
     spec = importlib.util.spec_from_file_location("service", EXAMPLES / "service.py")
     service = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(service)
+    return service
+
+
+def test_service(service, bundle_path, captioner, folder, monkeypatch):
+    from fastapi.testclient import TestClient
+
+    monkeypatch.setenv("EDGECAP_BUNDLE", str(bundle_path))
     data = save(folder / "a.png", 1).read_bytes()
     with TestClient(service.app) as client:
         assert client.post("/caption", content=data).json() == captioner(data).to_dict()
@@ -78,3 +100,44 @@ def test_service(bundle_path, captioner, folder, monkeypatch):
             refused = client.post(path, content=content)
             assert refused.status_code == 422 and refused.json()["detail"].startswith(detail)
         assert client.post("/caption", content=bytes(service.MAX_BYTES + 1)).status_code == 413
+
+
+@pytest.mark.parametrize("path", ["/caption", "/stream"])
+def test_a_client_that_leaves_ends_its_search(service, path):
+    """Before the answer begins; the place that it held is free again."""
+    ended = []
+
+    class Slow:
+        async def acaption(self, photo, **options):
+            assert options["deadline_ms"]
+            try:
+                await asyncio.sleep(60)
+            except asyncio.CancelledError:
+                ended.append(photo)
+                raise
+
+        async def pieces(self, photo):
+            yield await self.acaption(photo, deadline_ms=1)
+
+        def astream(self, photo, **options):
+            assert options["deadline_ms"]
+            return self.pieces(photo)
+
+    async def main() -> None:
+        service.app.state.captioner, service.app.state.places = Slow(), asyncio.Semaphore(1)
+        messages = [{"type": "http.request", "body": b"photo"}, {"type": "http.disconnect"}]
+        sent = []
+
+        async def receive():
+            await asyncio.sleep(0.02 if len(messages) == 1 else 0)
+            return messages.pop(0)
+
+        async def send(message):
+            sent.append(message)
+
+        scope = {"type": "http", "method": "POST", "path": path, "query_string": b"", "headers": []}
+        await asyncio.wait_for(service.app(scope, receive, send), 10)
+        await asyncio.sleep(0.02)
+        assert ended == [b"photo"] and sent[0]["status"] == 499 and not service.app.state.places.locked()
+
+    asyncio.run(main())

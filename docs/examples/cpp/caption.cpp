@@ -15,6 +15,7 @@
 #include <filesystem>
 #include <fstream>
 #include <iostream>
+#include <limits>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -66,12 +67,18 @@ class Captioner {
   Ort::Session session_;
 };
 
+// On to the next field of a PPM's header: blanks, and comments from # to the end of their line, are left out.
+std::istream& onward(std::istream& file) {
+  while ((file >> std::ws).peek() == '#') file.ignore(std::numeric_limits<std::streamsize>::max(), '\n');
+  return file;
+}
+
 Picture read_ppm(const std::string& path) {
   std::ifstream file(path, std::ios::binary);
   std::string kind;
   int64_t width = 0, height = 0;
   int most = 0;
-  file >> kind >> width >> height >> most;
+  file >> kind >> onward >> width >> onward >> height >> onward >> most;
   file.get();  // one blank
   if (!file || kind != "P6" || most != 255 || width < 1 || height < 1 || width > 32768 || height > 32768)
     throw std::runtime_error(path + ": not a binary PPM (P6, 255)");

@@ -6,6 +6,7 @@ from edgecap import Captioner
 from edgecap.runtime import EdgecapError
 
 bundle, *photos = sys.argv[1:]
+failed = False
 with Captioner.load(bundle) as captioner:
     for photo in photos:
         try:
@@ -14,3 +15,5 @@ with Captioner.load(bundle) as captioner:
             print()
         except EdgecapError as error:  # broken, missing, or no photo at all: one line, and on with the next
             print(error.message, file=sys.stderr)
+            failed = True
+sys.exit(1 if failed else 0)

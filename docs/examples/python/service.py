@@ -6,17 +6,19 @@ curl --data-binary @photo.jpg localhost:8000/stream -N      # the words as they 
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import StreamingResponse
 
 from edgecap import Captioner
-from edgecap.runtime import EdgecapError
+from edgecap.runtime import Caption, EdgecapError
 
+T = TypeVar("T")
 MAX_BYTES = 16 * 2**20
+DEADLINE = 10_000  # milliseconds of a search
 AT_ONCE = os.cpu_count() or 1  # more captions side by side would only make each of them slower
 
 
@@ -39,29 +41,59 @@ async def photo_of(request: Request) -> bytes:
     return bytes(photo)
 
 
+async def while_there(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """What `work` gives, which ends with the client's connection: a framework does not cancel an endpoint by itself."""
+
+    async def leave() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    task, left = asyncio.create_task(work), asyncio.create_task(leave())
+    try:
+        await asyncio.wait({task, left}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise HTTPException(499, "the client has left")
+    except EdgecapError as error:  # a broken photo, a beam of 100
+        raise HTTPException(422, error.message) from None
+    finally:
+        task.cancel()
+        left.cancel()
+
+
 @app.post("/caption")
 async def caption(request: Request, beam: int | None = None) -> dict[str, Any]:
     photo = await photo_of(request)
-    try:
+
+    async def found() -> Caption:
         async with app.state.places:
-            found = await app.state.captioner.acaption(photo, beam=beam, deadline_ms=10_000)
-    except EdgecapError as error:  # a broken photo, a beam of 100
-        raise HTTPException(422, error.message) from None
-    return found.to_dict()
+            return await app.state.captioner.acaption(photo, beam=beam, deadline_ms=DEADLINE)
+
+    return (await while_there(request, found())).to_dict()
+
+
+async def said(photo: bytes) -> AsyncIterator[str]:
+    async with app.state.places:
+        pieces = app.state.captioner.astream(photo, beam=1, deadline_ms=DEADLINE)
+        try:
+            async for piece in pieces:
+                yield piece
+        finally:
+            await pieces.aclose()
 
 
 @app.post("/stream")
 async def stream(request: Request) -> StreamingResponse:
-    pieces = app.state.captioner.astream(await photo_of(request), beam=1)
-    try:
-        async with app.state.places:  # the look at the photo, most of the work; what is wrong with it shows here
-            first = await anext(pieces, "")
-    except EdgecapError as error:
-        raise HTTPException(422, error.message) from None
+    pieces = said(await photo_of(request))
 
-    async def said() -> AsyncIterator[str]:  # a client that leaves cancels this, and with it the search
+    async def begin() -> str:  # the look at the photo; what is wrong with it shows before the answer begins
+        return await anext(pieces, "")
+
+    first = await while_there(request, begin())
+
+    async def whole() -> AsyncIterator[str]:  # a client that leaves cancels this, and with it the search
         yield first
         async for piece in pieces:
             yield piece
 
-    return StreamingResponse(said(), media_type="text/plain; charset=utf-8")
+    return StreamingResponse(whole(), media_type="text/plain; charset=utf-8")
