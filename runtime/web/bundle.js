@@ -120,7 +120,7 @@ function onServer(base, fetch) {
   return {
     where,
     name,
-    async read(file) {
+    async read(file, bytes) {
       let response;
       try {
         response = await fetch(name(file) + search);
@@ -132,12 +132,30 @@ function onServer(base, fetch) {
         throw new UsageError(`${name(file)}: the server answers ${response.status}; ${what}`);
       }
       try {
-        return new Uint8Array(await response.arrayBuffer());
+        return await bodyOf(response, name(file), bytes);
       } catch (error) {
+        if (error instanceof BundleError) throw error;
         throw new EdgecapError(`${name(file)} was broken off (${reason(error)}); try again`);
       }
     },
   };
+}
+
+/** A response's body, read no further than `bytes`. @param {Response} response @param {string} where @param {number} bytes */
+async function bodyOf(response, where, bytes) {
+  const reader = response.body?.getReader();
+  if (!reader) return new Uint8Array(await response.arrayBuffer()); // a fetch of the caller's own
+  const data = new Uint8Array(bytes);
+  let at = 0;
+  for (let part = await reader.read(); !part.done; part = await reader.read()) {
+    if (at + part.value.length > bytes) {
+      await reader.cancel().catch(() => {});
+      throw new BundleError(`${where} has more than ${bytes.toLocaleString("en")} bytes; copy the bundle again`);
+    }
+    data.set(part.value, at);
+    at += part.value.length;
+  }
+  return at === bytes ? data : data.slice(0, at);
 }
 
 /** @param {string} location a path, or a file: URL @returns {Promise<Source>} */

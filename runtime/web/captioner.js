@@ -64,56 +64,69 @@ export class Captioner {
    * @param {Record<string, any>} [options]
    */
   async caption(image, options = {}) {
-    const { decoding, promptIds } = this.settings(options);
-    const { signal, onToken } = options;
-    const end = decoding.deadline_ms ? performance.now() + decoding.deadline_ms : Infinity;
-    return this.#alone(async (model) => {
-      signal?.throwIfAborted();
-      const began = performance.now();
-      const pixels = await this.view(image);
-      const session = model.session();
-      const times = [performance.now()];
-      await this.#encode(session, pixels);
-      times.push(performance.now());
-      signal?.throwIfAborted();
-      const logits = await session.prefill(promptIds, "segments" in pixels ? pixels.segments : undefined);
-      times.push(performance.now());
-      let steps = 0;
-      const hypotheses = await decode(
-        {
-          step: (ids, parents) => {
-            steps += 1;
-            return session.step(ids, parents);
-          },
+    const settings = this.settings(options);
+    const { deadline_ms: deadline } = settings.decoding;
+    const end = deadline ? performance.now() + deadline : Infinity;
+    return this.#alone((model) => this.#search(model, image, settings, options, end));
+  }
+
+  /**
+   * @param {OnnxModel} model
+   * @param {any} image
+   * @param {ReturnType<Captioner["settings"]>} settings
+   * @param {Record<string, any>} options
+   * @param {number} [end]
+   */
+  async #search(model, image, { decoding, promptIds }, { signal, onToken }, end = Infinity) {
+    signal?.throwIfAborted();
+    const began = performance.now();
+    const pixels = await this.view(image);
+    const session = model.session();
+    const times = [performance.now()];
+    await this.#encode(session, pixels);
+    times.push(performance.now());
+    signal?.throwIfAborted();
+    const logits = await session.prefill(promptIds, "segments" in pixels ? pixels.segments : undefined);
+    times.push(performance.now());
+    let steps = 0;
+    const hypotheses = await decode(
+      {
+        step: (ids, parents) => {
+          steps += 1;
+          return session.step(ids, parents);
         },
-        logits,
-        decoding,
-        {
-          eos: this.tokens.eos,
-          suppress: this.#suppress,
-          end,
-          check: () => signal?.throwIfAborted(),
-          onStep:
-            onToken && ((tokenIds) => onToken({ text: this.#text(promptIds, tokenIds), tokenIds: [...tokenIds] })),
-        },
-      );
-      signal?.throwIfAborted();
-      const [best, ...others] = hypotheses.map((each) => this.#toCaption(each, promptIds));
-      const now = performance.now();
-      const timings = {
-        preprocess: times[0] - began,
-        encode: times[1] - times[0],
-        firstToken: times[2] - times[1],
-        perToken: steps ? (now - times[2]) / steps : 0,
-        total: now - began,
-      };
-      return { ...best, alternatives: others, timings };
-    });
+      },
+      logits,
+      decoding,
+      {
+        eos: this.tokens.eos,
+        suppress: this.#suppress,
+        end,
+        check: () => signal?.throwIfAborted(),
+        onStep:
+          onToken &&
+          ((tokenIds) =>
+            onToken({ text: this.tokenizer.settled([...promptIds, ...tokenIds]), tokenIds: [...tokenIds] })),
+      },
+    );
+    signal?.throwIfAborted();
+    const [best, ...others] = hypotheses.map((each) => this.#toCaption(each, promptIds));
+    const now = performance.now();
+    const timings = {
+      preprocess: times[0] - began,
+      encode: times[1] - times[0],
+      firstToken: times[2] - times[1],
+      perToken: steps ? (now - times[2]) / steps : 0,
+      total: now - began,
+    };
+    return { ...best, alternatives: others, timings };
   }
 
   /** Reproduce the bundle's golden pair on this device. */
   async verify() {
-    return verifyGolden(this, (task) => this.#alone(task));
+    return this.#alone((model) =>
+      verifyGolden(this, model, (photo, options) => this.#search(model, photo, this.settings(options), options)),
+    );
   }
 
   /** Free the engine, when calls already begun have finished. Closing twice is fine. */

@@ -9,14 +9,17 @@ const MOST = 16e6; // pixels that a canvas holds on every phone; larger photos a
 /** @typedef {import("./resample.js").Rgb} Rgb */
 
 /**
- * @param {any} image { data, width, height } of RGB or RGBA, an ImageData, a PNG file's bytes; in browsers a Blob, an
- *   ImageBitmap, or whatever a canvas draws
+ * @param {any} image { data, width, height } of RGB or RGBA, an ImageData, a PNG file's bytes; in browsers any image
+ *   file's bytes, a Blob, an ImageBitmap, or whatever a canvas draws
  * @returns {Promise<Rgb>}
  */
 export async function rgbOf(image) {
   if (image === null || typeof image !== "object")
     throw new UsageError(`a photo must be pixels or a picture, not ${typeof image}`);
-  if (image instanceof Uint8Array && isPng(image)) return toRgb(await readPng(image));
+  if (image instanceof ArrayBuffer) return rgbOf(new Uint8Array(image));
+  if (image instanceof Uint8Array) {
+    return isPng(image) ? toRgb(await readPng(image)) : ofBlob(new Blob([/** @type {any} */ (image)]));
+  }
   if ("data" in image && "width" in image && "height" in image) return toRgb(image);
   if (globalThis.Blob && image instanceof Blob) return ofBlob(image);
   if (typeof createImageBitmap === "function") return drawn(image);

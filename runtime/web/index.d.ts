@@ -7,8 +7,9 @@ export interface PixelImage {
   height: number;
 }
 
-/** A photo: pixels, or a PNG's bytes; in browsers also a file, or whatever a canvas draws (images, videos, bitmaps). */
-export type Photo = PixelImage | Uint8Array | Blob | CanvasImageSource;
+/** A photo: pixels, or a PNG's bytes (8 bits, not interlaced); in browsers also any image file or its bytes, or whatever
+ * a canvas draws (images, videos, bitmaps). */
+export type Photo = PixelImage | Uint8Array | ArrayBuffer | Blob | CanvasImageSource;
 
 /** onnxruntime-web or onnxruntime-node: hand over the module, `import * as ort from "onnxruntime-web"`. */
 export interface Ort {
@@ -46,7 +47,10 @@ export interface CaptionOptions {
   prompt?: string;
   /** Ends the call with the signal's reason before its next step. */
   signal?: AbortSignal;
-  /** Called after each step with the best hypothesis that lives on: with a beam, its words may still change. */
+  /**
+   * Called after each step with the best hypothesis that lives on: with a beam, its words may still change. Its text
+   * has no half characters: what a token only begins is shown when the next ones have ended it.
+   */
   onToken?: (partial: { text: string; tokenIds: number[] }) => void;
 }
 

@@ -72,26 +72,15 @@ export class OnnxModel {
       }
       if (ort.env.wasm) ort.env.wasm.numThreads = threads; // counts until the first session of the page
     }
+    /** @type {EngineSession[]} */
     const sessions = [];
-    for (const name of ["encoder", "decoder"]) {
-      const graph = bundle.manifest.graphs[name];
-      /** @type {Record<string, any>} */
-      const options = { logSeverityLevel: 3, interOpNumThreads: 1 };
-      if (threads !== undefined) options.intraOpNumThreads = threads;
-      if (executionProviders) options.executionProviders = executionProviders;
-      if (graph.weights) {
-        options.externalData = [{ path: graph.weights.split("/").at(-1), data: await bundle.read(graph.weights) }];
-        options.enableMemPattern = false;
+    try {
+      for (const name of ["encoder", "decoder"]) {
+        sessions.push(await sessionOf(bundle, ort, bundle.manifest.graphs[name], { threads, executionProviders }));
       }
-      const model = await bundle.read(graph.file);
-      try {
-        sessions.push(await ort.InferenceSession.create(model, options));
-      } catch (error) {
-        await Promise.all(sessions.map((each) => each.release?.()));
-        throw new BundleError(
-          `${bundle.location}: ${graph.file} cannot be loaded by ${engineName(ort)}: ${reason(error)}`,
-        );
-      }
+    } catch (error) {
+      await Promise.all(sessions.map((each) => each.release?.()));
+      throw error;
     }
     return new OnnxModel(ort, bundle.manifest, sessions[0], sessions[1]);
   }
@@ -124,6 +113,29 @@ export class OnnxModel {
   async release() {
     await this.encoder.release?.();
     await this.decoder.release?.();
+  }
+}
+
+/**
+ * @param {import("./bundle.js").Bundle} bundle
+ * @param {Ort} ort
+ * @param {{ file: string, weights?: string }} graph
+ * @param {EngineOptions} engine
+ */
+async function sessionOf(bundle, ort, graph, { threads, executionProviders }) {
+  /** @type {Record<string, any>} */
+  const options = { logSeverityLevel: 3, interOpNumThreads: 1 };
+  if (threads !== undefined) options.intraOpNumThreads = threads;
+  if (executionProviders) options.executionProviders = executionProviders;
+  if (graph.weights) {
+    options.externalData = [{ path: graph.weights.split("/").at(-1), data: await bundle.read(graph.weights) }];
+    options.enableMemPattern = false;
+  }
+  const model = await bundle.read(graph.file);
+  try {
+    return await ort.InferenceSession.create(model, options);
+  } catch (error) {
+    throw new BundleError(`${bundle.location}: ${graph.file} cannot be loaded by ${engineName(ort)}: ${reason(error)}`);
   }
 }
 

@@ -17,6 +17,9 @@ const WORD = new RegExp(
 /** Leading and trailing spaces as Python strips them. */
 const SPACES = new RegExp(String.raw`^${Z}+|${Z}+$`, "gu");
 
+/** A token that is one byte, of which several make a character. */
+const BYTE = /^<0x[0-9A-F]{2}>$/u;
+
 /** Text in the form captions are learnt in: lower case, single spaces, no punctuation. @param {string} text */
 export function plainWords(text) {
   return (text.toLowerCase().replaceAll("’", "'").match(WORD) ?? []).join(" ");
@@ -60,6 +63,15 @@ export class Tokenizer {
     const tokens = [];
     for (const id of ids) if (!this.#special.has(id) && this.#tokens[id] !== undefined) tokens.push(this.#tokens[id]);
     return this.#join(tokens).replace(SPACES, "");
+  }
+
+  /** Their text while more may follow: without the beginning of a character at its end. @param {number[]} ids */
+  settled(ids) {
+    let end = ids.length;
+    while (end && BYTE.test(this.#tokens[ids[end - 1]] ?? "")) end -= 1;
+    return this.decode(ids.slice(0, end))
+      .replace(/\ufffd+$/u, "")
+      .replace(SPACES, "");
   }
 
   /**

@@ -8,9 +8,10 @@ import { readPng } from "./png.js";
  * Caption the bundle's golden photo greedily, and compare teacher-forced logits with those it recorded. Cosines compare
  * each position's logits with the fp32 reference's; the tolerance is the bundle's own.
  * @param {import("./captioner.js").Captioner} captioner
- * @param {<T>(task: (model: import("./onnx.js").OnnxModel) => Promise<T>) => Promise<T>} alone
+ * @param {import("./onnx.js").OnnxModel} model
+ * @param {(photo: any, options: Record<string, any>) => Promise<{ text: string, tokenIds: number[] }>} say
  */
-export async function verifyGolden(captioner, alone) {
+export async function verifyGolden(captioner, model, say) {
   const { bundle, tokens } = captioner;
   const { golden } = bundle.manifest;
   const expected = golden.token_ids;
@@ -20,7 +21,7 @@ export async function verifyGolden(captioner, alone) {
   // The reference's caption is plain greedy, whatever the bundle's own decoding. One token more than it has is asked for,
   // so that a missing EOS shows, unless the reference was itself cut off there.
   const plain = { beam: 1, minLength: 0, lengthPenalty: 0, noRepeatNgram: 0, deadlineMs: 0 };
-  const caption = await captioner.caption(photo, { ...plain, maxLength: expected.length + 1 });
+  const caption = await say(photo, { ...plain, maxLength: expected.length + 1 });
   let found = caption.tokenIds;
   if (largest(reference[expected.length]) !== tokens.eos) found = found.slice(0, expected.length);
   const longest = Math.max(found.length, expected.length);
@@ -29,7 +30,7 @@ export async function verifyGolden(captioner, alone) {
   const sameTokens = differ === longest;
 
   const pixels = await captioner.view(photo);
-  const rows = await alone((model) => captioner.teacherForced(model, pixels, expected));
+  const rows = await captioner.teacherForced(model, pixels, expected);
   const { same_tokens: needsSameTokens, min_cosine: needsMinCosine } = golden.tolerance;
   const minCosine = Math.min(...rows.map((row, i) => cosine(row, reference[i])));
   return {

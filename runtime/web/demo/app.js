@@ -22,7 +22,7 @@ worker.addEventListener("message", ({ data: { id, partial, answer, problem } }) 
   if (problem === undefined) call?.resolve(answer);
   else call?.reject(new Error(problem));
 });
-worker.addEventListener("error", (event) => show(new Error(event.message || "the captioner cannot be started")));
+worker.addEventListener("error", (event) => failed(new Error(event.message || "the captioner cannot be started")));
 
 /**
  * @param {string} request
@@ -42,6 +42,12 @@ function ask(request, given, onPartial, transfer = []) {
 function show(error) {
   get("problem").textContent = error instanceof Error ? error.message : String(error);
   document.body.classList.remove("busy");
+}
+
+/** What ends a start says so. @param {unknown} error */
+function failed(error) {
+  show(error);
+  if (!ready) get("status").textContent = "Not started";
 }
 
 /** @param {boolean} busy @param {number} [progress] */
@@ -175,8 +181,14 @@ async function toggleCamera() {
     stopCamera();
     return;
   }
+  const photo = newest;
+  get("camera").disabled = true; // one camera is asked for at a time
   try {
     camera = await navigator.mediaDevices.getUserMedia({ video: { facingMode: "environment" }, audio: false });
+    if (photo !== newest) {
+      stopCamera(); // a photo was chosen meanwhile
+      return;
+    }
     const { video } = stage("video");
     video.srcObject = camera;
     await video.play();
@@ -185,6 +197,8 @@ async function toggleCamera() {
   } catch (error) {
     stopCamera();
     show(new Error(`no camera: ${error instanceof Error ? error.message : error}`));
+  } finally {
+    get("camera").disabled = false;
   }
 }
 
@@ -200,7 +214,7 @@ get("file").addEventListener("change", (/** @type {any} */ event) => {
   event.target.value = "";
 });
 get("camera").addEventListener("click", toggleCamera);
-get("shot").addEventListener("click", async () => caption(await createImageBitmap(get("video"))));
+get("shot").addEventListener("click", () => createImageBitmap(get("video")).then(caption).catch(show));
 get("verify").addEventListener("click", async () => {
   get("verified").textContent = "Verifying…";
   try {
@@ -225,7 +239,7 @@ document.addEventListener("drop", (event) => {
   take(event.dataTransfer?.files[0]);
 });
 
-start().catch(show);
+start().catch(failed);
 if ("serviceWorker" in navigator) {
   navigator.serviceWorker
     .register("sw.js")

@@ -4,7 +4,6 @@
  */
 
 const VERSION = "development"; // the hash of files.json, written in when the site is made
-const NAME = "edgecap-";
 const HEADERS = {
   "Cross-Origin-Opener-Policy": "same-origin",
   "Cross-Origin-Embedder-Policy": "require-corp",
@@ -12,6 +11,7 @@ const HEADERS = {
 };
 
 const worker = /** @type {any} */ (self);
+const NAME = `edgecap ${worker.registration.scope} `; // of this site: there may be others at the same origin
 
 worker.addEventListener("install", (/** @type {any} */ event) => event.waitUntil(install()));
 worker.addEventListener("activate", (/** @type {any} */ event) => event.waitUntil(activate()));
@@ -27,20 +27,12 @@ worker.addEventListener("fetch", (/** @type {any} */ event) => {
   }
 });
 
-/** Store every file; those that an earlier version holds are not fetched again. */
+/** Store every file; those that an earlier version holds are not fetched again. It waits until no page shows the old. */
 async function install() {
   const { files } = await (await fetch("files.json", { cache: "no-store" })).json();
   const cache = await caches.open(NAME + VERSION);
-  for (const { path, sha256 } of files) {
-    const url = new URL(path, worker.registration.scope).href;
-    const key = `${url}?${sha256}`;
-    if (await cache.match(key)) continue;
-    const response = (await caches.match(key)) ?? (await fetch(url, { cache: "no-cache" }));
-    if (!response.ok) throw new Error(`${path}: ${response.status}`);
-    await cache.put(key, response);
-  }
+  for (const file of files) await kept(cache, file);
   await cache.put("files.json", new Response(JSON.stringify(files)));
-  await worker.skipWaiting();
 }
 
 async function activate() {
@@ -50,15 +42,36 @@ async function activate() {
   await worker.clients.claim();
 }
 
+/**
+ * A file of the site, stored if it was not; what is not the file that was listed is refused.
+ * @param {Cache} cache
+ * @param {{ path: string, sha256: string }} file
+ */
+async function kept(cache, { path, sha256 }) {
+  const url = new URL(path, worker.registration.scope).href;
+  const key = `${url}?${sha256}`;
+  const found = await cache.match(key);
+  if (found) return found;
+  const response = (await caches.match(key)) ?? (await fetch(url, { cache: "no-cache" }));
+  if (!response.ok) throw new Error(`${path}: ${response.status}`);
+  const body = await response.arrayBuffer();
+  const sum = new Uint8Array(await crypto.subtle.digest("SHA-256", body));
+  if (Array.from(sum, (byte) => byte.toString(16).padStart(2, "0")).join("") !== sha256) {
+    throw new Error(`${path}: not the file that this site was written with`);
+  }
+  const checked = new Response(body, { headers: response.headers });
+  await cache.put(key, checked.clone());
+  return checked;
+}
+
 /** @param {Request} request */
 async function answer(request) {
   const cache = await caches.open(NAME + VERSION);
-  const scope = worker.registration.scope;
-  const path = new URL(request.url).pathname.slice(new URL(scope).pathname.length);
+  const path = new URL(request.url).pathname.slice(new URL(worker.registration.scope).pathname.length);
   const files = await (await cache.match("files.json"))?.json();
   const known = files?.find((/** @type {any} */ file) => file.path === decodeURIComponent(path || "index.html"));
-  const kept = known && (await cache.match(`${new URL(known.path, scope).href}?${known.sha256}`));
-  const response = kept ?? (await fetch(request));
+  // A known file that the browser dropped is put back; a newer one at its place is shown, not kept.
+  const response = known ? await kept(cache, known).catch(() => fetch(request)) : await fetch(request);
   if (response.status === 0) return response;
   const headers = new Headers(response.headers);
   for (const [name, value] of Object.entries(HEADERS)) headers.set(name, value);

@@ -5,6 +5,7 @@ import { Captioner } from "./edgecap/index.js";
 
 /** @type {Promise<Captioner> | undefined} */
 let captioner;
+let newest = new AbortController(); // of the photo that came last
 
 /** @type {Record<string, (given: any, onToken: (partial: any) => void) => Promise<any>>} */
 const requests = {
@@ -41,9 +42,11 @@ const requests = {
   },
 
   async caption({ image, options }, onToken) {
+    newest.abort(); // nobody waits for an earlier photo's caption
+    const { signal } = (newest = new AbortController());
     const loaded = await captioner;
     try {
-      return await loaded?.caption(image, { ...options, onToken });
+      return await loaded?.caption(image, { ...options, onToken, signal });
     } finally {
       if (image instanceof ImageBitmap) image.close();
     }

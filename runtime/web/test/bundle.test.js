@@ -13,6 +13,7 @@ import * as ort from "onnxruntime-node";
 import { BundleError, Captioner, EdgecapError, UsageError, readPng } from "../index.js";
 import { toRgb } from "../preprocess.js";
 import { ownSha256 } from "../sha256.js";
+import { Tokenizer } from "../tokenizer.js";
 import { bundle, json, missing, noise } from "./fixture.js";
 
 let home = "";
@@ -196,6 +197,61 @@ test("streaming, cancelling, deadlines, and calls that overlap", { skip: missing
   await refused(captioner.caption(photo), /is closed/, UsageError);
 });
 
+test("closing lets a verification finish, and a load that fails frees what it loaded", { skip: missing }, async () => {
+  const captioner = await Captioner.load(bundle("gru"), { ort, threads: 1 });
+  const verification = captioner.verify();
+  await captioner.close();
+  assert.ok((await verification).ok);
+  let alive = 0;
+  const InferenceSession = {
+    create: async () => {
+      alive += 1;
+      return { run: async () => ({}), release: async () => void (alive -= 1) };
+    },
+  };
+  const lost = spoilt((folder) => rmSync(join(folder, "decoder.onnx")));
+  await refused(Captioner.load(lost, { ort: { ...ort, InferenceSession } }), /decoder.onnx is missing/);
+  assert.equal(alive, 0);
+});
+
+test("a body is read no further than bundle.json says", { skip: missing }, async () => {
+  let sent = 0;
+  const endless = () =>
+    new ReadableStream({ pull: (controller) => controller.enqueue(new Uint8Array((sent += 2 ** 16) && 2 ** 16)) });
+  for (const name of ["bundle.json", "decoder.onnx"]) {
+    sent = 0;
+    const fetch = async (/** @type {any} */ url) => {
+      const file = String(url).split("/").at(-1) ?? "";
+      return new Response(file === name ? endless() : readFileSync(join(bundle("gru"), file)));
+    };
+    await refused(Captioner.load("http://x.test/", { ort, fetch }), /has more than [\d,]+ bytes; copy/);
+    assert.ok(sent < 2 ** 22);
+  }
+});
+
+test("partial texts have no half characters", () => {
+  const letters = ["<0xE2>", "<0x82>", "<0xAC>", "a"];
+  const tree = {
+    model: { type: "BPE", vocab: Object.fromEntries(letters.map((token, id) => [token, id])), merges: [] },
+    decoder: { type: "Sequence", decoders: [{ type: "ByteFallback" }, { type: "Fuse" }] },
+  };
+  const spelt = new Tokenizer(new TextEncoder().encode(JSON.stringify(tree)), "t");
+  assert.deepEqual(
+    [1, 2, 3, 4, 5].map((count) => spelt.settled([3, 0, 1, 2, 3].slice(0, count))),
+    ["a", "a", "a", "a", "a€a"],
+  );
+  const bytes = ["a", "â", "Ĥ", "¬"]; // as byte-level BPE writes them
+  const level = {
+    model: { type: "BPE", vocab: Object.fromEntries(bytes.map((token, id) => [token, id])), merges: [] },
+    decoder: { type: "ByteLevel" },
+  };
+  const joined = new Tokenizer(new TextEncoder().encode(JSON.stringify(level)), "t");
+  assert.deepEqual(
+    [1, 2, 3, 4].map((count) => joined.settled([0, 1, 2, 3].slice(0, count))),
+    ["a", "a", "a", "a€"],
+  );
+});
+
 test("bad calls are one line", { skip: missing }, async () => {
   const captioner = await Captioner.load(bundle("gru"), { ort });
   const photo = noise(1, 9, 9);
@@ -204,6 +260,9 @@ test("bad calls are one line", { skip: missing }, async () => {
   await refused(call(photo, { beam: 99 }), /beam must be a whole number from 1 to 64/, UsageError);
   await refused(call(photo, { prompt: "a zebra" }), /words this model does not know/, UsageError);
   await refused(call(null, {}), /pixels or a picture/, UsageError);
+  for (const file of [new Uint8Array(9), new ArrayBuffer(9)]) {
+    await refused(call(file, {}), /decode them first, or hand over a PNG/, UsageError);
+  }
   await refused(call({ data: new Uint8Array(5), width: 9, height: 9 }, {}), /must have 243 bytes of RGB/, UsageError);
   await refused(call({ data: new Uint8Array(0), width: 0, height: 9 }, {}), /width and a height from 1/, UsageError);
   await refused(Captioner.load(bundle("gru"), { threads: 0 }), /threads must be a whole number/, UsageError);
