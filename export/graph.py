@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 from onnx import numpy_helper
 
@@ -81,15 +83,21 @@ class Graph:
         return self._set(name, outside.put(name, value.dtype, value.shape, lambda: value))
 
     def set_made(
-        self, name: str, sources: Iterable[str], shape: tuple[int, ...], change: Callable[..., np.ndarray]
+        self,
+        name: str,
+        sources: Iterable[str],
+        shape: tuple[int, ...],
+        change: Callable[..., np.ndarray],
+        dtype: npt.DTypeLike = None,
     ) -> str:
-        """The same for what `change` makes of other initializers, float32: outside, where they are, whenever it is
-        read."""
-        outside, makers = outside_of(self.model), [self.reader(source) for source in sources]
-        if outside is None:
+        """The same for what `change` makes of other initializers, of `dtype` or else the first one's: outside, where
+        they are, whenever it is read."""
+        sources, outside = list(sources), outside_of(self.model)
+        kind = self.dtype(sources[0]) if dtype is None else np.dtype(dtype)
+        makers = [self.reader(source) for source in sources]
+        if outside is None or math.prod(shape) * kind.itemsize < SMALLEST:
             return self.set_constant(name, change(*(make() for make in makers)))
-        made = outside.put(name, np.dtype(np.float32), shape, lambda: change(*(make() for make in makers)))
-        return self._set(name, made)
+        return self._set(name, outside.put(name, kind, shape, lambda: change(*(make() for make in makers))))
 
     def _set(self, name: str, tensor: onnx.TensorProto) -> str:
         if name in self.initializers:

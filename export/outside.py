@@ -19,6 +19,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
+from ..runtime.errors import EdgecapError
+
 Maker: TypeAlias = Callable[[], np.ndarray]
 
 SMALLEST = 4096  # bytes of a constant that lies outside (not below graph.BESIDE); smaller ones are shapes and scales
@@ -36,7 +38,7 @@ class Outside:
 
     def __init__(self, folder: Path, before: Outside | None = None) -> None:
         self.folder, self.before = folder, before
-        self.name = f"outside{next(_numbers)}"
+        self.name = f"{KEY}{next(_numbers)}"
         self._makers: list[Maker] = []
         _open[self.name] = self
 
@@ -59,7 +61,7 @@ def outside_of(model: onnx.ModelProto) -> Outside | None:
     """Where a graph's constants lie; None where they are in it."""
     for entry in model.metadata_props:
         if entry.key == KEY:
-            return _open[entry.value]
+            return _named(entry.value)
     return None
 
 
@@ -68,8 +70,18 @@ def maker(tensor: TensorProto) -> Maker | None:
     if tensor.data_location != TensorProto.EXTERNAL:
         return None
     place = {entry.key: entry.value for entry in tensor.external_data}
-    held = _open.get(place["location"])
-    return None if held is None else held._makers[int(place["offset"])]
+    if not place["location"].startswith(KEY):
+        return None
+    return _named(place["location"])._makers[int(place["offset"])]
+
+
+def _named(name: str) -> Outside:
+    held = _open.get(name)
+    if held is None:
+        raise EdgecapError(
+            "the constants of this graph are gone: they live as long as the pair of graphs that has them"
+        )
+    return held
 
 
 @contextmanager

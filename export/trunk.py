@@ -178,7 +178,8 @@ def _fold_casts(model: onnx.ModelProto) -> None:
     for node in list(model.graph.node):
         shape = graph.shape(node.input[0]) if node.op_type == "Cast" else None
         if shape is not None and attribute(node, "to") == onnx.TensorProto.FLOAT:
-            graph.set_made(node.output[0], [node.input[0]], shape, lambda value: value.astype(np.float32))
+            widened = partial(np.ndarray.astype, dtype=np.float32)
+            graph.set_made(node.output[0], [node.input[0]], shape, widened, np.float32)
             node.output[0] = f"{node.output[0]}_folded"  # now unused
     graph.refresh()
     graph.prune()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +23,7 @@ from edgecap.export.pipeline import export
 from edgecap.export.rounding import round_float_blocks
 from edgecap.export.targets import TARGETS
 from edgecap.runtime import Captioner, verify_golden
-from edgecap.runtime.errors import UsageError
+from edgecap.runtime.errors import EdgecapError, UsageError
 from edgecap.train.adopt import adopt
 from edgecap.train.framing import frames_of
 from edgecap.train.models import narrow
@@ -131,11 +133,26 @@ def test_constants_outside_are_read_and_written_like_others(tmp_path: Path) -> N
     for each in (ours, theirs):
         each.set_made("turned", [name], (64, 64), np.transpose)
         each.set_constant(name, np.full((64, 64), 7, np.int8))
+        each.set_made("whole", [name], (64, 64), np.transpose)  # int8, as its source
+        each.set_made("wide", [name], (64, 64), partial(np.ndarray.astype, dtype=np.float32), np.float32)
+        each.set_made("small", [name], (3,), lambda value: value[0, :3])
         each.set_constant("few", np.arange(3))
-    assert ours.initializers["few"].data_location == onnx.TensorProto.DEFAULT
+    assert all(ours.initializers[each].data_location == onnx.TensorProto.DEFAULT for each in ("few", "small"))
+    assert ours.dtype("whole") == np.int8 and ours.dtype("wide") == np.float32 == ours.constant("wide").dtype
     assert plain(thin) == plain(usual)  # "turned" is of the values of then
     net[0].weight.data.zero_()
     assert not ours.constant("turned").any()  # what lies outside is torch's own
+
+
+def test_constants_that_are_gone_are_named(tmp_path: Path) -> None:
+    graph, beside = Graph(onnx.ModelProto()), Outside(tmp_path)
+    beside.own(graph.model)
+    graph.set_constant("large", np.zeros((64, 64), np.float32))
+    del beside
+    gc.collect()
+    for read in (lambda: outside_of(graph.model), lambda: graph.constant("large"), lambda: save(graph.model)):
+        with pytest.raises(EdgecapError, match="constants of this graph are gone"):
+            read()
 
 
 def plain(model: onnx.ModelProto) -> onnx.ModelProto:
