@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,10 @@ def test_watch(bundle_path, captioner, folder):
     early = save(folder / "early.png", 1)
     (folder / "broken.jpg").write_bytes(b"not a photo")
     command = [sys.executable, EXAMPLES / "watch.py", bundle_path, folder]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # where the shell ignores it, so would the child
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=listen
+    ) as process:
         try:
             assert process.stdout.readline() == f"watching {folder}\n"
             first = captioner(early)
