@@ -30,11 +30,13 @@ MAX_CONNECTIONS = 64
 SILENCE = 60.0  # seconds after which a connection that says nothing is closed
 PIECE = 64 * 2**10  # bytes that are sent at once, within that time: a large file over plain HTTP may take longer
 
-# What may run in the page, and that it is its own process: without the first two there are no threads.
-HEADERS = {
+# That the page is its own process (without the first two there are no threads), and what may run in it.
+ISOLATED = {
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Embedder-Policy": "require-corp",
     "Cross-Origin-Resource-Policy": "same-origin",
+}
+HEADERS = ISOLATED | {
     "Content-Security-Policy": "default-src 'self'; script-src 'self' 'wasm-unsafe-eval' blob:; "
     "worker-src 'self' blob:; connect-src 'self' blob:; img-src 'self' blob: data:; "
     "frame-ancestors 'none'; base-uri 'none'; form-action 'none'",

@@ -21,18 +21,13 @@ from typing import Any
 
 from ..runtime.bundle import MANIFEST, Bundle, folder_beside, swap
 from ..runtime.errors import EdgecapError, UsageError
-from .browser import TYPES
+from .browser import ISOLATED, TYPES
 from .webfiles import PACKAGE, ort_files, package_files
 
 DEMO = PACKAGE / "demo"
 FILES = "files.json"  # path and SHA-256 of every other file: what the service worker keeps
 VERSION = 'const VERSION = "development";'
-HEADERS = {  # without the first two there are no threads
-    "Cross-Origin-Opener-Policy": "same-origin",
-    "Cross-Origin-Embedder-Policy": "require-corp",
-    "Cross-Origin-Resource-Policy": "same-origin",
-    "Cache-Control": "no-cache",  # asked again each time; the service worker keeps what it needs
-}
+HEADERS = ISOLATED | {"Cache-Control": "no-cache"}  # asked again each time; the service worker keeps what it needs
 
 
 @dataclass(frozen=True)

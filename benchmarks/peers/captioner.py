@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module, util
 from pathlib import Path
@@ -203,14 +204,22 @@ def arguments(module: str) -> argparse.Namespace:
 
 def main(peer: type[CaptionerPeer]) -> None:
     """Serve the bench, tell whether the engine is installed, or prepare a folder."""
+
+    def make(given: argparse.Namespace) -> None:
+        prepare(peer, Task(given.weights, about(given.bundle, peer.kind, given.precision), given.graphs), given)
+
+    run(peer, make)
+
+
+def run(peer: Any, make: Callable[[argparse.Namespace], None]) -> None:
+    """What a peer's script does: serve without arguments, `make` a folder of the `arguments` there are."""
     if len(sys.argv) < 2:
         serve(peer)
     elif sys.argv[1:] == [INSTALLED]:
         installed(peer.require)
     else:
-        given = arguments(peer.__module__)
         try:
-            prepare(peer, Task(given.weights, about(given.bundle, peer.kind, given.precision), given.graphs), given)
+            make(arguments(peer.__module__))
         except EdgecapError as error:
             sys.exit(error.message)
 

@@ -4,15 +4,14 @@ differs. A SmolVLM as it was published is read from its own directory, which a p
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ...runtime.errors import EdgecapError, need
-from ..worker import decoded, serve, special_ids, versions
-from .captioner import FILE, Sight, about, arguments, checked, read, weights, write
-from .vlm import INSTALLED, installed
+from ...runtime.errors import need
+from ..worker import decoded, special_ids, versions
+from .captioner import FILE, Sight, about, checked, read, run, weights, write
 
 if TYPE_CHECKING:
     import numpy as np
@@ -110,19 +109,14 @@ class TorchEngine:
 
 def main(peer: type[TorchEngine]) -> None:
     """Serve the bench, tell whether it is installed, or prepare a folder that names a published directory."""
-    if len(sys.argv) < 2:
-        serve(peer)
-    elif sys.argv[1:] == [INSTALLED]:
-        installed(peer.require)
-    else:
-        given = arguments(peer.__module__)
-        try:
-            known = about(given.bundle, peer.kind, given.precision)
-            checked(given.weights, known)
-            write(given.folder, known | {"from": str(given.weights)})
-            peer.warm(given.folder, given.threads)
-        except EdgecapError as error:
-            sys.exit(error.message)
+
+    def make(given: argparse.Namespace) -> None:
+        known = about(given.bundle, peer.kind, given.precision)
+        checked(given.weights, known)
+        write(given.folder, known | {"from": str(given.weights)})
+        peer.warm(given.folder, given.threads)
+
+    run(peer, make)
 
 
 if __name__ == "__main__":
