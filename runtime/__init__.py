@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .backends import BACKENDS, load_model
     from .bundle import Bundle, write_bundle
     from .captioner import Caption, Captioner, Options
-    from .decode import Cancelled, DecodeOptions, Hypothesis
+    from .decode import CancelToken, DecodeOptions, Hypothesis
     from .preprocess import Preprocess, load_image
     from .session import Model, Session
     from .streaming import AsyncStream, Stream
@@ -39,7 +39,7 @@ __all__ = [
     "BACKENDS",
     "Bundle",
     "BundleError",
-    "Cancelled",
+    "CancelToken",
     "Caption",
     "Captioner",
     "DecodeOptions",
@@ -66,7 +66,7 @@ _MODULES = {
     "backends": ("BACKENDS", "load_model"),
     "bundle": ("Bundle", "write_bundle"),
     "captioner": ("Caption", "Captioner", "Options"),
-    "decode": ("Cancelled", "DecodeOptions", "Hypothesis"),
+    "decode": ("CancelToken", "DecodeOptions", "Hypothesis"),
     "preprocess": ("Preprocess", "load_image"),
     "session": ("Model", "Session"),
     "streaming": ("AsyncStream", "Stream"),

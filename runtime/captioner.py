@@ -12,7 +12,7 @@ import numpy as np
 
 from .backends import load_model
 from .bundle import Bundle
-from .decode import Cancelled, DecodeOptions, Hypothesis, decode, never_said, search
+from .decode import CancelToken, DecodeOptions, Hypothesis, decode, never_said, search
 from .errors import UsageError
 from .preprocess import Preprocess
 from .tokenizer import Tokenizer, plain_words
@@ -84,7 +84,7 @@ class _Call:
     view: View
     options: DecodeOptions
     prompt_ids: Ids | None
-    cancel: Cancelled | None
+    cancel: CancelToken | None
 
     @property
     def before(self) -> tuple[int, ...]:
@@ -135,14 +135,14 @@ class Captioner:
 
     @overload  # a str is also an Iterable of them: what is one photo comes first
     def __call__(  # type: ignore[overload-overlap]
-        self, image_or_images: ImageSource, *, cancel: Cancelled | None = None, **options: Unpack[Options]
+        self, image_or_images: ImageSource, *, cancel: CancelToken | None = None, **options: Unpack[Options]
     ) -> Caption: ...
     @overload
     def __call__(
-        self, image_or_images: Iterable[ImageSource], *, cancel: Cancelled | None = None, **options: Unpack[Options]
+        self, image_or_images: Iterable[ImageSource], *, cancel: CancelToken | None = None, **options: Unpack[Options]
     ) -> list[Caption]: ...
     def __call__(
-        self, image_or_images: Any, *, cancel: Cancelled | None = None, **options: Unpack[Options]
+        self, image_or_images: Any, *, cancel: CancelToken | None = None, **options: Unpack[Options]
     ) -> Caption | list[Caption]:
         """Caption one photo, or each of a list of photos.
 
@@ -173,7 +173,7 @@ class Captioner:
         pixels: Pixels | Sequence[Pixels],
         *,
         began: float | None = None,
-        cancel: Cancelled | None = None,
+        cancel: CancelToken | None = None,
         **options: Unpack[Options],
     ) -> list[Caption]:
         """Caption photos preprocessed by the `view` of these options, uint8 [N, H, W, 3] or as many arrays, in one
@@ -182,28 +182,29 @@ class Captioner:
         call.view.check(pixels)
         return self._caption(pixels, call, time.monotonic() if began is None else began)
 
-    def stream(self, image: ImageSource, *, cancel: Cancelled | None = None, **options: Unpack[Options]) -> Stream:
+    def stream(self, image: ImageSource, *, cancel: CancelToken | None = None, **options: Unpack[Options]) -> Stream:
         """Caption one photo as a `Stream`: pieces of its text as they are said, which joined are the caption's text.
 
         With a beam there is one piece, at the end: its best caption may change with every step. Raises UsageError
         for a bad option or a list at once; what is wrong with the photo is raised by the first piece.
         """
-        from .streaming import Stream
+        from .streaming import Either, Stream
 
         if not _is_one(image):
             raise UsageError("a stream is of one photo: caption a list by calling the captioner")
-        return Stream(self._said(image, self._call(options, cancel), time.monotonic()))
+        call, ended = self._call(options, cancel), Either(cancel)
+        return Stream(self._said(image, replace(call, cancel=ended), time.monotonic()), ended)
 
     @overload
     async def acaption(  # type: ignore[overload-overlap]
-        self, image_or_images: ImageSource, *, cancel: Cancelled | None = None, **options: Unpack[Options]
+        self, image_or_images: ImageSource, *, cancel: CancelToken | None = None, **options: Unpack[Options]
     ) -> Caption: ...
     @overload
     async def acaption(
-        self, image_or_images: Iterable[ImageSource], *, cancel: Cancelled | None = None, **options: Unpack[Options]
+        self, image_or_images: Iterable[ImageSource], *, cancel: CancelToken | None = None, **options: Unpack[Options]
     ) -> list[Caption]: ...
     async def acaption(
-        self, image_or_images: Any, *, cancel: Cancelled | None = None, **options: Unpack[Options]
+        self, image_or_images: Any, *, cancel: CancelToken | None = None, **options: Unpack[Options]
     ) -> Caption | list[Caption]:
         """A call that does not block the event loop: it is made in a thread. Cancelling the task ends the search."""
         from .streaming import in_thread
@@ -211,12 +212,12 @@ class Captioner:
         return await in_thread(lambda ended: self(image_or_images, cancel=ended, **options), cancel)
 
     def astream(
-        self, image: ImageSource, *, cancel: Cancelled | None = None, **options: Unpack[Options]
+        self, image: ImageSource, *, cancel: CancelToken | None = None, **options: Unpack[Options]
     ) -> AsyncStream:
         """`stream` for `async for`; every step is made in a thread. Cancelling the task ends the search."""
         from .streaming import AsyncStream
 
-        return AsyncStream(lambda ended: self.stream(image, cancel=ended, **options), cancel)
+        return AsyncStream(self.stream(image, cancel=cancel, **options))
 
     def settings(
         self, *, prompt: str | None = None, beam: int | None = None, **options: Any
@@ -232,7 +233,7 @@ class Captioner:
             raise UsageError(f"the prompt {prompt!r} has words this model does not know; use others")
         return chosen, np.asarray(ids, np.int64)
 
-    def _call(self, options: Options, cancel: Cancelled | None) -> _Call:
+    def _call(self, options: Options, cancel: CancelToken | None) -> _Call:
         rest: dict[str, Any] = dict(options)
         view = self.view(image_size=rest.pop("image_size", None), tiles=rest.pop("tiles", None))
         if cancel is not None and not callable(getattr(cancel, "is_set", None)):
@@ -240,9 +241,10 @@ class Captioner:
         return _Call(self._running(), view, *self.settings(**rest), cancel)
 
     def _running(self) -> Model:
-        if self._model is None:
+        model = self._model  # read once: another thread may close
+        if model is None:
             raise UsageError(f"the captioner of {self.bundle.path} is closed")
-        return self._model
+        return model
 
     def _search(self, call: _Call, began: float) -> dict[str, Any]:
         """Of `decode` and `search`, all but session, pixels and options."""

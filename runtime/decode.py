@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 import numpy as np
 
 from .errors import EdgecapError, UsageError
+from .process import computing
 
 if TYPE_CHECKING:
     from .session import Ids, Logits, Pixels, Session
@@ -23,7 +24,7 @@ MAX_LENGTH = 4096
 MAX_DEADLINE = 10**9
 
 
-class Cancelled(Protocol):
+class CancelToken(Protocol):
     """What may end a search early: a threading.Event, or anything with its `is_set`. Asked at every step."""
 
     def is_set(self) -> bool: ...
@@ -110,7 +111,7 @@ def decode(
     suppress: Sequence[int] = (),
     prompt_ids: Ids | None = None,
     began: float | None = None,
-    cancel: Cancelled | None = None,
+    cancel: CancelToken | None = None,
 ) -> list[list[Hypothesis]]:
     """Caption photos uint8 [N, H, W, 3]: per photo up to `options.beam` hypotheses, best first.
 
@@ -145,7 +146,7 @@ def search(
     suppress: Sequence[int] = (),
     prompt_ids: Ids | None = None,
     began: float | None = None,
-    cancel: Cancelled | None = None,
+    cancel: CancelToken | None = None,
 ) -> Steps:
     """`decode` step by step: a generator that returns what that does.
 
@@ -155,7 +156,8 @@ def search(
     if len(pixels) == 0:
         return []
     end = (time.monotonic() if began is None else began) + options.deadline_ms / 1000
-    logits = session.start(pixels, prompt_ids)
+    with computing():
+        logits = session.start(pixels, prompt_ids)
     banned = np.asarray(sorted(set(suppress) - {eos_id}), np.int64)
     rules = _Rules(options, eos_id, banned, end if options.deadline_ms else math.inf, cancel)
     if options.beam == 1:
@@ -175,7 +177,7 @@ class _Rules:
     eos_id: int
     suppress: Ids
     end: float = math.inf  # of time.monotonic()
-    cancel: Cancelled | None = None
+    cancel: CancelToken | None = None
 
     @property
     def late(self) -> bool:
@@ -250,7 +252,8 @@ def _greedy(session: Session, logits: Logits, rules: _Rules) -> Steps:
             break
         if cut := rules.late:
             break
-        logits = session.step(best[going], np.array(going))
+        with computing():
+            logits = session.step(best[going], np.array(going))
     for row in range(len(live)):
         close(row, finished=False, cut=cut)
     return found
@@ -317,7 +320,8 @@ def _beam(session: Session, logits: Logits, rules: _Rules) -> list[list[Hypothes
         if not going:
             break
         live, beams, totals, tokens = going, width, next_totals, next_tokens
-        logits = session.step(np.array([ids[-1] for ids in tokens]), np.array(parents))
+        with computing():
+            logits = session.step(np.array([ids[-1] for ids in tokens]), np.array(parents))
     return pools
 
 

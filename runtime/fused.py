@@ -11,6 +11,7 @@ import numpy as np
 from .bundle import Bundle
 from .decode import MAX_BEAM, MAX_LENGTH
 from .errors import EdgecapError, UsageError
+from .process import computing, mind
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -33,6 +34,7 @@ class FusedCaptioner:
     def __init__(self, session: ort.InferenceSession) -> None:
         self._session = session
         self._outputs = [output.name for output in session.get_outputs()]
+        mind(self)
 
     @classmethod
     def load(cls, bundle: Bundle | str | os.PathLike[str], *, threads: int | None = None) -> FusedCaptioner:
@@ -59,10 +61,12 @@ class FusedCaptioner:
         if max_length is not None:
             feed["max_length"] = _number("max_length", max_length, MAX_LENGTH)
         try:
-            found = dict(zip(self._outputs, self._session.run(self._outputs, feed), strict=True))
+            with computing():
+                values = self._session.run(self._outputs, feed)
         except Exception as error:  # onnxruntime's exceptions share no base class
             reason = " ".join(str(error).split())[:300]
             raise EdgecapError(f"ONNX Runtime failed in the bundle's fused graph: {reason}") from None
+        found = dict(zip(self._outputs, values, strict=True))
         text = str(found["text"][0]) if "text" in found else None
         return FusedCaption(tuple(found["ids"].tolist()), text, float(found["logprob"]))
 

@@ -12,7 +12,7 @@ from .captioner import BATCH, Caption, Captioner
 from .errors import EdgecapError
 
 if TYPE_CHECKING:
-    from .decode import Cancelled
+    from .decode import CancelToken
     from .preprocess import Preprocess
     from .session import Pixels
     from .view import View
@@ -145,7 +145,7 @@ def caption_sources(
     sources: Iterable[Source],
     *,
     batch: int = BATCH,
-    cancel: Cancelled | None = None,
+    cancel: CancelToken | None = None,
     **options: Any,
 ) -> Iterator[tuple[Source, Caption | EdgecapError]]:
     """Each source, in order, with its caption or what is wrong with it. Options as in a `Captioner` call.

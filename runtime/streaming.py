@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from contextlib import suppress
 from typing import TYPE_CHECKING, TypeVar
 
 from .errors import UsageError
 
 if TYPE_CHECKING:
     from .captioner import Caption
-    from .decode import Cancelled, Hypothesis, Steps
+    from .decode import CancelToken, Hypothesis, Steps
     from .tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -21,25 +22,32 @@ class Stream(Iterator[str]):
     """Pieces of one caption's text, which joined are the caption's `text`; afterwards `caption` is that caption.
 
     Every piece is said before the next step is made, in the thread that asks for it. Who stops asking has ended the
-    search. Threads that ask at once wait for each other.
+    search. Threads that ask at once wait for each other. ended: what the search asks before each step.
     """
 
-    def __init__(self, pieces: Generator[str, None, Caption]) -> None:
+    def __init__(self, pieces: Generator[str, None, Caption], ended: Either) -> None:
+        self.ended = ended
         self._pieces = pieces
         self._caption: Caption | None = None
         self._without: str | None = None  # why there will be no caption
-        self._lock = threading.Lock()
+        self._closed = False
+        self._lock = threading.RLock()  # a signal's handler may close the stream whose step it interrupts
 
     def __next__(self) -> str:
         with self._lock:
             try:
-                return next(self._pieces)
+                piece = next(self._pieces)
             except StopIteration as end:
-                self._caption = self._caption or end.value
+                if not self._closed:
+                    self._caption = self._caption or end.value
                 raise StopIteration from None
             except BaseException as error:
                 self._without = f"the stream ended in an error, without a caption: {error}"
                 raise
+            if self._closed:  # meanwhile
+                self._pieces.close()
+                raise StopIteration
+            return piece
 
     @property
     def caption(self) -> Caption:
@@ -49,24 +57,26 @@ class Stream(Iterator[str]):
         return self._caption
 
     def close(self) -> None:
-        """End the search now, or after the step that another thread makes; nothing more comes."""
+        """End the search now, or after the step that is being made; nothing more comes."""
+        self._closed = True
+        self.ended.set()  # before the lock, which a beam search holds for all of its steps
         with self._lock:
-            self._pieces.close()
             self._without = self._without or "the stream was closed before its end: it has no caption"
+            with suppress(ValueError):  # this very thread is in a step, which then is the last one
+                self._pieces.close()
 
 
 class AsyncStream(AsyncIterator[str]):
     """A `Stream` for `async for`: each step is made in a thread, and a cancelled task, or `aclose`, ends the search."""
 
-    def __init__(self, start: Callable[[Cancelled], Stream], cancel: Cancelled | None) -> None:
-        self._ended = Either(cancel)
-        self._stream = start(self._ended)
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
 
     async def __anext__(self) -> str:
         try:
             piece = await asyncio.to_thread(next, self._stream, None)
         except asyncio.CancelledError:
-            self._ended.set()
+            self._stream.ended.set()
             raise
         if piece is None:
             raise StopAsyncIteration
@@ -74,7 +84,7 @@ class AsyncStream(AsyncIterator[str]):
 
     async def aclose(self) -> None:
         """End the search now, or after the step being made; nothing more comes."""
-        self._ended.set()
+        self._stream.ended.set()  # at once: the thread may be long in coming
         await asyncio.to_thread(self._stream.close)
 
     @property
@@ -84,9 +94,9 @@ class AsyncStream(AsyncIterator[str]):
 
 
 class Either:
-    """Cancelled by its own `set`, or by the caller's event."""
+    """Set by its own `set`, or by the caller's event."""
 
-    def __init__(self, other: Cancelled | None) -> None:
+    def __init__(self, other: CancelToken | None) -> None:
         self._own, self._other = threading.Event(), other
 
     def set(self) -> None:
@@ -96,7 +106,7 @@ class Either:
         return self._own.is_set() or (self._other is not None and self._other.is_set())
 
 
-async def in_thread(work: Callable[[Cancelled], T], cancel: Cancelled | None) -> T:
+async def in_thread(work: Callable[[CancelToken], T], cancel: CancelToken | None) -> T:
     """Do `work` in a thread of the loop's own; when the task is cancelled, it is told by what it is given."""
     ended = Either(cancel)
     try:

@@ -15,7 +15,9 @@ from typing import Any
 from .errors import BundleError
 
 MAX_BYTES = 64 * 2**20
-_muting = threading.Lock()  # standard error is one for all threads: two that hold it back would leave it in a pipe
+_muting = threading.RLock()  # standard error is one for all threads: two that hold it back would leave it in a pipe
+if hasattr(os, "register_at_fork"):  # nor may a child be born with it held back
+    os.register_at_fork(before=_muting.acquire, after_in_parent=_muting.release, after_in_child=_muting.release)
 
 # Words as captions are learnt: "don't" is "do n't", "dog's" is "dog 's"; "t-shirt" and "2.5" stay whole.
 _WORD = re.compile(r"n't\b|'(?:s|re|ve|ll|d|m)\b|\w+?(?=n't\b)|\bcan(?=not\b)|\w+(?:[-.,/]\w+)*|[#&]")

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from ..errors import EdgecapError, MissingExtra, UsageError
+from ..process import mind
 
 if TYPE_CHECKING:
     from ..bundle import Bundle
@@ -72,7 +73,9 @@ def load_model(bundle: Bundle, *, threads: int | None = None) -> Model:
         install = f"'edgecap[{backend.extra}]'" if backend.extra else backend.package
         raise UsageError(f"{bundle.path} needs {need}, {found} is installed: pip install -U {install}")
     module, _, attribute = backend.code.partition(":")
-    model = getattr(import_module(f".{module}", __package__), attribute).load(bundle, threads=threads)
+    model_class = getattr(import_module(f".{module}", __package__), attribute)
+    model = model_class.load(bundle, threads=threads)
+    mind(model)
     frames = bundle.manifest.get("frames")
     if frames is None:
         return model

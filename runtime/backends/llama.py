@@ -26,6 +26,10 @@ MICRO_BATCH = 128  # tokens computed at once: how large the buffers are
 MAX_ROWS: int = lib.llama_max_parallel_sequences()  # of one context
 ERROR, CONTINUED = 4, 5  # levels of llama.cpp's log
 
+_threaded = False  # whether llama.cpp has computed here with threads, which OpenMP keeps
+# Whether those stayed behind in the process that forked this one: OpenMP would wait for them for ever.
+_orphaned = False
+
 _last = threading.local()  # llama.cpp complains in the thread that called it; others may be at work
 
 
@@ -35,6 +39,24 @@ def _keep_error(level: int, text: bytes, _: object) -> None:
 
 
 callback = lib.llama_log_callback(_keep_error)  # llama.cpp keeps only its address
+
+
+def threads_now(threads: int) -> int:
+    """How many of so many threads a computation may have: one in a process that was forked from one that had more."""
+    global _threaded
+    if _orphaned:
+        return 1
+    _threaded = _threaded or threads > 1
+    return threads
+
+
+def _in_child() -> None:
+    global _orphaned
+    _orphaned = _orphaned or _threaded
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_child)
 
 
 def clear_error() -> None:
@@ -107,7 +129,7 @@ class Context:
         params = lib.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch = cells, BATCH, MICRO_BATCH
         params.n_seq_max, params.kv_unified = rows, True
-        params.n_threads = params.n_threads_batch = model.threads
+        self.threads = params.n_threads = params.n_threads_batch = threads_now(model.threads)
         params.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_DISABLED  # on CPUs it adds up in half precision
         params.no_perf = True
         clear_error()
@@ -200,6 +222,9 @@ class Context:
             seq_id=_pointer(each_row, ctypes.POINTER(ctypes.c_int32)),
             logits=_pointer(wanted, ctypes.c_int8),
         )
+        if (threads := threads_now(self.threads)) != self.threads:
+            lib.llama_set_n_threads(self.pointer, threads, threads)
+            self.threads = threads
         clear_error()
         code = lib.llama_decode(self.pointer, batch)
         if code:

@@ -14,7 +14,7 @@ import numpy as np
 from llama_cpp import mtmd_cpp as mtmd
 
 from ..errors import EdgecapError, UsageError
-from .llama import LlamaModel, callback, clear_error, last_error
+from .llama import LlamaModel, callback, clear_error, last_error, threads_now
 
 if TYPE_CHECKING:
     from ..session import Pixels
@@ -36,7 +36,7 @@ class MtmdEncoder:
             quiet(callback, ctypes.c_void_p(0))
         params = mtmd.mtmd_context_params_default()
         params.use_gpu = params.print_timings = params.warmup = False
-        params.n_threads = decoder.threads
+        self.threads = params.n_threads = threads_now(decoder.threads)
         params.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_DISABLED  # on CPUs it adds up in half precision
         clear_error()
         self.pointer = mtmd.mtmd_init_from_file(os.fsencode(path), decoder.pointer, params)
@@ -50,6 +50,11 @@ class MtmdEncoder:
         """Photos uint8 [N, H, W, 3] → float32 [N, L, dim]. UsageError for another size."""
         if self.side and pixels.shape[1:3] != (self.side, self.side):
             raise UsageError(f"llama.cpp's encoder sees photos of {self.side} px only: leave image_size out")
+        if threads_now(self.threads) != self.threads:
+            raise UsageError(
+                "llama.cpp's encoder lost its threads when this process was forked: load the bundle again here, or "
+                "start processes by 'spawn'"
+            )
         with self._lock:
             return np.stack([self._encode(np.ascontiguousarray(photo)) for photo in pixels]) + self.bias
 

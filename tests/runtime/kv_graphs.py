@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from edgecap.runtime import Bundle, write_bundle
+from edgecap.runtime import Bundle, Preprocess, write_bundle
 from edgecap.runtime.backends import load_model
 from edgecap.runtime.decode import DecodeOptions, decode, never_said
 
@@ -18,18 +18,18 @@ from .graphs import SIZE, TOKENS, GraphBuilder, manifest, photo, tensor, tokeniz
 PATCH, WIDTH, HEADS, DIM, POSITIONS = 8, 16, 2, 16, 200
 
 
-def _encoder(rng: np.random.Generator, batch: str) -> tuple[bytes, dict[str, Any]]:
-    """Photos or frames uint8 [N, SIZE, SIZE, 3] → prefix [N, cells, WIDTH]."""
-    cells = (SIZE // PATCH) ** 2
+def _encoder(rng: np.random.Generator, batch: str, side: int | str) -> tuple[bytes, dict[str, Any]]:
+    """Photos or frames uint8 [N, side, side, 3] → prefix [N, cells, WIDTH]; side: a number, or a name: any."""
+    cells = "cells" if isinstance(side, str) else (side // PATCH) ** 2
     builder = GraphBuilder()
     scaled = builder.add("Div", builder.add("Cast", "pixels", to=1), builder.constant(np.float32(64)))
     kernel = builder.constant((rng.normal(size=(WIDTH, 3, PATCH, PATCH)) * 0.5).astype(np.float32))
     grid = builder.add("Conv", builder.add("Transpose", scaled, perm=[0, 3, 1, 2]), kernel, strides=[PATCH, PATCH])
-    grid = builder.add("Reshape", grid, builder.constant(np.array([0, WIDTH, cells])))
+    grid = builder.add("Reshape", grid, builder.constant(np.array([0, WIDTH, -1])))
     builder.add("Transpose", grid, perm=[0, 2, 1], out="prefix")
     graph = {
         "file": "encoder.onnx",
-        "inputs": {"pixels": tensor("uint8", batch, SIZE, SIZE, 3)},
+        "inputs": {"pixels": tensor("uint8", batch, side, side, 3)},
         "outputs": {"prefix": tensor("float32", batch, cells, WIDTH)},
     }
     return builder.build(graph["inputs"], graph["outputs"]), graph
@@ -100,10 +100,23 @@ def _decoder(rng: np.random.Generator, in_place: bool, vocab: int) -> tuple[byte
     return builder.build(graph["inputs"], graph["outputs"]), graph, session
 
 
-def write_kv_bundle(out: Path, *, in_place: bool, framed: bool = False, seed: int = 0, **changes: Any) -> Bundle:
-    """A bundle of it whose golden pair is what it computes itself. framed: photos are cut into tiles of SIZE pixels."""
+def write_kv_bundle(
+    out: Path,
+    *,
+    in_place: bool,
+    framed: bool = False,
+    side: int | str = SIZE,
+    squashed: int = 0,
+    seed: int = 0,
+    **changes: Any,
+) -> Bundle:
+    """A bundle of it whose golden pair is what it computes itself.
+
+    framed: photos are cut into tiles of SIZE pixels; side: what the encoder takes, a name for any; squashed: photos are
+    first brought to so many pixels a side.
+    """
     rng = np.random.default_rng(seed)
-    encoder, seeing = _encoder(rng, "frames" if framed else "batch")
+    encoder, seeing = _encoder(rng, "frames" if framed else "batch", side)
     decoder, saying, session = _decoder(rng, in_place, TOKENS["vocab_size"])
     image = photo(99)
     buffer = io.BytesIO()
@@ -112,9 +125,11 @@ def write_kv_bundle(out: Path, *, in_place: bool, framed: bool = False, seed: in
     files |= {"golden.png": buffer.getvalue(), "golden.npy": b""}
     complete = manifest({"graphs": {"encoder": seeing, "decoder": saying}, "session": session}, **changes)
     if framed:
-        complete["preprocess"] = {"size": [SIZE, SIZE], "mode": "keep", "resample": "bilinear"}
+        mode = "squash" if squashed else "keep"
+        complete["preprocess"] = {"size": [squashed or SIZE] * 2, "mode": mode, "resample": "bilinear"}
         complete["frames"] = {
-            **{"side": SIZE, "native": SIZE, "patch": PATCH, "scale": 1, "longest_edge": 40, "split": True},
+            **{"side": SIZE, "native": SIZE, "patch": PATCH, "scale": 1, "split": True},
+            "longest_edge": 0 if squashed else 40,
             "prompt": {
                 **{"before": [4], "after": [5, 1], "whole": [6], "end": [7], "row": [8], "rows": [9]},
                 "tiles": [[[10 + (row + column) % 3] for column in range(4)] for row in range(4)],
@@ -122,7 +137,7 @@ def write_kv_bundle(out: Path, *, in_place: bool, framed: bool = False, seed: in
         }
     draft = write_bundle(out, complete, files)
     session_of = load_model(draft).session
-    pixels = np.asarray(image)[None]
+    pixels = Preprocess.from_dict(complete["preprocess"])(image)[None]
     options = DecodeOptions.from_dict({**complete["decoding"], "beam": 1})
     suppress = never_said(TOKENS)
     ((best,),) = decode(session_of(), pixels, options, eos_id=TOKENS["eos"], suppress=suppress)

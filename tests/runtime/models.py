@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -154,3 +155,22 @@ def best_of_all(follow: NextLogits, vocab: int, max_length: int, suppress: tuple
             logprob = sum(log_softmax(follow(tokens[:i]))[token] for i, token in enumerate(steps))
             found.append(Hypothesis(tokens, logprob, logprob, ends))
     return max(found, key=lambda each: each.score)
+
+
+class Watched:
+    """A model that does something before a session's steps, in the thread that makes them; counted since `start`."""
+
+    def __init__(self, model: Any, before: Callable[[int], None]) -> None:
+        self.model, self.before, self.steps = model, before, 0
+
+    def session(self) -> Watched:
+        self.inner, self.steps = self.model.session(), 0
+        return self
+
+    def start(self, pixels, prompt_ids=None):
+        return self.inner.start(pixels, prompt_ids)
+
+    def step(self, ids, parents):
+        self.steps += 1
+        self.before(self.steps)
+        return self.inner.step(ids, parents)

@@ -1,10 +1,11 @@
-"""The examples of docs/examples/python, run as they lie there."""
+"""The examples of docs/examples/python and node, run as they lie there."""
 
 from __future__ import annotations
 
 import asyncio
 import importlib.util
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -36,6 +37,31 @@ def test_script(bundle_path, captioner, folder):
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and done.stdout.splitlines() == [captioner(photos[0]).text, captioner(photos[2]).text]
     assert done.stderr == f"{photos[1]}: there is no such file\n"
+
+
+def test_script_without_photos_or_bundle(tmp_path):
+    for name, count in (("script.py", 1), ("watch.py", 1)):
+        done = subprocess.run([sys.executable, EXAMPLES / name], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 1 and done.stderr.count("\n") == count and f"python {name} BUNDLE" in done.stderr
+    command = [sys.executable, EXAMPLES / "script.py", tmp_path / "none", "x.jpg"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and done.stderr == f"{tmp_path / 'none'}: there is no such bundle\n"
+
+
+def test_node_script(bundle_path, captioner, folder):
+    node, web = shutil.which("node"), Path(__file__).resolve().parents[2] / "runtime" / "web"
+    if not node or not (web / "node_modules" / "onnxruntime-node").is_dir():
+        pytest.skip("no node, or npm ci --ignore-scripts was not run in runtime/web: the Node script is not tested")
+    (folder.parent / "node_modules").mkdir()
+    (folder.parent / "node_modules" / "edgecap").symlink_to(web)
+    shutil.copy(EXAMPLES.parent / "node" / "caption.mjs", folder.parent)
+    photos = [save(folder / "a.png", 1), folder / "none.png", save(folder / "b.png", 2)]
+    command = [node, folder.parent / "caption.mjs", bundle_path, *photos]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and done.stdout.splitlines() == [captioner(photos[0]).text, captioner(photos[2]).text]
+    assert done.stderr.startswith(f"{photos[1]}: ENOENT") and done.stderr.count("\n") == 1
+    done = subprocess.run([*command[:2], folder / "none", photos[0]], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and done.stderr == f"{folder / 'none'}: there is no such bundle\n"
 
 
 def test_watch(bundle_path, captioner, folder):

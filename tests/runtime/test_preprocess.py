@@ -288,7 +288,7 @@ def test_bad_arrays(array):
 
 def test_not_a_source():
     with pytest.raises(UsageError, match="not int"):
-        load_image(3)  # type: ignore[arg-type]
+        load_image(3)
 
 
 # --- preprocessing ----------------------------------------------------------------------------------

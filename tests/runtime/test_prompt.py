@@ -190,7 +190,7 @@ def test_prompts_out_of_all_proportion() -> None:
     values = WHOLE.to_dict()
     for junk in (None, 1, [], "x"):
         with pytest.raises(UsageError, match="must be an object"):
-            Prompt.from_dict(junk)  # type: ignore[arg-type]
+            Prompt.from_dict(junk)
     for tiles in ([[[1], [2]], [[3]]], [[]], [[[1]] * 65], [[[1]]] * 65, [[1]], [1]):
         with pytest.raises(UsageError, match="prompt tiles"):
             Prompt.from_dict(values | {"tiles": tiles})

@@ -17,31 +17,12 @@ from edgecap.runtime import Bundle, Captioner, EdgecapError, Hypothesis, Tokeniz
 from edgecap.runtime.streaming import spoken
 
 from .graphs import SIZE, photo
+from .models import Watched
 
 
 @pytest.fixture(scope="module")
 def photos() -> list:
     return [photo(seed, (SIZE + seed, 2 * SIZE)) for seed in range(11)]
-
-
-class Watched:
-    """A model whose sessions count their steps and tell them before they are made."""
-
-    def __init__(self, model: object, before: Callable[[int], None]) -> None:
-        self.model, self.before, self.steps = model, before, 0
-
-    def session(self) -> Watched:
-        self.inner = self.model.session()
-        self.steps = 0
-        return self
-
-    def start(self, pixels, prompt_ids=None):
-        return self.inner.start(pixels, prompt_ids)
-
-    def step(self, ids, parents):
-        self.steps += 1
-        self.before(self.steps)
-        return self.inner.step(ids, parents)
 
 
 @pytest.fixture

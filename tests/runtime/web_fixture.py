@@ -81,13 +81,19 @@ def _write_pngs(folder: Path) -> None:
     options: list[dict[str, Any]] = [{}] * len(images)
     images += [palette, colour.convert("L"), colour, Image.effect_noise((40, 30), 90)]
     options += [{"transparency": each} for each in (3, 77, colour.getpixel((5, 5)))] + [{"optimize": True}]
+    for orientation in range(10):  # 0 and 9 are none
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        images.append(alpha if orientation == 6 else colour)
+        options.append({"exif": exif})
     for image, extra in zip(images, options, strict=True):
         buffer = io.BytesIO()
         image.save(buffer, "PNG", **extra)
         png = buffer.getvalue()
         read = image.mode not in ("1", "I;16")
         rgb = base64.b64encode(load_image(png).tobytes()).decode() if read else None
-        cases.append({"mode": f"{image.mode} {extra}", "png": base64.b64encode(png).decode(), "rgb": rgb})
+        said = {name: dict(value) if name == "exif" else value for name, value in extra.items()}
+        cases.append({"mode": f"{image.mode} {said}", "png": base64.b64encode(png).decode(), "rgb": rgb})
     (folder / "pngs.json").write_text(json.dumps(cases))
 
 
@@ -148,6 +154,11 @@ def _write_bundles(folder: Path) -> None:
         "concatenated": (write_kv_bundle(folder / "concatenated.edgecap", in_place=False, seed=4).path, odd),
         "in_place": (write_kv_bundle(folder / "in_place.edgecap", in_place=True, seed=4).path, odd),
         "framed": (write_kv_bundle(folder / "framed.edgecap", in_place=True, framed=True, seed=4).path, odd),
+        "budget": (write_kv_bundle(folder / "budget.edgecap", in_place=True, framed=True, side="side").path, odd),
+        "squashed": (
+            write_kv_bundle(folder / "squashed.edgecap", in_place=True, framed=True, side="side", squashed=32).path,
+            odd,
+        ),
     }
     searches: list[dict[str, Any]] = [
         {"beam": 1},
@@ -157,6 +168,9 @@ def _write_bundles(folder: Path) -> None:
         {"beam": 2, "prompt": "a red"},
         {"beam": 16, "max_length": 3},  # more beams than words
     ]
+    usual = {name: searches for name in bundles} | {"gru": searches[:3]}
+    sizes: list[dict[str, Any]] = [{}, {"image_size": 8}, {"image_size": 16, "beam": 2}, {"tiles": False}]
+    usual |= {"budget": sizes, "squashed": [*sizes, {"image_size": 8, "tiles": True}]}
     found = {}
     for name, (path, photos) in bundles.items():
         with Captioner.load(path, threads=1) as captioner:
@@ -165,7 +179,7 @@ def _write_bundles(folder: Path) -> None:
                 "sizes": [[photo.shape[1], photo.shape[0]] for photo in photos],
                 "searches": [
                     {"options": search, "captions": [_caption(captioner(photo, **search)) for photo in photos]}
-                    for search in (searches[:3] if name == "gru" else searches)
+                    for search in usual[name]
                 ],
                 "golden": _caption(captioner(path / "golden.png")),
                 "verify": verify_golden(captioner).to_dict(),
