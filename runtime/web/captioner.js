@@ -3,12 +3,11 @@
 import { Bundle } from "./bundle.js";
 import { decode, decodeOptions, neverSaid } from "./decode.js";
 import { EdgecapError, UsageError, reason } from "./errors.js";
-import { Framing } from "./framed.js";
 import { rgbOf } from "./image.js";
 import { OnnxModel, engineName } from "./onnx.js";
-import { Preprocess } from "./preprocess.js";
 import { Tokenizer, plainWords } from "./tokenizer.js";
 import { verifyGolden } from "./verify.js";
+import { View } from "./view.js";
 
 /** @typedef {import("./resample.js").Rgb} Rgb */
 /** @typedef {import("./framed.js").Framed} Framed */
@@ -22,7 +21,7 @@ const DECODING = {
   noRepeatNgram: "no_repeat_ngram",
   deadlineMs: "deadline_ms",
 };
-const OTHERS = ["prompt", "signal", "onToken"];
+const OTHERS = ["imageSize", "tiles", "prompt", "signal", "onToken"];
 
 /** A loaded bundle. Calls may overlap: they run one after the other. */
 export class Captioner {
@@ -30,16 +29,17 @@ export class Captioner {
   /** @type {Promise<unknown>} */ #last = Promise.resolve();
   /** @type {number[]} */ #suppress;
 
-  /** @param {Bundle} bundle @param {OnnxModel} model @param {Tokenizer} tokenizer @param {Framing | null} framing */
-  constructor(bundle, model, tokenizer, framing) {
+  /** @type {View} */ #view;
+
+  /** @param {Bundle} bundle @param {OnnxModel} model @param {Tokenizer} tokenizer @param {View} view */
+  constructor(bundle, model, tokenizer, view) {
     this.bundle = bundle;
     this.tokenizer = tokenizer;
-    this.preprocess = new Preprocess(bundle.manifest.preprocess);
-    this.framing = framing;
     this.tokens = bundle.manifest.tokens;
     /** The engine's name and version. */
     this.engine = engineName(model.ort);
     this.#model = model;
+    this.#view = view;
     this.#suppress = neverSaid(this.tokens);
   }
 
@@ -51,11 +51,10 @@ export class Captioner {
    */
   static async load(location, { ort, verify, fetch, ...engine } = {}) {
     const bundle = await Bundle.open(location, { verify, fetch });
-    const { manifest } = bundle;
-    const framing = manifest.frames ? new Framing(manifest.frames, manifest.tokens.vocab_size) : null;
+    const view = View.of(bundle.manifest);
     const tokenizer = new Tokenizer(await bundle.read("tokenizer.json"), `${bundle.location}: tokenizer.json`);
     const model = await OnnxModel.load(bundle, ort ?? (await installed()), engine);
-    return new Captioner(bundle, model, tokenizer, framing);
+    return new Captioner(bundle, model, tokenizer, view);
   }
 
   /**
@@ -77,10 +76,10 @@ export class Captioner {
    * @param {Record<string, any>} options
    * @param {number} [end]
    */
-  async #search(model, image, { decoding, promptIds }, { signal, onToken }, end = Infinity) {
+  async #search(model, image, { decoding, promptIds, view }, { signal, onToken }, end = Infinity) {
     signal?.throwIfAborted();
     const began = performance.now();
-    const pixels = await this.view(image);
+    const pixels = view.see(await rgbOf(image));
     const session = model.session();
     const times = [performance.now()];
     await this.#encode(session, pixels);
@@ -138,7 +137,7 @@ export class Captioner {
   }
 
   /**
-   * The decoding options and prompt ids of a call with these options.
+   * The decoding options, prompt ids and view of a call with these options.
    * @param {Record<string, any>} options
    * @throws {UsageError} for bad ones
    */
@@ -159,17 +158,12 @@ export class Captioner {
     if (this.tokens.unk !== undefined && promptIds.includes(this.tokens.unk)) {
       throw new UsageError(`the prompt "${options.prompt}" has words this model does not know; use others`);
     }
-    return { decoding, promptIds };
+    return { decoding, promptIds, view: this.#view.within(options.imageSize ?? undefined, options.tiles ?? undefined) };
   }
 
-  /**
-   * A photo as the encoder takes it.
-   * @param {any} image
-   * @returns {Promise<Rgb | Framed>}
-   */
+  /** A photo as the encoder takes it. @param {any} image @returns {Promise<Rgb | Framed>} */
   async view(image) {
-    const rgb = this.preprocess.apply(await rgbOf(image));
-    return this.framing ? this.framing.cut(rgb) : rgb;
+    return this.#view.see(await rgbOf(image));
   }
 
   /**

@@ -13,16 +13,20 @@ import { isResample, resize } from "./resample.js";
 
 const MAX_EDGE = 4096; // pixels of a side after the first resize
 
-/** How photos become frames: bundle.json's "frames". */
+/**
+ * How photos become frames: bundle.json's "frames". side: pixels a side of a frame; native: of what the model learnt.
+ * @typedef {{ side: number, native: number, patch: number, scale: number, longest_edge?: number, split?: boolean,
+ *   resample?: import("./resample.js").Resample }} Sizes
+ */
 export class Framing {
-  /** @param {any} values @param {number} vocab @throws {UsageError} for what is none */
-  constructor(values, vocab) {
-    const { side, native, patch, scale, longest_edge = 0, split = false, resample = "lanczos", prompt } = values;
+  /** @param {Sizes} sizes @param {ReturnType<typeof checkedPrompt>} prompt @throws {UsageError} for bad ones */
+  constructor(sizes, prompt) {
+    const { side, native, patch, scale, longest_edge = 0, split = false, resample = "lanczos" } = sizes;
     for (const [name, value, low] of /** @type {[string, any, number][]} */ ([
-      ["side", side, 1],
       ["native", native, 1],
       ["patch", patch, 1],
       ["scale", scale, 1],
+      ["side", side, 1],
       ["longest_edge", longest_edge, 0],
     ])) {
       const high = low ? MAX_SIDE : 2 ** 16;
@@ -35,14 +39,41 @@ export class Framing {
     if (typeof split !== "boolean") throw new UsageError("framing split must be true or false");
     if (typeof resample !== "string" || !isResample(resample))
       throw new UsageError(`framing resample ${resample} is not known`);
+    const step = patch * scale;
+    if (native < step || Math.floor(native / patch) % scale) {
+      throw new UsageError(`framing native must be whole groups of ${scale} patches of ${patch} px`);
+    }
+    if (side > native || (side % step && side !== native)) {
+      throw new UsageError(`this model sees photos of ${multiples(side, native, step)}, not ${side}`);
+    }
+    this.sizes = sizes;
     this.side = side;
     this.longestEdge = longest_edge;
     this.split = split;
     this.resample = resample;
-    this.prompt = checkedPrompt(prompt, vocab);
-    if (split && !this.prompt.tiles.length) {
+    this.prompt = prompt;
+  }
+
+  /** @param {any} values @param {number} vocab @throws {UsageError} for what is none */
+  static of(values, vocab) {
+    const framing = new Framing(values, checkedPrompt(values.prompt, vocab));
+    if (framing.split && !framing.prompt.tiles.length) {
       throw new UsageError("framing splits photos into tiles, which the prompt has no words for");
     }
+    return framing;
+  }
+
+  /** The same for frames of another size. @param {number} side @param {boolean} split */
+  at(side, split) {
+    return new Framing({ ...this.sizes, side, split }, this.prompt);
+  }
+
+  /** Tiles a side that a photo can have at most; 0 where none is split, or where its own size decides. */
+  get most() {
+    if (!this.split || !this.longestEdge) return 0;
+    const edge = Math.min(this.longestEdge + (this.longestEdge % 2), MAX_EDGE); // the shorter side may be 1 more
+    const count = Math.ceil(edge / this.side);
+    return count > 1 ? count : 0;
   }
 
   /** @param {Rgb} image of any size @returns {Framed} */
@@ -106,6 +137,14 @@ export class Framing {
     });
     return { before: [...before, ...starts[0]], after: [...between, [...end, ...after]] };
   }
+}
+
+/** What a side may be. @param {number} side @param {number} native @param {number} step */
+function multiples(side, native, step) {
+  const largest = Math.floor(native / step) * step;
+  const near = Math.min(Math.max(Math.round(side / step), 1) * step, largest);
+  const exact = largest < native ? ` or ${native}` : "";
+  return `a multiple of ${step} px up to ${largest}${exact} (the nearest: ${near})`;
 }
 
 /** @param {any} prompt @param {number} vocab */

@@ -43,6 +43,10 @@ export interface CaptionOptions {
   noRepeatNgram?: number;
   /** Milliseconds from the call after which the best caption so far is given, `cut`. 0 is none. */
   deadlineMs?: number;
+  /** SmolVLM: pixels a side of the frames it sees, 256 for example: less time. A smaller one alone means no tiles. */
+  imageSize?: number;
+  /** SmolVLM: look at a photo in tiles, or as a whole only. Default: as the bundle does. */
+  tiles?: boolean;
   /** Text that the caption continues; its case and punctuation do not count. */
   prompt?: string;
   /** Ends the call with the signal's reason before its next step. */
@@ -132,5 +136,5 @@ export class UsageError extends EdgecapError {}
 /** A bundle that is refused: incomplete, changed, unsafe or from a newer edgecap. */
 export class BundleError extends UsageError {}
 
-/** A PNG of 8 bits → RGB, or RGBA where it has transparency. */
+/** A PNG of 8 bits → RGB, or RGBA where it has transparency, upright. */
 export function readPng(bytes: Uint8Array, name?: string): Promise<PixelImage & { data: Uint8Array }>;

@@ -5,9 +5,15 @@ import sys
 from edgecap import Captioner
 from edgecap.runtime import EdgecapError
 
+if len(sys.argv) < 3:
+    sys.exit(__doc__)
 bundle, *photos = sys.argv[1:]
 failed = False
-with Captioner.load(bundle) as captioner:
+try:
+    captioner = Captioner.load(bundle)
+except EdgecapError as error:  # no such bundle, or not one to trust
+    sys.exit(error.message)
+with captioner:
     for photo in photos:
         try:
             for piece in captioner.stream(photo):  # as it is said; captioner(photo) gives it all at once

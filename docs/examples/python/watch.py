@@ -10,6 +10,8 @@ from edgecap.runtime import EdgecapError
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 EVERY = 0.5  # seconds between two looks
 
+if len(sys.argv) != 3:
+    sys.exit(__doc__)
 bundle, folder = sys.argv[1], Path(sys.argv[2])
 seen: dict[Path, tuple[int, int]] = {}  # photo → its size and time when we last looked
 told: dict[Path, tuple[int, int]] = {}  # and when we last tried it

@@ -71,6 +71,7 @@ async function start() {
   const total = sizes.reduce((sum, [, file]) => sum + /** @type {any} */ (file).bytes, 1);
   const loaded = await ask("load", { bundle, threads, total }, ({ progress }) => setBusy(true, progress));
   describe(loaded, threads);
+  offer(loaded.budgets);
   ready = true;
   for (const id of ["file", "camera", "verify"]) get(id).disabled = false;
   get("camera").hidden = !navigator.mediaDevices?.getUserMedia;
@@ -80,19 +81,27 @@ async function start() {
 
 /** @param {any} loaded @param {number} threads */
 function describe(loaded, threads) {
-  const isolated = crossOriginIsolated
-    ? ""
-    : " (more where the page is cross-origin isolated: reload, or see docs/web.md)";
+  const more = crossOriginIsolated ? "" : " (more after a reload, over HTTPS or on localhost)";
   const rows = {
     Name: loaded.name,
     Target: `${loaded.target}, ${megabytes(loaded.bytes)}`,
     Engine: loaded.engine,
-    Threads: `${threads}${isolated}`,
+    Threads: `${threads}${more}`,
     "SHA-256": loaded.sha256.slice(0, 16),
   };
   get("about").replaceChildren(
     ...Object.entries(rows).flatMap(([name, value]) => [element("dt", name), element("dd", String(value))]),
   );
+}
+
+/** SmolVLM's choices of how much it sees. @param {[string, Record<string, any>][]} budgets name and options of each */
+function offer(budgets) {
+  get("sees").hidden = !budgets.length;
+  for (const [name, options] of budgets) {
+    const choice = element("option", name);
+    choice.setAttribute("value", JSON.stringify(options));
+    get("size").append(choice);
+  }
 }
 
 /** @param {string} tag @param {string} text */
@@ -112,7 +121,7 @@ async function caption(image) {
   get("status").textContent = "Looking…";
   setBusy(true);
   try {
-    const options = beam ? { beam: Number(beam) } : {};
+    const options = { ...(beam ? { beam: Number(beam) } : {}), ...JSON.parse(get("size").value || "{}") };
     const transfer = image instanceof Blob ? [] : [image];
     const found = await ask("caption", { image, options }, (partial) => say(number, partial.text), transfer);
     say(number, found.text);
@@ -135,7 +144,7 @@ function say(number, text) {
 /** @param {any} found */
 function figures({ timings, tokenIds, logprob, alternatives }) {
   const rows = [
-    ["Resize", timings.preprocess],
+    ["Decode and resize", timings.preprocess],
     ["Encoder", timings.encode],
     ["First token", timings.firstToken],
     [`Each further token (of ${tokenIds.length})`, timings.perToken],
@@ -170,7 +179,7 @@ function take(file) {
   void caption(file);
 }
 
-/** Show one of the stage's parts. @param {"photo" | "video"} part */
+/** Show one of the stage's parts. @param {"empty" | "photo" | "video"} part */
 function stage(part) {
   for (const id of ["empty", "photo", "video"]) get(id).hidden = id !== part;
   return { photo: get("photo"), video: get("video") };
@@ -193,7 +202,7 @@ async function toggleCamera() {
     video.srcObject = camera;
     await video.play();
     get("shot").hidden = false;
-    get("camera").textContent = "Stop camera";
+    get("camera").textContent = "Stop";
   } catch (error) {
     stopCamera();
     show(new Error(`no camera: ${error instanceof Error ? error.message : error}`));
@@ -209,6 +218,7 @@ function stopCamera() {
   get("camera").textContent = "Camera";
 }
 
+get("photo").addEventListener("error", () => stage("empty"));
 get("file").addEventListener("change", (/** @type {any} */ event) => {
   take(event.target.files[0]);
   event.target.value = "";

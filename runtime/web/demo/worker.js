@@ -1,9 +1,11 @@
 /** The captioner beside the page, so that the page stays awake: one request, any number of partial texts, one answer. */
 
+// @ts-ignore: both lie there once the site is written
 import * as ort from "./ort/ort.wasm.min.mjs";
+// @ts-ignore
 import { Captioner } from "./edgecap/index.js";
 
-/** @type {Promise<Captioner> | undefined} */
+/** @type {Promise<import("../index.js").Captioner> | undefined} */
 let captioner;
 let newest = new AbortController(); // of the photo that came last
 
@@ -11,7 +13,8 @@ let newest = new AbortController(); // of the photo that came last
 const requests = {
   async load({ bundle, threads, total }, onProgress) {
     let bytes = 0;
-    captioner = Captioner.load(new URL(bundle, self.location.href), {
+    /** @type {Promise<import("../index.js").Captioner>} */
+    const loading = Captioner.load(new URL(bundle, self.location.href), {
       ort,
       threads,
       fetch: async (/** @type {any} */ url) => {
@@ -27,7 +30,8 @@ const requests = {
         return new Response(response.body.pipeThrough(counted));
       },
     });
-    const { bundle: loaded, engine } = await captioner;
+    captioner = loading;
+    const { bundle: loaded, engine } = await loading;
     const { name, target, precision, measured, lineage } = loaded.manifest;
     return {
       name,
@@ -35,6 +39,7 @@ const requests = {
       precision,
       measured,
       data: lineage?.data,
+      budgets: budgets(loaded.manifest),
       bytes: loaded.bytes,
       engine,
       sha256: loaded.sha256,
@@ -56,6 +61,17 @@ const requests = {
     return (await captioner)?.verify();
   },
 };
+
+/** How much a SmolVLM may see: names, and options of a call. @param {any} manifest @returns {[string, any][]} */
+function budgets({ frames, graphs }) {
+  if (!frames) return [];
+  const [pixels] = Object.values(graphs.encoder.inputs);
+  const oneSide = pixels.shape.slice(1, 3).some((/** @type {any} */ side) => typeof side === "number");
+  const fits = (/** @type {number} */ side) =>
+    side <= frames.native && side % (frames.patch * frames.scale) === 0 && !(oneSide && side !== frames.side);
+  const whole = [256, 384, 512].filter(fits).map((side) => [`${side} px`, { imageSize: side, tiles: false }]);
+  return /** @type {any} */ (frames.split ? [...whole, ["tiles", { tiles: true }]] : whole);
+}
 
 self.addEventListener("message", async ({ data: { id, request, given } }) => {
   try {

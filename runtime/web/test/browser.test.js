@@ -97,6 +97,7 @@ for (const [name, within] of /** @type {const} */ ([
   ["in_place", 1e-3], // random attention: WebAssembly's sums differ from x86's
   ["concatenated", 1e-3],
   ["framed", 1e-3],
+  ["budget", 1e-3],
 ])) {
   test(`Chromium says what Python says: ${name}`, { skip }, async () => {
     const { sizes, searches } = json("captions.json")[name];
@@ -180,6 +181,10 @@ test("the demo page captions a file, and goes on without its server", { skip }, 
   await caption();
   await page.click("#verify");
   await page.waitForFunction(() => document.getElementById("verified")?.textContent?.startsWith("As exported"));
+  await page.setInputFiles("#file", { name: "x.jpg", mimeType: "image/jpeg", buffer: Buffer.from("no photo") });
+  await page.waitForFunction(() => document.getElementById("problem")?.textContent?.includes("broken"));
+  await page.waitForSelector("#empty:not([hidden])");
+  assert.ok(await page.isHidden("#sees"));
   await page.waitForSelector("html[data-offline]", { state: "attached" });
   server.closeAllConnections();
   await new Promise((done) => server.close(done));
@@ -189,4 +194,16 @@ test("the demo page captions a file, and goes on without its server", { skip }, 
   assert.ok(await page.evaluate(() => crossOriginIsolated));
   assert.deepEqual(problems, []);
   await context.close();
+});
+
+test("the demo page lets a SmolVLM see more or less", { skip }, async () => {
+  const page = await browser.newPage();
+  await page.goto(`http://localhost:${port(isolated)}/site/?bundle=/budget.edgecap&threads=1`);
+  await page.waitForFunction(() => document.getElementById("status")?.textContent === "Ready");
+  assert.deepEqual(await page.locator("#size option").allTextContents(), ["default", "tiles"]); // 256 px are too many
+  await page.selectOption("#size", { label: "tiles" });
+  await page.setInputFiles("#file", join(folder, "budget.edgecap", "golden.png"));
+  await page.waitForSelector("#figures:not([hidden])", { timeout: 20_000 });
+  assert.equal(await page.textContent("#caption"), json("captions.json").budget.golden.caption);
+  await page.close();
 });

@@ -197,6 +197,24 @@ test("streaming, cancelling, deadlines, and calls that overlap", { skip: missing
   await refused(captioner.caption(photo), /is closed/, UsageError);
 });
 
+test("refused: a budget that the model does not take", { skip: missing }, async () => {
+  for (const [name, options, pattern] of /** @type {[string, any, RegExp][]} */ ([
+    ["gru", { imageSize: 256 }, /sees photos in one size: leave imageSize and tiles out/],
+    ["gru", { tiles: false }, /sees photos in one size/],
+    ["framed", { imageSize: 8 }, /sees frames of 16 px alone: leave imageSize out/],
+    ["budget", { imageSize: 12 }, /a multiple of 8 px up to 16 \(the nearest: 16\), not 12/],
+    ["budget", { imageSize: 24 }, /up to 16 \(the nearest: 16\), not 24/],
+    ["budget", { imageSize: "16" }, /imageSize must be a whole number of pixels, not "16"/],
+    ["budget", { tiles: 1 }, /tiles must be true or false, not 1/],
+    ["budget", { imageSize: 8, tiles: true }, /would become 5 tiles a side, more than this captioner has words for/],
+  ])) {
+    const captioner = await Captioner.load(bundle(name), { ort, threads: 1 });
+    await refused(captioner.caption(noise(1, 30, 20), options), pattern, UsageError);
+    assert.ok(await captioner.caption(noise(1, 30, 20), { imageSize: undefined, tiles: null }));
+    await captioner.close();
+  }
+});
+
 test("closing lets a verification finish, and a load that fails frees what it loaded", { skip: missing }, async () => {
   const captioner = await Captioner.load(bundle("gru"), { ort, threads: 1 });
   const verification = captioner.verify();

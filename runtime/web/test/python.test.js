@@ -37,7 +37,7 @@ test("tokenizers cut and join alike", { skip: missing }, () => {
   }
 });
 
-for (const name of ["gru", "crop", "concatenated", "in_place", "framed"]) {
+for (const name of ["gru", "crop", "concatenated", "in_place", "framed", "budget", "squashed"]) {
   test(`captions are the same: ${name}`, { skip: missing }, async () => {
     const { sizes, searches, verify } = json("captions.json")[name];
     const captioner = await Captioner.load(bundle(name), { threads: 1 });

@@ -5,7 +5,11 @@ import { Captioner, UsageError, readPng, type Caption } from "../index.js";
 export async function caption(file: Blob): Promise<Caption> {
   const captioner = await Captioner.load("bundle/", { ort, threads: 1, verify: "sizes" });
   const found = await captioner.caption(file, { beam: 3, onToken: ({ text }) => console.log(text) });
-  await captioner.caption(await readPng(new Uint8Array()), { signal: AbortSignal.timeout(100) });
+  await captioner.caption(await readPng(new Uint8Array()), {
+    signal: AbortSignal.timeout(100),
+    imageSize: 256,
+    tiles: false,
+  });
   const { ok } = await captioner.verify();
   await captioner.close();
   if (!ok) throw new UsageError(found.text);
