@@ -23,6 +23,8 @@ ROOMS = {
     "bench": ("benchmarks.commands", "bench", "Measure bundles: time, memory, size and CIDEr."),
     "score": ("benchmarks.commands", "score", "Caption metrics of any system, in the COCO format."),
     "data": ("benchmarks.commands", "data", "Check a data set and say what is in it."),
+    "cache": ("devices.commands", "cache", "Say what the cache holds, and delete it."),
+    "site": ("devices.commands", "site", "Write a captioner as a web page that works offline."),
     "devices": ("devices.commands", "devices", "List the devices that can be measured."),
 }
 

@@ -6,6 +6,7 @@ it is whole: what is there is right, and need not be sent again.
 """
 
 import errno
+import glob
 import json
 import os
 import platform
@@ -14,7 +15,10 @@ import struct
 import sys
 import tarfile
 import tempfile
+import time
 import zipfile
+
+DAYS = 30  # that something is kept which no bench asks for
 
 
 def probe(cache):
@@ -33,8 +37,27 @@ def probe(cache):
 
 
 def have(cache):
-    """Which of the names on stdin (a JSON list) are there."""
-    return {"have": [name for name in json.load(sys.stdin) if os.path.exists(os.path.join(cache, name))]}
+    """Which of the names on stdin (a JSON list) are there; others that nobody asked for in DAYS days are deleted."""
+    names = json.load(sys.stdin)
+    for name in names:
+        try:
+            os.utime(os.path.join(cache, name))
+        except OSError:
+            pass  # not there
+    forget(cache, time.time() - 86400 * DAYS)
+    return {"have": [name for name in names if os.path.exists(os.path.join(cache, name))]}
+
+
+def forget(cache, before):
+    """Delete what was last asked for, or begun, before a time (s since 1970)."""
+    places = [os.path.join(cache, kind, "*") for kind in ("sites", "bundles", "photos")]
+    for place in [*places, os.path.join(cache, ".part-*")]:
+        for path in glob.glob(place):
+            try:
+                if os.stat(path).st_mtime < before:
+                    shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
+            except OSError:
+                pass  # another bench was first
 
 
 def receive(cache):
@@ -61,7 +84,7 @@ def receive(cache):
             for name in sorted(os.listdir(os.path.join(part, kind))):
                 try:
                     os.replace(os.path.join(part, kind, name), os.path.join(cache, kind, name))
-                except OSError:  # another session was first
+                except OSError:  # another bench was first
                     if not os.path.exists(os.path.join(cache, kind, name)):
                         raise
                 moved += 1

@@ -9,14 +9,18 @@ import json
 import mimetypes
 import os
 import secrets
+import socket
 import ssl
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from pathlib import Path
+from time import monotonic
 from typing import Any, BinaryIO
 from urllib.parse import parse_qs, urlsplit
 
@@ -27,6 +31,8 @@ PORT = 8443  # where it is free: browsers remember that a certificate was accept
 MAX_POST = 2**20  # bytes
 MAX_COMPRESSED = 64 * 2**20  # bytes; larger files are sent as they are
 MAX_CONNECTIONS = 64
+MAX_OF_ONE = 24  # connections of one address, so that no stranger takes them all; browsers open about six
+STRANGER = 10.0  # seconds that a connection has to show that it knows the address, however much it says meanwhile
 SILENCE = 60.0  # seconds after which a connection that says nothing is closed
 PIECE = 64 * 2**10  # bytes that are sent at once, within that time: a large file over plain HTTP may take longer
 
@@ -94,11 +100,13 @@ class Server(ThreadingHTTPServer):
         self.token = secrets.token_urlsafe(16)
         self._files: dict[str, Served] = {}
         self.sent: dict[str, int] = {}  # path → bytes of the file as it went over the wire
-        self._slots = threading.BoundedSemaphore(MAX_CONNECTIONS)
+        self._open: Counter[str] = Counter()  # connections by the address that they come from
+        self._strangers: dict[socket.socket, float] = {}  # connections → when they are closed
+        self._counting = threading.Lock()
         self._tls: ssl.SSLContext | None = None
         if certificate:
             self._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            self._tls.load_cert_chain(certificate.certificate, certificate.key)
+            self._tls.load_cert_chain(certificate.file)
         try:
             super().__init__((host, port), _Handler)
         except OSError:
@@ -129,7 +137,10 @@ class Server(ThreadingHTTPServer):
     # --- connections: the handshake is made in the connection's own thread, so that nobody can hold up the others ---
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        if not self._slots.acquire(blocking=False):
+        with self._counting:
+            full = self._open.total() >= MAX_CONNECTIONS or self._open[client_address[0]] >= MAX_OF_ONE
+            self._open[client_address[0]] += not full
+        if full:
             self.shutdown_request(request)
             return
         super().process_request(request, client_address)
@@ -138,15 +149,41 @@ class Server(ThreadingHTTPServer):
         try:
             super().process_request_thread(request, client_address)
         finally:
-            self._slots.release()
+            with self._counting:
+                self._open[client_address[0]] -= 1
+                self._open += Counter()  # forgets addresses that have none
 
     def finish_request(self, request: Any, client_address: Any) -> None:
-        request.settimeout(SILENCE)
         if self._tls is None:
-            super().finish_request(request, client_address)
+            self._serve(request, client_address)
             return
-        with self._tls.wrap_socket(request, server_side=True) as secured:
-            super().finish_request(secured, client_address)
+        with self._tls.wrap_socket(request, server_side=True, do_handshake_on_connect=False) as secured:
+            self._serve(secured, client_address)
+
+    def _serve(self, connection: socket.socket, client_address: Any) -> None:
+        connection.settimeout(SILENCE)
+        with self._counting:
+            self._strangers[connection] = monotonic() + STRANGER
+        try:
+            if isinstance(connection, ssl.SSLSocket):
+                connection.do_handshake()
+            super().finish_request(connection, client_address)
+        finally:
+            self.knows(connection)
+
+    def knows(self, connection: socket.socket) -> None:
+        """A connection has shown that it knows the address, or is over."""
+        with self._counting:
+            self._strangers.pop(connection, None)
+
+    def service_actions(self) -> None:
+        """Close connections of strangers whose time is over; called every 0.1 s."""
+        now = monotonic()
+        with self._counting:  # so that none of them is closed, and its number another one's, meanwhile
+            for connection in [each for each, end in self._strangers.items() if end < now]:
+                del self._strangers[connection]
+                with suppress(OSError):
+                    socket.socket.shutdown(connection, socket.SHUT_RDWR)  # its thread sees that, and closes it
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A connection that breaks off, or speaks no TLS, is no news; anything else is a defect to be seen."""
@@ -206,7 +243,9 @@ class _Handler(BaseHTTPRequestHandler):
         parts = urlsplit(self.path)
         token, slash, name = parts.path.removeprefix("/").partition("/")
         if not slash or not secrets.compare_digest(token.encode(), self.server.token.encode()):
+            self.close_connection = True
             return None, {}
+        self.server.knows(self.connection)
         return name, {key: values[0] for key, values in parse_qs(parts.query).items()}
 
     def _to_channel(self, call: Callable[[str], dict[str, Any] | None], query: dict[str, str]) -> None:

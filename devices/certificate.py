@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import ipaddress
 import os
+import time
 from base64 import b64encode
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -16,38 +18,60 @@ from ..runtime.errors import EdgecapError
 
 DAYS = 90  # that it is good for; iOS takes none of more than 825
 NAME = "edgecap bench"
+MOST = 24  # addresses of one
 
 
 @dataclass(frozen=True)
 class Certificate:
-    """A self-signed certificate and its private key."""
+    """A self-signed certificate."""
 
-    certificate: Path  # PEM
-    key: Path  # PEM, readable by its owner alone
+    file: Path  # PEM, with its private key, readable by its owner alone
     spki: str  # base64 of the SHA-256 of its public key, as Chromium's --ignore-certificate-errors-spki-list takes it
 
 
 def certificate(folder: Path, addresses: Sequence[str]) -> Certificate:
-    """The certificate kept in `folder`, made (anew) where it is missing, runs out within a week or lacks an address.
+    """The newest certificate kept in `folder` that is for these addresses and good for a week more; else a new one, for
+    the addresses of the newest one, too: a machine that comes back into an earlier network keeps its certificate.
 
-    One that stays the same need be accepted only once in a browser. addresses: IPv4 or IPv6 addresses and host names.
-    Raises ImportError without the package `cryptography`, EdgecapError where the folder cannot be written.
+    One that stays the same need be accepted only once in a browser. A file is never written anew, so that processes
+    do not get in each other's way. addresses: IPv4 or IPv6 addresses and host names. Raises ImportError without the
+    package `cryptography`, EdgecapError where the folder cannot be written.
     """
-    from cryptography import x509
-
-    public, private = folder / "certificate.pem", folder / "key.pem"
-    try:
-        found = x509.load_pem_x509_certificate(public.read_bytes())
-        if _good(found, addresses) and private.is_file():
-            return Certificate(public, private, _spki(found))
-    except (OSError, ValueError):
-        pass
+    wanted = _names(addresses)
+    kept = list(_kept(folder))
+    for file, found, names in kept:
+        if all(name in names for name in wanted):
+            return Certificate(file, _spki(found))
+    names = kept[0][2] if kept else []
+    wanted += [name for name in names if name not in wanted]
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        return Certificate(public, private, _spki(_make(public, private, addresses)))
+        return _make(folder, wanted[:MOST])
     except OSError as error:
         why = error.strerror or error
         raise EdgecapError(f"no certificate can be kept in {folder} ({why}): set EDGECAP_CACHE, or --http") from None
+
+
+def _kept(folder: Path) -> Iterator[tuple[Path, Any, list[Any]]]:
+    """(file, certificate, names) of those that are good for a week more, the newest first; others are removed,
+    and those of earlier versions."""
+    from cryptography import x509
+
+    found = []
+    for earlier in ("certificate.pem", "key.pem"):  # one for all, written anew for each network
+        with suppress(OSError):
+            (folder / earlier).unlink(missing_ok=True)
+    for file in folder.glob("certificate-*.pem"):
+        try:
+            one = x509.load_pem_x509_certificate(file.read_bytes())
+            names = list(one.extensions.get_extension_for_class(x509.SubjectAlternativeName).value)
+            if one.not_valid_after_utc > datetime.now(UTC) + timedelta(days=7):
+                found.append((one.not_valid_after_utc, file, one, names))
+                continue
+            file.unlink(missing_ok=True)
+        except (OSError, ValueError, x509.ExtensionNotFound):
+            continue
+    yield from (each[1:] for each in sorted(found, key=lambda each: (each[0], each[1].name), reverse=True))
 
 
 def _names(addresses: Sequence[str]) -> list[Any]:
@@ -62,18 +86,7 @@ def _names(addresses: Sequence[str]) -> list[Any]:
     return names
 
 
-def _good(found: Any, addresses: Sequence[str]) -> bool:
-    from cryptography import x509
-
-    try:
-        names = list(found.extensions.get_extension_for_class(x509.SubjectAlternativeName).value)
-    except x509.ExtensionNotFound:
-        return False
-    lasts = found.not_valid_after_utc > datetime.now(UTC) + timedelta(days=7)
-    return lasts and all(name in names for name in _names(addresses))
-
-
-def _make(public: Path, private: Path, addresses: Sequence[str]) -> Any:
+def _make(folder: Path, names: Sequence[Any]) -> Certificate:
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec
@@ -89,18 +102,20 @@ def _make(public: Path, private: Path, addresses: Sequence[str]) -> Any:
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - timedelta(days=1))  # a phone's clock may be behind
         .not_valid_after(now + timedelta(days=DAYS))
-        .add_extension(x509.SubjectAlternativeName(_names(addresses)), critical=False)
+        .add_extension(x509.SubjectAlternativeName(list(names)), critical=False)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
         .sign(key, hashes.SHA256())
     )
-    private.unlink(missing_ok=True)  # an old one may have other rights
-    plain = serialization.NoEncryption()
-    secret = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, plain)
-    with os.fdopen(os.open(private, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(secret)
-    public.write_bytes(made.public_bytes(serialization.Encoding.PEM))
-    return made
+    form, plain = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    both = key.private_bytes(serialization.Encoding.PEM, form, plain)
+    both += made.public_bytes(serialization.Encoding.PEM)
+    file = folder / f"certificate-{time.time_ns()}-{made.serial_number:x}.pem"  # X.509's own times are whole seconds
+    partial = file.with_suffix(".partial")
+    with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as stream:
+        stream.write(both)
+    partial.replace(file)
+    return Certificate(file, _spki(made))
 
 
 def _spki(found: Any) -> str:

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime.errors import EdgecapError
+from ..runtime.progress import Progress, silent
 from .local import cache_folder, parse_cpuinfo
 from .wheels import Platform, glibc_version, requirements, unpack, wheel_set
 
-Progress = Callable[[str, int, int], None]
 CPU = "cortex-a76"  # a Raspberry Pi 5's
 LAYOUT = 1  # of the prepared folder
 DEBIAN = ("python3", "libstdc++6")  # with what they need
@@ -106,7 +106,7 @@ class Root:
         }
 
 
-def prepare(progress: Progress = lambda phase, done, total: None) -> Root:
+def prepare(progress: Progress = silent) -> Root:
     """The root, made once: arm64 packages of this system's own sources with an apt state of their own, wheels by pip,
     and a trial of all imports. Raises EdgecapError in one line.
     """

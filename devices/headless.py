@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 from ..runtime.errors import UsageError
+from .group import kill_group
 
 # Ends the browser when we are gone, however that came: our end of its standard input closes then.
 WATCH = """
@@ -67,24 +68,15 @@ class Headless:
 
     def close(self) -> None:
         if self._process.poll() is None:
-            self._end(signal.SIGTERM)
+            kill_group(self._process, signal.SIGTERM)
             try:
                 self._process.wait(timeout=5)
             except subprocess.TimeoutExpired:
                 pass
         if hasattr(os, "killpg"):
-            self._end(signal.SIGKILL)  # what it started, too
+            kill_group(self._process)  # what it started, too
         self._process.wait()
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._log.close()
         self._profile.cleanup()
-
-    def _end(self, how: signal.Signals) -> None:
-        try:
-            if hasattr(os, "killpg"):
-                os.killpg(self._process.pid, how)
-            else:
-                self._process.send_signal(how)
-        except (ProcessLookupError, PermissionError):
-            pass

@@ -1,23 +1,16 @@
-"""A captioner as a web page: one folder of plain files for any server, kept by the browser for when it is offline.
-
-python -m edgecap.devices.site a-onnx-fp32.edgecap -o site            # write it, and say what it weighs
-python -m edgecap.devices.site a-onnx-fp32.edgecap -o site --serve    # and look at it on this machine
-"""
+"""A captioner as a web page: plain files for any server, kept by the browser for when it is offline; edgecap site."""
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 from ..runtime.bundle import MANIFEST, Bundle, folder_beside, swap
 from ..runtime.errors import EdgecapError, UsageError
@@ -127,47 +120,12 @@ def server(folder: Path, port: int = 0) -> ThreadingHTTPServer:
         raise EdgecapError(f"port {port} cannot be used ({error.strerror}): choose another --port") from None
 
 
-def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(prog="python -m edgecap.devices.site", description="A captioner as a web page.")
-    made.add_argument("bundle", type=Path, metavar="BUNDLE")
-    made.add_argument("-o", "--out", type=Path, default=Path("site"), help="folder to write (default: site)")
-    made.add_argument("--serve", action="store_true", help="serve it on http://localhost until Ctrl-C")
-    made.add_argument("--port", type=int, default=8000)
-    made.add_argument("--json", action="store_true", help="what it weighs, as JSON")
-    return made
-
-
-def main(arguments: list[str] | None = None) -> None:
-    given = parser().parse_args(arguments)
-    try:
-        weights = write_site(Bundle.open(given.bundle), given.out)
-    except EdgecapError as error:
-        print(error.message, file=sys.stderr)
-        sys.exit(error.exit_code)
-    except OSError as error:
-        sys.exit(f"{given.out} cannot be written ({error.strerror or error})")
-    _show(given.out, weights, given.json)
-    if not given.serve:
-        return
-    try:
-        with server(given.out, given.port) as serving:
-            print(f"http://localhost:{serving.server_address[1]}/", flush=True)
-            serving.serve_forever()
-    except EdgecapError as error:
-        sys.exit(error.message)
-    except KeyboardInterrupt:
-        pass
-
-
-def _show(out: Path, weights: list[Weight], as_json: bool) -> None:
+def show(out: Path, weights: list[Weight], as_json: bool) -> None:
+    """Print what a site weighs: a table, or one JSON object."""
     whole = Weight("all", sum(each.bytes for each in weights), sum(each.gzip for each in weights))
     if as_json:
-        record: dict[str, Any] = {"site": str(out), "weight": [asdict(each) for each in (*weights, whole)]}
-        print(json.dumps(record))
+        print(json.dumps({"site": str(out), "weight": [asdict(each) for each in (*weights, whole)]}), flush=True)
         return
     for each in (*weights, whole):
         print(f"{each.part:8}{each.bytes / 1e6:8.2f} MB{each.gzip / 1e6:8.2f} MB gzip")
-
-
-if __name__ == "__main__":
-    main()
+    print(f"written to {out}", flush=True)

@@ -12,16 +12,21 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, Self
 
 from ..runtime.errors import EdgecapError, UsageError
 from . import agent
+from .group import kill_group
 from .profile import Profile
 from .wheels import Platform
 
 OLDEST = (3, 11)
+ANSWER = 120.0  # s for a command that only asks
+SLOWEST = 100_000  # bytes a second of a network and a disk that are worth waiting for
 # Prints the first Python that is new enough; else the version of the one there is.
 FIND_PYTHON = (
     "for p in python3 python3.14 python3.13 python3.12 python3.11; do "
@@ -65,9 +70,11 @@ class Host:
         values = [f"{name}={value}" for name, value in environment.items()]
         return self.argv(shlex.join(["env", *values, self.python, "-s", "-m", module]))
 
-    def run(self, command: str, *, give: Callable[[IO[bytes]], None] | None = None) -> tuple[int, str, str]:
+    def run(
+        self, command: str, *, give: Callable[[IO[bytes]], None] | None = None, timeout: float = ANSWER
+    ) -> tuple[int, str, str]:
         """(exit code, stdout, stderr) of a command there; `give` writes its input. Raises EdgecapError where the
-        device cannot be reached.
+        device cannot be reached, or the command is not done after `timeout` s.
         """
         with tempfile.TemporaryFile() as errors:
             try:
@@ -80,17 +87,24 @@ class Host:
                 )
             except OSError as error:
                 raise EdgecapError(f"ssh cannot be started: {error.strerror}") from error
-            with process:
-                if give:
-                    assert process.stdin is not None
-                    try:
-                        give(process.stdin)
-                        process.stdin.close()
-                    except BrokenPipeError:  # it says why
-                        pass
-                assert process.stdout is not None
-                out = process.stdout.read().decode(errors="replace")
-                code = process.wait()
+            late = threading.Event()
+            timer = threading.Timer(timeout, lambda: (late.set(), kill_group(process)))
+            timer.start()
+            try:
+                with process:
+                    if give:
+                        assert process.stdin is not None
+                        with suppress(BrokenPipeError):  # it says why
+                            give(process.stdin)
+                        with suppress(BrokenPipeError):  # which writes what is left, or Popen would
+                            process.stdin.close()
+                    assert process.stdout is not None
+                    out = process.stdout.read().decode(errors="replace")
+                    code = process.wait()
+            finally:
+                timer.cancel()
+            if late.is_set():
+                raise EdgecapError(f"{self.name} was not done within {timeout:,.0f} s: is its disk or network stuck?")
             errors.seek(0)
             said = errors.read().decode(errors="replace").strip()
         if code == 255:
@@ -107,11 +121,13 @@ class Host:
             raise EdgecapError(f"{self.name} has no Python 3.11 or newer (found: {found[0][:60]}): install one there")
         self.python = out.split()[0]
 
-    def call(self, operation: str, *, give: Callable[[IO[bytes]], None] | None = None) -> dict[str, Any]:
+    def call(
+        self, operation: str, *, give: Callable[[IO[bytes]], None] | None = None, timeout: float = ANSWER
+    ) -> dict[str, Any]:
         """Run an operation of agent.py there. Raises EdgecapError with its reason."""
         source = Path(agent.__file__).read_text(encoding="utf-8")
         command = shlex.join([self.python, "-c", source, operation, self._cache])
-        code, out, said = self.run(command, give=give)
+        code, out, said = self.run(command, give=give, timeout=timeout)
         try:
             answer = json.loads(out.strip().splitlines()[-1])
         except (IndexError, ValueError):
@@ -170,8 +186,9 @@ class Host:
                         tar.add(path.resolve(), f"{place}/{name}" if name else place, recursive=False)
                     progress(done := done + 1, len(wanted))
 
-        self.call("receive", give=give)
-        return sum(sizes.values())
+        whole = sum(sizes.values())
+        self.call("receive", give=give, timeout=ANSWER + whole / SLOWEST)
+        return whole
 
     def __enter__(self) -> Self:
         return self
@@ -181,7 +198,10 @@ class Host:
 
     def close(self) -> None:
         exits = self.argv("true")
-        subprocess.run([*exits[:-2], "-O", "exit", self.name], capture_output=True, check=False)
+        try:
+            subprocess.run([*exits[:-2], "-O", "exit", self.name], capture_output=True, check=False, timeout=10)
+        except subprocess.TimeoutExpired:
+            pass
         shutil.rmtree(self._folder, ignore_errors=True)
 
 

@@ -163,7 +163,7 @@ function done(command) {
   return inTurn(worker, async () => {
     say(`${command.op === "time" ? "Timing" : "Captioning"}: ${worker.name}`, { done: command.done });
     const files = await Promise.all(command.photos.map(photo));
-    const answer = await ask(worker, { op: command.op, photos: files });
+    const answer = await ask(worker, { op: command.op, photos: files, once: command.once });
     if (command.op === "caption") showCaption(files.at(-1), answer.captions.at(-1));
     return answer;
   });

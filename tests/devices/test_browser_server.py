@@ -181,11 +181,15 @@ def test_a_page_that_leaves_or_falls_silent_is_lost() -> None:
 
 def test_https_by_a_certificate_of_our_own(tmp_path: Path) -> None:
     x509 = pytest.importorskip("cryptography.x509")
+    (tmp_path / "kept").mkdir()
+    for earlier in ("certificate.pem", "key.pem"):
+        (tmp_path / "kept" / earlier).write_text("of an earlier version")
     made = certificate(tmp_path / "kept", ["127.0.0.1", "localhost", "192.0.2.7"])
+    assert list((tmp_path / "kept").iterdir()) == [made.file]
     assert certificate(tmp_path / "kept", ["192.0.2.7"]) == made, "accepted once, it need not be again"
     if sys.platform != "win32":
-        assert stat.S_IMODE(made.key.stat().st_mode) == 0o600
-    names = x509.load_pem_x509_certificate(made.certificate.read_bytes()).extensions
+        assert stat.S_IMODE(made.file.stat().st_mode) == 0o600
+    names = x509.load_pem_x509_certificate(made.file.read_bytes()).extensions
     names = names.get_extension_for_class(x509.SubjectAlternativeName).value
     assert names.get_values_for_type(x509.DNSName) == ["localhost"]
     server = Server(Channel(), certificate=made, port=0)
@@ -198,7 +202,7 @@ def test_https_by_a_certificate_of_our_own(tmp_path: Path) -> None:
         with pytest.raises((http.client.HTTPException, OSError)):
             plain.request("GET", f"/{server.token}/")
             plain.getresponse()
-        trusted = ssl.create_default_context(cafile=str(made.certificate))  # checks the address, too
+        trusted = ssl.create_default_context(cafile=str(made.file))  # checks the address, too
         secure = http.client.HTTPSConnection("127.0.0.1", port, timeout=5, context=trusted)
         secure.request("GET", f"/{server.token}/")
         assert secure.getresponse().read() == b"secret"
@@ -207,14 +211,46 @@ def test_https_by_a_certificate_of_our_own(tmp_path: Path) -> None:
     finally:
         server.close()
     renewed = certificate(tmp_path / "kept", ["198.51.100.1"])
-    assert renewed.spki != made.spki
+    assert renewed.spki != made.spki and made.file.exists(), "who serves the earlier one goes on"
+    assert certificate(tmp_path / "kept", ["192.0.2.7", "localhost"]) == renewed, "back in the first network"
+    assert certificate(tmp_path / "kept", ["203.0.113.1"]).spki != renewed.spki
+    assert not list((tmp_path / "kept").glob("*.partial"))
     (tmp_path / "file").write_text("")
     with pytest.raises(EdgecapError, match="set EDGECAP_CACHE"):
         certificate(tmp_path / "file" / "below", ["127.0.0.1"])
 
 
-def test_connections_beyond_a_number_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(browser, "MAX_CONNECTIONS", 2)
+def test_who_does_not_know_the_address_is_let_go_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(browser, "STRANGER", 0.3)
+    server = Server(Channel(), certificate=None, port=0)
+    server.add("", b"there")
+    server.start()
+    try:
+        with socket.create_connection(server.server_address, timeout=10) as silent:
+            assert silent.recv(1) == b""
+        with socket.create_connection(server.server_address, timeout=10) as talking:  # before, it was kept
+            began = time.monotonic()
+            with pytest.raises(OSError):
+                while time.monotonic() < began + 10:
+                    talking.sendall(b"G")
+                    time.sleep(0.05)
+        stranger = http.client.HTTPConnection(*server.server_address, timeout=10)
+        stranger.request("GET", "/guessed/")
+        answer = stranger.getresponse()
+        assert answer.status == 404 and answer.getheader("Connection") == "close"
+        known = http.client.HTTPConnection(*server.server_address, timeout=10)
+        for _ in range(2):
+            known.request("GET", f"/{server.token}/")
+            assert known.getresponse().read() == b"there"
+            time.sleep(0.6)
+        known.close()
+    finally:
+        server.close()
+
+
+@pytest.mark.parametrize("bound", ["MAX_CONNECTIONS", "MAX_OF_ONE"])
+def test_connections_beyond_a_number_are_closed(bound: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(browser, bound, 2)
     server = Server(Channel(), certificate=None, port=0)
     server.add("", b"there")
     server.start()

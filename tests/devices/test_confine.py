@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from edgecap.benchmarks.device import reach
 from edgecap.benchmarks.quality import Photo
+from edgecap.benchmarks.reach import reach
 from edgecap.benchmarks.runner import Worker, WorkerFailed
 from edgecap.benchmarks.subjects import Subject
 from edgecap.benchmarks.suite import Settings, run

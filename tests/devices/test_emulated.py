@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,14 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from edgecap.benchmarks.against import against_native
 from edgecap.benchmarks.device import Device, Local
+from edgecap.benchmarks.emulated import Emulated
+from edgecap.benchmarks.parity import native_parity
 from edgecap.benchmarks.quality import Photo
 from edgecap.benchmarks.report import against_line, confinement
 from edgecap.benchmarks.runner import Running, Worker
 from edgecap.benchmarks.subjects import Subject, bundle_subject
+from edgecap.benchmarks.suite import Row, Settings, run
 from edgecap.cli import cli
 from edgecap.devices import emulated_arm64, get_profile, wheels
 from edgecap.devices.wheels import Platform, glibc_version, own_wheel, package_files, unpack
@@ -133,7 +136,7 @@ class Elsewhere(Device):
 def compared(bundle: Path, photos: list[Photo], other: Device) -> dict[str, Any]:
     subject = bundle_subject(bundle)[0]
     options: Any = {"threads": 1, "timeout": 60, "progress": QUIET}
-    return against_native(Local(), other, [subject], photos, **options)[subject.name]
+    return native_parity(Local(), other, [subject], photos, **options)[subject.name]
 
 
 def test_the_same_bundle_on_the_same_machine_is_the_same(bundle: Path, photos: list[Photo]) -> None:
@@ -150,6 +153,36 @@ def test_other_weights_are_told_apart_and_a_failure_is_a_reason(
     assert found["min_cosine"] < 0.99 and not found["ok"] and "fail" in against_line(found)
     found = compared(bundle, photos, Elsewhere(None))
     assert not found["ok"] and "exit code 4: illegal instruction" in against_line(found)
+
+
+def test_a_worker_that_hangs_is_noticed_in_its_time(
+    bundle: Path, photos: list[Photo], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before, what captions took so far was multiplied, too, though it was measured under emulation: 27 hours."""
+
+    class Here(emulated_arm64.Root):
+        def command(self, *arguments: str) -> list[str]:
+            return [sys.executable, *arguments]
+
+        def environment(self, *folders: Path) -> dict[str, str]:
+            return {}
+
+    def receive(self: Worker, timeout: float) -> dict[str, Any]:
+        waits.append(timeout)
+        return real(self, timeout)
+
+    waits: list[float] = []
+    real = Worker.receive
+    monkeypatch.setattr(Worker, "receive", receive)
+    monkeypatch.setattr(Row, "patience", lambda self, settings, captions: settings.timeout + 1000)
+    device = Emulated(get_profile("emulated-arm64"))
+    device._root = Here(bundle, {})
+    try:
+        (row,) = run([bundle_subject(bundle)[0]], photos, Settings(timeout=100), QUIET, device)["rows"]
+    finally:
+        device.close()
+    assert row["status"] == "ok", row["error"]
+    assert waits == [3000, 4000, 4000]
 
 
 def test_how_workers_were_confined_is_told() -> None:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import signal
+import subprocess
+import sys
 import threading
 import urllib.request
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,6 +19,7 @@ from edgecap.devices.webfiles import lacking
 from edgecap.runtime import Bundle, UsageError
 
 from ..runtime.graphs import write_gru_bundle
+from ..runtime.test_cli import edgecap
 
 
 @pytest.fixture
@@ -53,17 +58,18 @@ def test_a_site_is_complete_and_says_what_it_weighs(engine: None, bundle: Bundle
     assert (out / "sw.js").read_text() != first
 
 
-def test_refusals_are_one_line(
-    engine: None, bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_refusals_are_one_line(engine: None, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "photo.jpg").touch()
-    with pytest.raises(SystemExit) as ended:
-        site.main([str(bundle.path), "-o", str(tmp_path / "mine")])
-    assert ended.value.code == 2 and capsys.readouterr().err.count("\n") == 1
-    with pytest.raises(SystemExit) as ended:
-        site.main([str(tmp_path / "none"), "-o", str(tmp_path / "site")])
-    assert ended.value.code == 2 and "no such bundle" in capsys.readouterr().err
+    for arguments, code, message in (
+        ([bundle.path, "-o", tmp_path / "mine"], 2, "is no such site"),
+        ([tmp_path / "none", "-o", tmp_path / "site"], 2, "no such bundle"),
+        ([bundle.path, "--port", 1], 2, "--port goes with --serve"),
+        ([bundle.path, "-o", "/dev/null/site"], 1, "cannot be written"),
+    ):
+        done = edgecap("site", *arguments)
+        assert done.returncode == code and message in done.stderr.splitlines()[-1], done.stderr
+        assert not done.stdout
     foreign = Bundle(bundle.path, {**bundle.manifest, "backend": "gguf"})
     with pytest.raises(UsageError, match="pages run onnx bundles alone"):
         site.write_site(foreign, tmp_path / "site")
@@ -122,3 +128,24 @@ def test_it_is_served_with_what_threads_need(engine: None, bundle: Bundle, tmp_p
         with urllib.request.urlopen(f"{base}ort/ort-wasm-simd-threaded.wasm") as reply:
             assert reply.headers["Content-Type"] == "application/wasm"
         serving.shutdown()
+
+
+def test_the_command_writes_weighs_and_serves(engine: None, bundle: Bundle, tmp_path: Path) -> None:
+    out = tmp_path / "site"
+    told = json.loads(edgecap("site", bundle.path, "-o", out, "--json").stdout)
+    assert told["site"] == str(out) and [each["part"] for each in told["weight"]] == ["page", "engine", "bundle", "all"]
+    assert (out / "bundle" / "bundle.json").is_file()
+    command = [sys.executable, "-m", "edgecap", "site", bundle.path, "-o", out, "--serve", "--port", "0"]
+    interruptible = partial(
+        signal.signal, signal.SIGINT, signal.default_int_handler
+    )  # shells in the background ignore it
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=interruptible) as serving:
+        try:
+            address = serving.stderr.readline().split()[0]
+            taken = edgecap("site", bundle.path, "-o", out, "--serve", "--port", address.rstrip("/").rsplit(":", 1)[1])
+            assert taken.returncode == 1 and "choose another --port" in taken.stderr
+            with urllib.request.urlopen(f"{address}bundle/bundle.json") as reply:
+                assert reply.status == 200
+        finally:
+            serving.send_signal(signal.SIGINT)
+        assert serving.wait(10) == 0

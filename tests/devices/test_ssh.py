@@ -24,7 +24,7 @@ import edgecap
 from edgecap.benchmarks import remote
 from edgecap.benchmarks.bench import bench
 from edgecap.benchmarks.datasets import open_dataset
-from edgecap.benchmarks.device import reach
+from edgecap.benchmarks.reach import reach
 from edgecap.benchmarks.record import package_versions
 from edgecap.benchmarks.remote import Ssh
 from edgecap.benchmarks.runner import Worker, WorkerFailed
@@ -233,6 +233,48 @@ def test_an_old_python_and_one_without_edgecap(board: Profile, tmp_path: Path) -
 
 
 @needs
+def test_a_command_that_hangs_there_is_ended(board: Profile) -> None:
+    with Host(board) as host:
+        assert host.run("true")[0] == 0
+        with pytest.raises(EdgecapError, match="was not done within 1 s"):
+            host.run("sleep 30", timeout=1)
+
+
+@pytest.fixture
+def fake_ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Host, Path]]:
+    """A host behind a program in place of ssh, and where that lies."""
+    program = tmp_path / "ssh"
+    program.write_text("")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    with Host(Profile("x", "ssh", "native", ("onnx-int8",), host="x")) as host:
+        yield host, program
+        program.write_text("#!/bin/sh\n")
+
+
+def test_a_connection_that_breaks_while_it_is_given_bytes_says_why(fake_ssh: tuple[Host, Path]) -> None:
+    """Before, a BrokenPipeError: what was left in the pipe's buffer was written again."""
+    host, program = fake_ssh
+    program.write_text("#!/bin/sh\necho the network is gone >&2; exec 0<&-; exit 255\n")
+
+    def give(stream: Any) -> None:
+        for _ in range(4000):
+            stream.write(b"x" * 1000)
+
+    with pytest.raises(EdgecapError, match="cannot reach x: the network is gone"):
+        host.run("cat", give=give)
+
+
+def test_what_a_hanging_connection_started_is_ended_too(fake_ssh: tuple[Host, Path]) -> None:
+    """Before, what it started held its output open, and was waited for."""
+    host, program = fake_ssh
+    program.write_text("#!/bin/sh\nsleep 30 & sleep 30\n")
+    began = time.monotonic()
+    with pytest.raises(EdgecapError, match="x was not done within 0 s"):
+        host.run("true", timeout=0.3)
+    assert time.monotonic() - began < 15
+
+
 def test_systems_without_wheels_are_told() -> None:
     with Host(Profile("x", "ssh", "native", ("onnx-int8",), host="x")) as host:
         with pytest.raises(EdgecapError, match="x runs Darwin, for which wheels are not shipped"):
