@@ -12,16 +12,19 @@ from typing import TYPE_CHECKING, Any
 
 from ..devices import get_profile, require_reachable
 from ..devices.confine import parse_size
+from ..devices.throttle import fell, slowed
 from ..runtime.errors import UsageError
-from .beside import beside
-from .device import Device, reach
+from ..runtime.progress import Progress, silent
+from .device import Device
 from .limits import larger, limits
-from .page import thumbnail
+from .peers.prepare import prepare_peers
 from .quality import Photo, split_photos
+from .reach import reach
 from .record import build
-from .subjects import Origin, Subject, bundle_subject, newest_bundle, peer_subject, unique_names, ways
-from .suite import Progress, Settings, run
-from .work import add_near
+from .report_html import thumbnail
+from .roofline import add_roofline
+from .subjects import Origin, Subject, bundle_subject, groups, newest_bundle, peer_subject, unique_names, ways
+from .suite import INTERRUPTED, Settings, noting, run
 
 if TYPE_CHECKING:
     from .browser import Options
@@ -60,7 +63,7 @@ def bench(
     settings: Settings | None = None,
     runs: Path = Path("runs"),
     pictures: dict[str, str] | None = None,
-    progress: Progress = lambda phase, done, total: None,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """Measure bundles and peers on a device and return the record (see record.build).
 
@@ -70,9 +73,9 @@ def bench(
     default the whole split (20 under emulation). beams: replace what the bundles say, each bundle once with each.
     pictures: filled with every photo, small, as a data: URI by its id.
     all_peers: put one of every kind beside each bundle, made from its weights, which `checkpoints` may name (see
-    beside.py).
+    peers/prepare.py).
     Raises EdgecapError for anything that cannot be measured as asked; a subject that fails while it is measured is a
-    row that says so.
+    row that says so. A KeyboardInterrupt after the first group is finished gives the record so far ("stopped").
     """
     from .datasets import open_dataset
     from .datasets.checks import require_decodable
@@ -108,6 +111,8 @@ def bench(
         tempfile.TemporaryDirectory(prefix="edgecap-bench-") as folder,
         reach(profile, memory_limit=limited, **how) as reached,
     ):
+        if settings.slow_photos and not reached.timed:
+            raise UsageError(f"--slow-limit goes by times, and {profile.name}'s mean nothing: use --limit")
         subjects, progress = reached.subjects(subjects), reached.watching(progress)
         photos: list[Photo] = []
         limit = limit or reached.photos
@@ -122,30 +127,73 @@ def bench(
         if all_peers:
             mine = [subject for subject in subjects if subject.kind == "bundle" and not subject.fused]
             places = {"checkpoints": checkpoints, "runs": runs}
-            others = beside(mine, **places, threads=settings.threads, progress=progress)
+            others = prepare_peers(mine, **places, threads=settings.threads, progress=progress)
             subjects = unique_names([*subjects, *others])
+            order = dict(zip((subject.name for subject in subjects), groups(subjects), strict=True))
+            subjects.sort(key=lambda subject: order[subject.name])
         reached.prepare(subjects, photos, progress)
-        facts = reached.facts(settings.threads)
-        before = own_limits(reached, settings, progress, 1)
-        measured = run(subjects, photos, settings, progress, reached)
-        after = own_limits(reached, settings, progress, 2)
-        checked = reached.check(subjects, photos, settings.threads, settings.timeout, progress)
-        for row in measured["rows"]:
-            if row["name"] in checked:
-                row["against_native"] = checked[row["name"]]
-        both = before and after and larger(before, after)
-        if both:
-            add_near(subjects, measured["rows"], both, photos[0].path, stage_times)
         about = {
             "spec": dataset.spec,
             "fingerprint": dataset.fingerprint,
             "split": split,
             "photos": len(photos),
         }
-        given = settings.to_dict()
-        record = build(profile=profile, settings=given, data=about, measured=measured, facts=facts, limits=both)
-        reached.done(record)
+        record = measure(reached, subjects, photos, settings, about, progress)
+        with noting(record["problems"], "the device was not told"):
+            reached.done(record)
     return record
+
+
+def measure(
+    device: Device,
+    subjects: Sequence[Subject],
+    photos: Sequence[Photo],
+    settings: Settings,
+    data: Mapping[str, Any],
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """The record of subjects on a device that is prepared for them: its limits before and after all rounds, what the
+    device has to show besides, and how near each row comes to the limits. data: what the record says of the photos.
+    """
+    facts = device.facts(settings.threads)
+    clock, hot = device.clock(settings.threads), None
+    before = own_limits(device, settings, progress, 1)
+    measured = run(subjects, photos, settings, progress, device)
+    both, after = before, None
+    problems: list[str] = []
+    try:
+        with noting(problems, "the clock's reading"):
+            hot = device.clock(settings.threads)
+        if not measured["stopped"]:
+            with noting(problems, "the limits after the rounds"):
+                after = own_limits(device, settings, progress, 2)
+                both = larger(before, after) if before and after else before or after
+            with noting(problems, "the check against this machine"):
+                checked = device.check(subjects, photos, settings.threads, settings.timeout, progress)
+                for row in measured["rows"]:
+                    if row["name"] in checked:
+                        row["against_native"] = checked[row["name"]]
+            if both:
+                with noting(problems, "how near the rows come to the limits"):
+                    add_roofline(subjects, measured["rows"], both, photos[0].path, stage_times, settings.timeout)
+    except KeyboardInterrupt:  # the rows are kept
+        measured["stopped"] = INTERRUPTED
+    given = settings.to_dict()
+    facts = facts | {"clock": clock_record(clock, hot, before, after)}
+    measured["problems"] = problems
+    return build(profile=device.profile, settings=given, data=data, measured=measured, facts=facts, limits=both)
+
+
+def clock_record(
+    first: Mapping[str, Any] | None,
+    last: Mapping[str, Any] | None,
+    before: Mapping[str, float | None] | None,
+    after: Mapping[str, float | None] | None,
+) -> dict[str, Any]:
+    """Readings of the clock before and after the rounds, None where there is none, and the signs that it fell (also by
+    the limits' own)."""
+    signs = [*(fell(first, last) if first and last else ()), *slowed(before, after)]
+    return {"before": first, "after": last, "fell": signs}
 
 
 def stage_times(row: Mapping[str, Any]) -> tuple[float | None, float | None]:

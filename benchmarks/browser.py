@@ -26,10 +26,11 @@ from ..devices.headless import Headless
 from ..devices.lan import lan_addresses, qr_code
 from ..devices.local import cache_folder
 from ..runtime.errors import EdgecapError
-from .device import Device, Progress
-from .page_answers import browser_name, checked, device_facts
+from ..runtime.progress import Progress
+from .browser_answers import browser_name, checked, device_facts
+from .device import Device
 from .record import machine_load, package_versions
-from .runner import Running, Worker, WorkerFailed
+from .runner import Running, Worker, WorkerFailed, no_answer
 
 if TYPE_CHECKING:
     from ..devices import Profile
@@ -54,7 +55,7 @@ class Options:
 
 
 class Browser(Device):
-    """The first device that opens the page. The address is shown at once; `prepare` waits for the device."""
+    """The first device that opens the page; `prepare` shows its address and waits for it."""
 
     def __init__(self, profile: Profile, options: Options | None = None) -> None:
         super().__init__(profile)
@@ -296,7 +297,7 @@ class PageWorker(Running):
         except Lost as lost:
             raise WorkerFailed(str(lost)) from None
         except TimeoutError:
-            raise WorkerFailed(f"gave no answer within {timeout:g} s") from None
+            raise WorkerFailed(no_answer(timeout)) from None
         found = checked(command, answer)
         if command["op"] == "load":
             found["facts"]["page_weight"] = self._device.weight(self._subject)
@@ -349,7 +350,8 @@ def result(record: dict[str, Any]) -> dict[str, Any]:
             continue
         whole, cold = row["latency"]["end_to_end"], row["cold_start"] or {}
         times = [cold.get("seconds"), whole["p50"], whole["p90"]]
-        rows.append({"name": row["name"], "values": [*map(ms, times), f"{row['quality']['cider']:.3f}"]})
+        cider = f"{row['quality']['cider']:.3f}" if row["quality"] else "–"  # photos without references
+        rows.append({"name": row["name"], "values": [*map(ms, times), cider]})
     text = "Done. You may close this page."
     return {"text": text, "columns": ["cold start", "a caption, p50", "p90", "CIDEr"], "rows": rows}
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 from click.core import ParameterSource
+
+from ..runtime.errors import UsageError
 
 
 @click.command()
@@ -109,13 +112,44 @@ def compare_records(before: Path, after: Path, slower: float | None, force: bool
         sys.exit(1)
 
 
+def show_record(path: Path, report: Path | None, markdown: str | None) -> None:
+    """`edgecap bench --show`: a record's tables again, or what it is to be written as."""
+    from . import record as records
+    from .report import show, write_text
+    from .report_html import html, require_jinja
+
+    if report:
+        require_jinja()
+    record = records.read(path)
+    try:
+        if report:
+            write_text(html(record), report, "report")
+        if markdown:
+            put_markdown(record, markdown)
+        if not report and not markdown:
+            show(record)
+    except (LookupError, TypeError, AttributeError, ValueError) as error:  # read() saw to what comparing needs alone
+        raise UsageError(f"{path} is not a whole record: {type(error).__name__} {error}") from None
+
+
+def put_markdown(record: Mapping[str, Any], file: str) -> None:
+    """The small table of a record to a file, or to stdout."""
+    from .report import write_text
+    from .report_markdown import markdown
+
+    if file == "-":
+        click.echo(markdown(record), nl=False)
+    else:
+        write_text(markdown(record), Path(file), "table")
+
+
 SECTIONS = {  # of the bench's help: the parameters' names
     "Where": ("device", "host", "memory_limit", "threads"),
-    "What": ("data", "skip_bad", "split", "limit", "beams", "rounds"),
+    "What": ("data", "skip_bad", "split", "limit", "slow_limit", "beams", "rounds", "timeout"),
     "Peers": ("peers", "all_peers", "checkpoints"),
     "Browser": ("wait", "program", "http", "webgpu", "native"),
-    "Output": ("json_file", "history", "report", "embed_photos"),
-    "Compare": ("compare", "slower", "force"),
+    "Output": ("json_file", "history", "report", "embed_photos", "markdown"),
+    "Records": ("shown", "compare", "slower", "force"),
 }
 
 
@@ -142,11 +176,24 @@ class InSections(click.Command):
 @click.option("--skip-bad", is_flag=True, help="Leave bad examples out; always so where the bundle's recipe did.")
 @click.option("--split", default="test", show_default=True, help="The split to caption.")
 @click.option("--limit", type=click.IntRange(1), help="Caption only the first N photos of the split.")
+@click.option(
+    "--slow-limit",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Where no row of a group captions a photo in a second, caption only N of them.",
+)
 @click.option("--threads", type=click.IntRange(1, 1024), default=1, show_default=True, help="Of each subject.")
 @click.option(
     "--beam", "beams", multiple=True, type=click.IntRange(1, 64), help="Replace the bundles' own; may be given twice."
 )
 @click.option("--rounds", type=click.IntRange(10), default=20, show_default=True, help="Interleaved rounds, A B A B …")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(1, 7 * 24 * 3600),
+    metavar="SECONDS",
+    default=300.0,
+    help="Give up what does not load, or not caption a photo, in this time; 300.",
+)
 @click.option("--peer", "peers", multiple=True, metavar="KIND:PATH", help="Measure this peer, too: torch:CHECKPOINT.")
 @click.option("--peers", "all_peers", is_flag=True, help="Put every kind of peer beside each bundle.")
 @click.option(
@@ -170,6 +217,10 @@ class InSections(click.Command):
 @click.option("--history", type=click.Path(path_type=Path), help="Add the record here; tell what it changed.")
 @click.option("--report", type=click.Path(path_type=Path, dir_okay=False), help="Write all of it as one HTML file.")
 @click.option("--embed-photos", is_flag=True, help="With --report: put the photos into it, small.")
+@click.option("--markdown", metavar="FILE", help="Write a small table in Markdown, for a README; - is stdout.")
+@click.option(
+    "--show", "shown", type=click.Path(path_type=Path), metavar="A.json", help="Measure nothing: show a record again."
+)
 @click.option(
     "--compare", nargs=2, type=click.Path(path_type=Path), metavar="A.json B.json", help="Measure nothing: B over A."
 )
@@ -184,9 +235,11 @@ def bench(
     skip_bad: bool,
     split: str,
     limit: int | None,
+    slow_limit: int | None,
     threads: int,
     beams: tuple[int, ...],
     rounds: int,
+    timeout: float,
     peers: tuple[str, ...],
     all_peers: bool,
     checkpoints: tuple[Path, ...],
@@ -199,6 +252,8 @@ def bench(
     history: Path | None,
     report: Path | None,
     embed_photos: bool,
+    markdown: str | None,
+    shown: Path | None,
     compare: tuple[Path, Path] | None,
     slower: float | None,
     force: bool,
@@ -206,7 +261,9 @@ def bench(
     """Measure bundles: time per stage, memory, cold start, size, and what the captions are worth.
 
     Without BUNDLE, the newest one under runs/. Every bundle and peer runs in a process of its own, their
-    rounds interleaved. Exit code 1 when a bundle could not be measured.
+    rounds interleaved; with --peers a bundle and its peers, then the next. Exit code 1 when a bundle could not
+    be measured, or something failed afterwards; 130 after Ctrl-C: with --peers, the bundles that were
+    finished with their peers are kept, without it nothing is.
 
     \b
     Examples:
@@ -217,6 +274,7 @@ def bench(
       edgecap bench runs/a-fp32.edgecap --device android-mid --limit 20
       edgecap bench runs/a-fp32.edgecap --device browser --open chromium --native
       edgecap bench runs/*.edgecap --report bench.html --history runs/bench.jsonl
+      edgecap bench --show bench.json --markdown - --report bench.html
       edgecap bench --compare before.json after.json --fail-if-slower 5%
     """
     if compare:
@@ -226,13 +284,18 @@ def bench(
         return
     if force or slower is not None:
         raise click.UsageError("--fail-if-slower and --force go with --compare")
+    if shown:
+        if others := given_besides("shown", "report", "markdown"):
+            raise click.UsageError(f"--show takes a record and measures nothing: leave out {', '.join(others)}")
+        show_record(shown, report, markdown)
+        return
+    from ..runtime.progress import PhaseBars
     from . import record as records
     from .bench import bench as run_bench
     from .changes import show_since
-    from .compare import since_last
-    from .page import page, require_jinja, write_page
-    from .progress import PhaseBars
-    from .report import show
+    from .compare import since_last, why_none
+    from .report import show, write_text
+    from .report_html import html, require_jinja
     from .suite import Settings
 
     if embed_photos and not report:
@@ -240,10 +303,10 @@ def bench(
     if report:
         require_jinja()
     pictures: dict[str, str] | None = {} if embed_photos else None
-    files = [file for file in (history, report) if file]
-    if json_file and json_file != "-":
-        files.append(Path(json_file))
-    for file in files:
+    if json_file == markdown == "-":
+        raise click.UsageError("--json and --markdown cannot both write to stdout")
+    named = [Path(file) for file in (json_file, markdown) if file and file != "-"]
+    for file in [*(file for file in (history, report) if file), *named]:
         records.check_writable(file)
     past = records.history(history) if history else []
     browser = None
@@ -251,43 +314,54 @@ def bench(
         from .browser import Options
 
         browser = Options(wait=wait or Options.wait, open=program, http=http, webgpu=webgpu, native=native)
-    with PhaseBars() as bars:
-        record = run_bench(
-            bundles,
-            device=device,
-            host=host,
-            memory_limit=memory_limit,
-            browser=browser,
-            data=data,
-            skip_bad=skip_bad,
-            split=split,
-            limit=limit,
-            beams=beams,
-            peers=peers,
-            all_peers=all_peers,
-            checkpoints=checkpoints,
-            settings=Settings(threads=threads, rounds=rounds),
-            pictures=pictures,
-            progress=bars,
-        )
+    try:
+        with PhaseBars() as bars:
+            record = run_bench(
+                bundles,
+                device=device,
+                host=host,
+                memory_limit=memory_limit,
+                browser=browser,
+                data=data,
+                skip_bad=skip_bad,
+                split=split,
+                limit=limit,
+                beams=beams,
+                peers=peers,
+                all_peers=all_peers,
+                checkpoints=checkpoints,
+                settings=Settings(threads=threads, rounds=rounds, timeout=timeout, slow_photos=slow_limit),
+                pictures=pictures,
+                progress=bars,
+            )
+    except KeyboardInterrupt:
+        click.echo("stopped before anything was finished: nothing is written", err=True)
+        sys.exit(130)
     # What cannot be measured again first: nothing is lost when showing it fails.
     if json_file == "-":
         click.echo(records.dumps(record))
     elif json_file:
         records.write(record, Path(json_file))
-    changed = None
+    changed = alone = None
     if history:
         records.append(record, history)
         changed = since_last(past, record)
-    if json_file != "-":
+        alone = None if changed else why_none(past, record)
+    if "-" not in (json_file, markdown):
         show(record)
         if changed:
             show_since(changed)
+        elif alone:
+            click.echo(f"\nNothing to compare with: {alone}")
+    if markdown:
+        put_markdown(record, markdown)
     if report:
-        first = history is not None and changed is None
-        write_page(page(record, changes=changed, first_record=first, photos=pictures), report)
+        write_text(html(record, changes=changed, alone=alone, photos=pictures), report, "report")
+    if record["stopped"]:
+        sys.exit(130)
     rows = [row for row in record["rows"] if row["kind"] == "bundle"]
-    if any(row["status"] != "ok" or row.get("against_native", {}).get("ok") is False for row in rows):
+    bad = any(row["status"] != "ok" or row.get("against_native", {}).get("ok") is False for row in rows)
+    if bad or record["problems"]:
         sys.exit(1)
 
 

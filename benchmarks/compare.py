@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -46,7 +46,7 @@ def compare(a: Record, b: Record, *, limit: float = 0.0, stages: Sequence[str] =
         "limit": limit,
         "stages": list(stages),
         "created": [a["created"], b["created"]],
-        "notes": [*unlike, *_notes(a, b)],
+        "notes": [*unlike, *_notes(a, b), *_row_notes(before, rows_b, same_photos)],
         "rows": rows,
         "new": [row["name"] for row in b["rows"] if row["name"] not in known and row["status"] == "ok"],
         "failed": any(row["reason"] and row["kind"] == "bundle" for row in rows),
@@ -63,6 +63,15 @@ def since_last(history: Sequence[Record], record: Record) -> dict | None:
         if shared and not differences(last, record):
             return compare(last, record)
     return None
+
+
+def why_none(history: Sequence[Record], record: Record) -> str:
+    """Why `since_last` finds no record to compare with."""
+    if not history:
+        return "the history held no record yet"
+    if unlike := differences(history[-1], record):
+        return f"the history's last record is of something else ({'; '.join(unlike)})"
+    return f"the history's last record has none of these rows: {_names(history[-1]['rows'])}"
 
 
 def differences(a: Record, b: Record) -> list[str]:
@@ -120,6 +129,9 @@ def _notes(a: Record, b: Record) -> list[str]:
         one, two = ((record.get("limits") or {}).get(name) for record in (a, b))
         if one and two and not 0.9 < two / one < 1.1:
             notes.append(f"the machine's own limit of {what} changed by {two / one - 1:+.0%} between the records")
+    for which, record in zip(("first", "second"), (a, b), strict=True):
+        if signs := _at(record, ("device", "clock", "fell")):
+            notes.append(f"in the {which} record the machine slowed down: {'; '.join(map(str, signs))}")
     browsers = [_at(record, _MODEL) for record in (a, b) if _at(record, ("device", "kind")) == "browser"]
     if len(set(browsers)) > 1:
         notes.append(" → ".join(browsers))
@@ -128,6 +140,20 @@ def _notes(a: Record, b: Record) -> list[str]:
         if one != two:
             notes.append(f"{package} {one} → {two}")
     return notes
+
+
+def _row_notes(before: Sequence[Record], rows_b: Mapping[str, Record], same_photos: bool) -> Iterator[str]:
+    """Where the same row was timed otherwise, or captioned other photos (slow rows, see suite.Settings)."""
+    for a in before:
+        b = rows_b.get(a["name"])
+        if b is None or b["status"] != "ok":
+            continue
+        one, two = a.get("timed_by"), b.get("timed_by")
+        if one and two and one != two:
+            yield f"{a['name']} was timed otherwise: {one} → {two}"
+        one, two = _at(a, ("quality", "photos")), _at(b, ("quality", "photos"))
+        if same_photos and one and two and one != two:
+            yield f"{a['name']}: CIDEr of {one} photos → of {two} photos"
 
 
 def _row(a: Record, b: Record | None, limit: float, stages: Sequence[str], same_photos: bool) -> dict[str, Any]:

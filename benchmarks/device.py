@@ -9,9 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self
 
-from ..devices import KINDS, cpu_facts, get_profile
+from ..devices import cpu_facts, get_profile
 from ..devices.confine import MemoryLimit, choose_cores, memory_limits
-from ..runtime.errors import UsageError
+from ..devices.throttle import read_clock
+from ..runtime.progress import Progress
 from . import limits, rss
 from .record import machine_load, package_versions
 from .runner import Running, Worker, WorkerFailed
@@ -21,16 +22,14 @@ if TYPE_CHECKING:
     from .quality import Photo
     from .subjects import Subject
 
-# (phase, steps done, steps in all)
-Progress = Callable[[str, int, int], None]
-
 
 class Device:
     """One device, reached. Use as a context manager: leaving it ends what it holds open."""
 
     timed = True  # False: its times and memory mean nothing, and are not measured
+    slower: float = 1  # times --timeout that an answer may take at least
     photos: int | None = None  # captioned where nobody says how many; None: the whole split
-    memory_limit: int | None = None  # bytes that a worker may hold; see `reach`
+    memory_limit: int | None = None  # bytes that a worker may hold; see reach.py
 
     def __init__(self, profile: Profile) -> None:
         self.profile = profile
@@ -64,13 +63,17 @@ class Device:
         """The device's own "cpu", "load" and "versions", for the record; more keys join the record's "device"."""
         raise NotImplementedError
 
+    def clock(self, threads: int) -> dict[str, Any] | None:
+        """What tells whether its clock falls (see devices/throttle.py), read now; None where nothing does."""
+        return None
+
     def done(self, record: Mapping[str, Any]) -> None:
         """Tell whoever watches the device what came out."""
 
     def check(
         self, subjects: Sequence[Subject], photos: Sequence[Photo], threads: int, timeout: float, progress: Progress
     ) -> dict[str, dict[str, Any]]:
-        """What a device has to show besides, by the subjects' names: their rows' "against_native" (see against.py)."""
+        """What a device has to show besides, by the subjects' names: their rows' "against_native" (see parity.py)."""
         return {}
 
     def close(self) -> None:
@@ -104,6 +107,9 @@ class Local(Device):
     def limits(self, threads: int) -> Running:
         return Worker(limits.COMMAND, threads=threads, cores=choose_cores(threads))
 
+    def clock(self, threads: int) -> dict[str, Any] | None:
+        return read_clock()
+
     @cached_property
     def _limits(self) -> Callable[[], MemoryLimit] | None:
         return memory_limits(self.memory_limit) if self.memory_limit else None
@@ -117,45 +123,3 @@ class Local(Device):
             "pinned": list(choose_cores(threads)),
             "memory_limit": limit,
         }
-
-
-def _browser(profile: Profile, **how: Any) -> Device:
-    from .browser import Browser  # a server and more, which other devices do not need
-
-    return Browser(profile, **how)
-
-
-def _emulated(profile: Profile) -> Device:
-    from .emulated import Emulated
-
-    return Emulated(profile)
-
-
-def _ssh(profile: Profile) -> Device:
-    from .remote import Ssh
-
-    return Ssh(profile)
-
-
-# One entry per kind of profile: how a device of that kind is reached.
-WAYS: dict[str, Callable[..., Device]] = {
-    "local": Local,
-    "ssh": _ssh,
-    "browser": _browser,
-    "emulated-arm64": _emulated,
-}
-LIMITED = ("local", "ssh")  # the kinds whose workers' memory can be limited
-
-
-def reach(profile: Profile, *, memory_limit: int | None = None, **how: Any) -> Device:
-    """The device of a profile that can be reached (see require_reachable). Raises EdgecapError in one line.
-
-    memory_limit: bytes a worker may hold; by default a local profile's memory_mb. how: what its kind alone can be told.
-    """
-    if memory_limit and profile.kind not in LIMITED:
-        raise UsageError(f"device {profile.name} ({KINDS[profile.kind].label}): memory cannot be limited there")
-    device = WAYS[profile.kind](profile, **how)
-    if memory_limit is None and profile.kind == "local" and profile.memory_mb:
-        memory_limit = profile.memory_mb * 2**20
-    device.memory_limit = memory_limit
-    return device

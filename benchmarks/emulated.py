@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..devices import Profile
 from ..devices.emulated_arm64 import Root, prepare
-from .against import against_native
-from .device import Device, Local, Progress
+from ..runtime.progress import Progress
+from .device import Device, Local
+from .parity import native_parity
 from .record import machine_load
 from .runner import Running, Worker, WorkerFailed
 
@@ -18,13 +19,14 @@ if TYPE_CHECKING:
     from .quality import Photo
     from .subjects import Subject
 
-SLOWER = 30  # how many times longer than usual an answer may take
+SLOWER = 30  # times --timeout: int8 products are emulated a hundred times slower than they run
 
 
 class Emulated(Device):
     """Workers under qemu. They read this machine's files, so nothing is shipped."""
 
     timed = False
+    slower = SLOWER
     photos = 20
 
     def __init__(self, profile: Profile) -> None:
@@ -43,7 +45,7 @@ class Emulated(Device):
             raise WorkerFailed("peers run on this machine alone")
         assert self._root is not None
         command = self._root.command("-m", "edgecap.benchmarks.worker")
-        return _Patient(command, threads=threads, environment=self._root.environment(Path(self._code.name)))
+        return Worker(command, threads=threads, environment=self._root.environment(Path(self._code.name)))
 
     def facts(self, threads: int) -> dict[str, Any]:
         from .. import __version__
@@ -56,14 +58,8 @@ class Emulated(Device):
     def check(
         self, subjects: Sequence[Subject], photos: Sequence[Photo], threads: int, timeout: float, progress: Progress
     ) -> dict[str, dict[str, Any]]:
-        return against_native(Local(), self, subjects, photos, threads=threads, timeout=timeout, progress=progress)
+        more = timeout * SLOWER
+        return native_parity(Local(), self, subjects, photos, threads=threads, timeout=more, progress=progress)
 
     def close(self) -> None:
         self._code.cleanup()
-
-
-class _Patient(Worker):
-    """A worker that may take its time: int8 products are emulated a hundred times slower than they run."""
-
-    def receive(self, timeout: float) -> dict[str, Any]:
-        return super().receive(timeout * SLOWER)

@@ -11,11 +11,12 @@ import numpy as np
 
 from ..runtime.errors import UsageError
 
-# What is timed for each photo, in order. The first three and next_token × (tokens − 1) make up end_to_end.
+# What is timed for each photo. preprocess, encode, first_token and next_token × (tokens − 1) make up end_to_end.
 STAGES = {
     "preprocess": "JPEG file → uint8 pixels: read, decode, resize",
     "encode": "everything done once per photo before the first token's step: the encoder graph",
     "first_token": "the decoder's first step (BOS and prompt), after encode",
+    "ttft": "time to first token: file → logits of the first, which is preprocess, encode and first_token",
     "next_token": "each further token: the decoder's step and the search around it",
     "decode": "everything after encode: first token, further tokens, search",
     "picture_to_text": "a decoded picture of its own size → text: resize, encode, decode",

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from .datasets import Dataset
     from .metrics import CaptionScores
 
+WORTHLESS = 0.02  # CIDEr that weights without training may reach: its interval's upper end is below
+
 
 @dataclass(frozen=True)
 class Photo:
@@ -56,6 +58,11 @@ def quality_record(scores: CaptionScores, first: CaptionScores | None) -> dict[s
         difference = paired_bootstrap(scores.per_photo_cider, first.per_photo_cider)
         record["cider_over_first"] = difference.to_dict()
     return record
+
+
+def worthless(quality: Mapping[str, Any]) -> bool:
+    """Whether a row's quality is that of weights which nobody trained."""
+    return quality["cider_interval"]["high"] < WORTHLESS
 
 
 def identical_share(a: Mapping[str, Any], b: Mapping[str, Any]) -> float:

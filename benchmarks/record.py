@@ -43,6 +43,8 @@ def build(
         "data": dict(data),
         "limits": None if limits is None else dict(limits),
         "reference": measured["reference"],
+        "stopped": measured["stopped"],  # why some rows are missing: "interrupted", or None
+        "problems": measured["problems"],  # what failed after the rounds, a line each
         "rows": measured["rows"],
     }
 

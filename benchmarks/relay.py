@@ -1,8 +1,9 @@
 """The device's end of an ssh connection: starts a worker beside itself, hands lines on, and keeps the time.
 
-The first line says what to start: {"start": "bundle"|"imports"|"limits"|"facts", "threads", "memory_limit", "timeout",
-"modules"}. From then on a line in is a request, a line out its answer, "since_start" by this machine's clock. So cold
-start is the worker's own, without the network's or this process's. It ends with its input, and the worker with it.
+The first line says what to start: {"start": "bundle"|"imports"|"limits"|"facts"|"clock", "threads", "memory_limit",
+"timeout", "modules"}. From then on a line in is a request, a line out its answer, "since_start" by this machine's
+clock. So cold start is the worker's own, without the network's or this process's. It ends with its input, and the
+worker with it.
 """
 
 from __future__ import annotations
@@ -47,6 +48,9 @@ def main() -> None:
     first = json.loads(sys.stdin.readline())
     device = Local()
     device.memory_limit = first.get("memory_limit")
+    if first["start"] == "clock":
+        say({"ok": True, "clock": device.clock(first["threads"])})
+        return
     if first["start"] == "facts":
         say({"ok": True, "facts": device.facts(first["threads"])})
         return

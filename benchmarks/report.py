@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -11,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..devices.confine import size_text
+from ..runtime.errors import UsageError
 from .latency import STAGES
 
 LABELS = {
@@ -18,11 +20,14 @@ LABELS = {
     "preprocess": "preprocess",
     "encode": "encode",
     "first_token": "first token",
+    "ttft": "TTFT",
     "next_token": "per further token",
     "decode": "decode",
     "picture_to_text": "picture → text",
     "end_to_end": "JPEG → text",
 }
+
+Row = Mapping[str, Any]
 
 
 def show(record: Mapping[str, Any]) -> None:
@@ -40,15 +45,35 @@ def render(record: Mapping[str, Any]) -> RenderableType:
     if any(row["latency"] for row in rows):
         parts += [Text(), latency_table(record)]
     if any(row["speedup"] for row in rows):
-        parts += [Text(), ratio_table(record)]
+        for group in sorted({row.get("group", 0) for row in rows if row["speedup"]}):
+            parts += [Text(), ratio_table([row for row in rows if row.get("group", 0) == group])]
     if any(row["status"] == "ok" for row in rows):
-        parts += [Text(), artifact_table(record), Text(), quality_table(record)]
+        parts += [Text(), artifact_table(record)]
+    if any(row["quality"] for row in rows):
+        parts += [Text(), quality_table(record)]
     parts += [Text(), *(Text(line, style="dim") for line in _notes(record))]
+    for reason, names in missing(rows).items():
+        parts.append(Text(f"{', '.join(names)}: {reason}", style="red"))
     for row in rows:
-        if row["status"] != "ok":
+        if row["status"] in ("failed", "refused"):
             failed = row["status"] == "failed"
             parts.append(Text(f"{row['name']}{' failed' * failed}: {row['error']}", style="red" if failed else "dim"))
+    parts += [Text(line, style="red") for line in problem_lines(record)]
     return Group(*parts)
+
+
+def problem_lines(record: Mapping[str, Any]) -> list[str]:
+    """What failed after the rounds."""
+    return [f"after the rounds: {problem}" for problem in record.get("problems") or ()]
+
+
+def missing(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """The names of rows whose group was not finished, by the reason."""
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        if row["status"] == "missing":
+            found.setdefault(row["error"], []).append(row["name"])
+    return found
 
 
 def _head(record: Mapping[str, Any]) -> Iterator[str]:
@@ -60,10 +85,19 @@ def _head(record: Mapping[str, Any]) -> Iterator[str]:
     emulated = record["device"].get("times") == "emulated"
     runs = "emulated: times would mean nothing" if emulated else f"{settings['rounds']} interleaved rounds"
     yield f"{threads} thread{'s' * (threads != 1)}{confinement(record['device'])} · {runs} · {versions}"
-    yield f"{data['spec']}, {data['split']} split, {data['photos']:,} photos"
+    yield f"{data['spec']}, {data['split']} split, {photos_text(record)}"
     load = record["device"]["load"]
     if load is not None and load > cpu["cores"] / 2 and not emulated:
         yield f"other work was running (load {load:.1f}): trust the ratios, not the times"
+    if line := clock_line(record["device"]):
+        yield line
+
+
+def clock_line(device: Mapping[str, Any]) -> str | None:
+    """What tells that the device's clock fell, in words; None where nothing does."""
+    signs = (device.get("clock") or {}).get("fell") or []
+    said = "; ".join(map(str, signs))
+    return f"the machine slowed down: {said}: trust the ratios, not the times" if signs else None
 
 
 def confinement(device: Mapping[str, Any]) -> str:
@@ -94,7 +128,13 @@ def milliseconds(seconds: float | None) -> str:
 
 
 def megabytes(value: float | None, digits: int = 1) -> str:
-    return "–" if value is None else f"{value / 1e6:,.{digits}f}"
+    """10⁶ bytes; from a hundred on, whole ones."""
+    return "–" if value is None else f"{value / 1e6:,.{digits if value < 99.95e6 else 0}f}"
+
+
+def rate_text(value: float | None) -> str:
+    """Tokens a second."""
+    return "–" if value is None else f"{value:,.0f}" if value >= 99.95 else f"{value:.1f}"
 
 
 def times_text(value: float) -> str:
@@ -114,11 +154,11 @@ def interval_text(figures: Mapping[str, float], sign: str = "") -> str:
 
 
 def latency_table(record: Mapping[str, Any]) -> Table:
-    """Stages of every subject, with percentiles, and with more than one the ratio to the first subject."""
+    """Stages of every subject, with percentiles, tokens/s, and the ratio to the first one of its group."""
     rows = [row for row in record["rows"] if row["latency"]]
-    first = next((row["name"] for row in rows if row["status"] == "ok"), None)
+    firsts = {row.get("group", 0): row["name"] for row in reversed(rows) if row["status"] == "ok"}
     compare = any(row["speedup"] for row in rows)
-    table = Table(title="Time, ms", title_justify="left", box=None, pad_edge=False)
+    table = Table(title="Time, ms, and tokens/s in decoding", title_justify="left", box=None, pad_edge=False)
     table.add_column("", overflow="fold", max_width=26)
     table.add_column("stage")
     for column in ("p50", "p90", "p99", "min"):
@@ -127,6 +167,7 @@ def latency_table(record: Mapping[str, Any]) -> Table:
         table.add_column("times faster than\nthe first [95%]", justify="right")
     for row in rows:
         name = Text(row["name"])  # as text: a name is no markup
+        first = firsts.get(row.get("group", 0))
         for stage in ("load", *STAGES):
             figures = row["latency"].get(stage)
             if figures is None:
@@ -141,12 +182,14 @@ def latency_table(record: Mapping[str, Any]) -> Table:
             end = stage == "end_to_end"
             table.add_row(*cells, style="bold" if end else None, end_section=end)
             name = Text()
+            if stage == "next_token" and (rate := row["latency"].get("tokens_per_s")):
+                table.add_row(name, "tokens/s", rate_text(rate))
     return table
 
 
-def ratio_table(record: Mapping[str, Any]) -> Table:
-    """JPEG → text, each subject against each other one (the first four; the record has all)."""
-    rows = [row for row in record["rows"] if row["status"] == "ok" and row["speedup"]]
+def ratio_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """JPEG → text, each row of a group against each other one (the first four; the record has all)."""
+    rows = [row for row in rows if row["status"] == "ok" and row["speedup"]]
     table = Table(title="JPEG → text, times faster [95%]", title_justify="left", box=None, pad_edge=False)
     table.add_column("", overflow="fold", max_width=26)
     shown: list[str] = [row["name"] for row in rows[:4]]
@@ -218,6 +261,83 @@ def quality_table(record: Mapping[str, Any]) -> Table:
     return table
 
 
+def grouped(rows: Iterable[Row]) -> list[list[Row]]:
+    """Rows that ran, by the group that they were measured in, bundles before their peers, the fastest peer first."""
+    groups: dict[int, list[Row]] = {}
+    for row in ok(rows):
+        groups.setdefault(row.get("group", 0), []).append(row)
+
+    def order(row: Row) -> tuple[bool, float]:
+        times = (row["latency"] or {}).get("end_to_end")
+        return row["kind"] != "bundle", times["p50"] if times and row["kind"] != "bundle" else 0.0
+
+    return [sorted(group, key=order) for group in groups.values()]
+
+
+def ok(rows: Iterable[Row]) -> list[Row]:
+    return [row for row in rows if row["status"] == "ok"]
+
+
+def model(group: Sequence[Row]) -> str:
+    """What a group's rows run."""
+    return str(group[0]["facts"].get("model") or group[0]["name"])
+
+
+def peers_of(row: Row, group: Iterable[Row]) -> list[Row]:
+    """The peers of a group that a bundle is held against: those put beside it (the same search), and those that were
+    given by hand. Of a bundle's one-graph form they are the bundle's.
+    """
+    names = {row["name"], row["name"].removesuffix(" fused")}
+    return [p for p in group if p["kind"] != "bundle" and (not p.get("peer_of") or names.intersection(p["peer_of"]))]
+
+
+def lead(row: Row, group: Iterable[Row]) -> dict[str, float] | None:
+    """How many times as fast a bundle is, JPEG → text, as the peer of its own that it leads least; None without."""
+    speedup = row["speedup"] or {}
+    peers = peers_of(row, group)
+    ratios = [ratio for peer in peers if (ratio := (speedup.get(peer["name"]) or {}).get("end_to_end"))]
+    return min(ratios, key=lambda ratio: ratio["ratio"], default=None)
+
+
+def write_text(text: str, path: Path, what: str) -> None:
+    """Write a record as it is to be read. Raises UsageError when it cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"cannot write the {what} to {path}: {error.strerror}") from error
+
+
+def captioned(row: Row) -> int:
+    """How many photos a row captioned; 0 where the record does not tell."""
+    return (row["quality"] or {}).get("photos") or len(row.get("captions") or ())
+
+
+def photos_text(record: Mapping[str, Any]) -> str:
+    """The photos of a record, and that slow rows captioned fewer of them (--slow-limit)."""
+    total = record["data"]["photos"]
+    counts = {captioned(row) for row in ok(record["rows"])} - {0} or {total}
+    if min(counts) < max(counts):
+        return f"{min(counts):,} to {max(counts):,} photos"
+    return f"{total:,} photos" if total in counts else f"{max(counts):,} of {total:,} photos"
+
+
+def slow_lines(record: Mapping[str, Any]) -> Iterator[str]:
+    """Which rows were timed, or captioned photos, fewer times than others, because they are slow."""
+    rows, total = ok(record["rows"]), record["data"]["photos"]
+    if once := [row for row in rows if row.get("timed_by") == "once"]:
+        yield f"{_bundles(once)}: one caption a photo and one photo a round tell all times, as each takes long"
+    for count in sorted({captioned(row) for row in rows} - {0}):
+        if count < total:
+            yield f"{_bundles([row for row in rows if captioned(row) == count])}: {count:,} of the {total:,} photos"
+
+
+def _bundles(rows: Sequence[Row]) -> str:
+    """Rows by the names of the bundles among them."""
+    names = [row["name"] for row in rows if row["kind"] == "bundle"]
+    return ", ".join(names or [row["name"] for row in rows]) + " and peers" * (0 < len(names) < len(rows))
+
+
 LIMITS = {"read_gb_s": "reads {:.1f} GB/s", "fp32_gflops": "fp32 {:.0f} GFLOP/s", "int8_gops": "int8 {:.0f} GOP/s"}
 
 
@@ -275,6 +395,7 @@ def _notes(record: Mapping[str, Any]) -> Iterator[str]:
             decode, whole = (ratio_text(ratios.get(stage)) for stage in ("decode", "picture_to_text"))
             yield f"{row['name']}: × its encoder's time: decode {decode}, picture → text {whole}"
     yield from weight_lines(rows)
+    yield from slow_lines(record)
     beams = {row["name"]: row["decoding"].get("beam") for row in rows}
     if len(set(beams.values())) > 1:
         yield "beam: " + ", ".join(f"{name} {beam}" for name, beam in beams.items())

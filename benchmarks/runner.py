@@ -15,12 +15,26 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 from ..devices.confine import MemoryLimit, pinned, size_text
+from ..devices.group import kill_group
 
 MAX_LINE = 16 * 2**20  # bytes; an answer is never longer
 
 
 class WorkerFailed(Exception):
     """A worker did not answer as it should; the text is the reason, in one line."""
+
+
+def no_answer(timeout: float) -> str:
+    seconds = f"{timeout:,.0f}" if timeout >= 10 else f"{timeout:g}"
+    return f"gave no answer within {seconds} s (--timeout gives it more)"
+
+
+def answered(answer: Mapping[str, Any], name: str, count: int) -> list[Any]:
+    """The list that an answer holds, an entry for each of so many photos. Raises WorkerFailed."""
+    found = answer.get(name)
+    if not isinstance(found, list) or len(found) != count:
+        raise WorkerFailed(f"answered with {name} that are not a list of {count}")
+    return found
 
 
 def worker_environment(threads: int) -> dict[str, str]:
@@ -154,7 +168,7 @@ class Worker(Running):
             line = self._lines.get(timeout=timeout)
         except queue.Empty:
             self.kill()
-            raise WorkerFailed(f"gave no answer within {timeout:g} s") from None
+            raise WorkerFailed(no_answer(timeout)) from None
         since = time.perf_counter() - self.started
         if line is None:
             self._lines.put(None)  # so that asking again fails the same way
@@ -189,18 +203,12 @@ class Worker(Running):
             end = f"was ended by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
         self._errors.seek(0, os.SEEK_END)
         self._errors.seek(max(0, self._errors.tell() - 4096))
-        said = [line.strip() for line in self._errors.read().decode(errors="replace").splitlines() if line.strip()]
-        return f"{end}: {said[-1][:300]}" if said else end
+        said = last_line(self._errors.read())
+        return f"{end}: {said}" if said else end
 
     def kill(self) -> None:
         """End the process and everything in its group, now."""
-        try:
-            if hasattr(os, "killpg"):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            else:
-                self._process.kill()
-        except (ProcessLookupError, PermissionError):
-            pass
+        kill_group(self._process)
 
     def close(self) -> None:
         """Let the worker finish (it ends when its input does), and make sure that it did, and all it started."""
@@ -226,3 +234,35 @@ class Worker(Running):
 def python_module(module: str, python: str = sys.executable) -> list[str]:
     """The argv that runs a module with an interpreter, by default this one."""
     return [python, "-m", module]
+
+
+def run_script(command: Sequence[str], *, timeout: float) -> str | None:
+    """Run a peer's script, and end it and all it started after `timeout` s: None, or why it failed, in one line."""
+    with tempfile.TemporaryFile() as errors:
+        try:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=errors,
+                env=os.environ | {"TOKENIZERS_PARALLELISM": "false"},
+                start_new_session=True,
+            )
+        except OSError as error:
+            return f"could not be started: {error.strerror}"
+        try:
+            code = process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            return f"was not ready within {timeout:,.0f} s"
+        finally:  # also when the user stops it
+            kill_group(process)
+            process.wait()
+        errors.seek(0)
+        said = last_line(errors.read())
+    return None if code == 0 else said or f"its script ended with exit code {code}"
+
+
+def last_line(said: bytes) -> str:
+    """The last line that is not empty, at most 300 characters of it."""
+    lines = [line.strip() for line in said.decode(errors="replace").splitlines() if line.strip()]
+    return lines[-1][:300] if lines else ""

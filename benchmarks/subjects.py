@@ -60,6 +60,8 @@ def bundle_subject(path: Path, *, beam: int | None = None) -> tuple[Subject, Ori
 
     bundle = Bundle.open(path)  # a broken one is refused now, and is no row that failed
     manifest = bundle.manifest
+    lineage = manifest.get("lineage", {})
+    prunings = [step.get("params", {}).get("from") for step in lineage.get("passes", ()) if step["name"] == "prune"]
     facts = {
         "sha256": bundle.sha256,
         "bytes": {"total": bundle.bytes, "graphs": graph_bytes(manifest)},
@@ -67,12 +69,13 @@ def bundle_subject(path: Path, *, beam: int | None = None) -> tuple[Subject, Ori
         "precision": manifest.get("precision"),
         "created_with": dict(manifest.get("created_with", {})),
         "fused": "fused" in manifest.get("graphs", {}),
-        "checkpoint_sha256": manifest.get("lineage", {}).get("checkpoint", {}).get("sha256"),
+        "model": lineage.get("checkpoint", {}).get("recipe", {}).get("name"),
+        "checkpoint_sha256": lineage.get("checkpoint", {}).get("sha256"),
+        "pruned_from": next(iter(prunings), None),
     }
     decoding = dict(manifest["decoding"]) | ({} if beam is None else {"beam": beam})
     command = tuple(python_module("edgecap.benchmarks.worker"))
-    subject = Subject(path.name.removesuffix(".edgecap"), "bundle", path, command, decoding, facts)
-    lineage = manifest.get("lineage", {})
+    subject = Subject(path.resolve().name.removesuffix(".edgecap"), "bundle", path, command, decoding, facts)
     data = lineage.get("checkpoint", {}).get("recipe", {}).get("data", {})
     skip_bad = isinstance(data, Mapping) and data.get("skip_bad") is True
     return subject, Origin(lineage["data"], skip_bad) if lineage.get("data") else None
@@ -121,18 +124,46 @@ def peer_python(kind: str) -> str:
     return wanted or sys.executable
 
 
-def unique_names(subjects: Sequence[Subject]) -> list[Subject]:
-    """The same subjects, the path's folder put before names that occur twice and a number where that is not
-    enough.
+def groups(subjects: Sequence[Subject]) -> list[int]:
+    """The number of every subject's group, of those that are measured side by side: bundles of the same weights, or
+    pruned from them, and their peers; peers of no bundle are in the first. Without peers, all are one group.
     """
-    from collections import Counter
+    if not any(subject.peer_of for subject in subjects):
+        return [0] * len(subjects)
+    weights: dict[str, int] = {}
+    bundles: dict[str, int] = {}  # by their names
+    for subject in subjects:
+        if subject.kind == "bundle":
+            known = (subject.facts.get(name) for name in ("pruned_from", "checkpoint_sha256"))
+            key = next(filter(None, known), str(subject.path))
+            bundles[subject.name] = weights.setdefault(key, len(weights))
+    return [bundles.get(next(iter(subject.peer_of), subject.name), 0) for subject in subjects]
 
-    count = Counter(s.name for s in subjects)
-    longer = [replace(s, name=f"{s.path.resolve().parent.name}/{s.name}") if count[s.name] > 1 else s for s in subjects]
-    seen: Counter[str] = Counter()
+
+def unique_names(subjects: Sequence[Subject]) -> list[Subject]:
+    """The same subjects; names that occur twice are told apart by the folders of their paths, of peers by their bundle,
+    and by a number where that is not enough.
+    """
+    names = [subject.name for subject in subjects]
+    for depth in (1, 2, 3):
+        places: dict[str, set[Any]] = {}
+        for subject, name in zip(subjects, names, strict=True):
+            places.setdefault(name, set()).add((subject.path.resolve(), subject.peer_of))
+        names = [
+            _longer(subject, depth) if len(places[name]) > 1 else name
+            for subject, name in zip(subjects, names, strict=True)
+        ]
+    taken: set[str] = set()
     result = []
-    for subject in longer:
-        seen[subject.name] += 1
-        again = seen[subject.name]
-        result.append(subject if again == 1 else replace(subject, name=f"{subject.name} #{again}"))
+    for subject, name in zip(subjects, names, strict=True):
+        again = (name if n == 1 else f"{name} #{n}" for n in range(1, len(names) + 1))
+        name = next(one for one in again if one not in taken)
+        taken.add(name)
+        result.append(subject if name == subject.name else replace(subject, name=name))
     return result
+
+
+def _longer(subject: Subject, depth: int) -> str:
+    if subject.peer_of:
+        return f"{subject.name} of {subject.peer_of[0]}"
+    return "/".join((*subject.path.resolve().parts[-1 - depth : -1], subject.name))

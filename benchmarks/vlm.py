@@ -3,44 +3,40 @@
     python -m edgecap.benchmarks.vlm make MODEL DIR                # every peer's folder, from a Hugging Face directory
     python -m edgecap.benchmarks.vlm run a.edgecap DIR/* --threads 1 --json record.json
 
-`edgecap bench` times each part of many captions and judges them; here one caption takes seconds, and one pass of each
-row a round has all that is asked: the first token, the further ones, and from file to text.
+The bench's own suite measures, and its record is written. Its own are the forced number of tokens, one pass a round
+that tells all times, as a caption takes seconds, and the comparison of logits instead of captions.
 """
 
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from hashlib import sha256
 from importlib import import_module
 from pathlib import Path
-from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
-from ..devices import cpu_facts
 from ..runtime.errors import EdgecapError, UsageError
-from .latency import speedup, stats
-from .limits import larger, limits
-from .memory import caption_process
+from .bench import measure
+from .device import Device, Local
 from .peers import PEERS
+from .peers.prepare import PREPARED
 from .peers.vlm import TASK, Peer, Task, new_task
-from .record import check_writable, machine_load, write
-from .report import limits_line
-from .runner import Worker, WorkerFailed, python_module
-from .subjects import Subject, bundle_subject, peer_subject
-from .work import add_near
+from .quality import Photo
+from .record import check_writable, write
+from .report import limits_line, megabytes, problem_lines, rate_text, ratio_text
+from .runner import WorkerFailed, python_module, run_script
+from .subjects import Subject, bundle_subject, peer_subject, unique_names
+from .suite import INTERRUPTED, Settings, noting
 
-FORMAT = "edgecap-vlm-bench"
 KINDS = tuple(kind for kind, peer in PEERS.items() if peer.vlm)
 SOURCE = {kind: peer.source for kind, peer in PEERS.items() if peer.source}  # made from that one's, by its interpreter
 TIMEOUT = 900.0  # seconds for one answer
-PARTS = ("first", "next", "whole")
 
 
 def peer_class(kind: str) -> type[Peer]:
@@ -64,12 +60,9 @@ def make(model: Path, folder: Path, *, size: int = 512, kinds: Sequence[str] = K
             start = folder / f"{source}-{precision}" if source else model
             python = peer_subject(f"{source or kind}:{folder}", {}).command[0]
             command = [*python_module(PEERS[kind].module, python), str(start), str(place), "--size", str(size)]
-            done = subprocess.run(
-                [*command, *([] if source else ["--precision", precision])], stderr=subprocess.PIPE, text=True
-            )
-            if done.returncode:
-                said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-                replace(task, failed=said[-1][:300] if said else f"exit code {done.returncode}").write(place)
+            command += [] if source else ["--precision", precision]
+            if reason := run_script(command, timeout=PREPARED):
+                replace(task, failed=reason).write(place)
             made.append(place)
     return made
 
@@ -84,120 +77,96 @@ def subject(path: Path, tokens: int) -> Subject:
     return replace(found, decoding={**found.decoding, **decoding})
 
 
-@dataclass
-class Row:
-    """What was found out about one subject. After an error nothing more is asked of it."""
-
-    subject: Subject
-    error: str | None = None
-    facts: dict[str, Any] = field(default_factory=dict)
-    starts: list[dict[str, Any]] = field(default_factory=list)
-    passes: list[dict[str, Any]] = field(default_factory=list)  # by round
-    logits: np.ndarray | None = None  # [tokens, vocabulary] of the warm-up's caption
-
-    def attempt(self, what: str, call: Any) -> Any:
-        """What the call returns; None, and the row's reason, where its worker fails."""
-        if self.error is None:
-            try:
-                return call()
-            except WorkerFailed as failure:
-                self.error = f"{what}: {failure}"
-        return None
-
-
 def run(
     subjects: Sequence[Subject], photo: Path, *, threads: int = 1, rounds: int = 10, starts: int = 3
-) -> list[dict[str, Any]]:
-    """A row of the record for each subject, all compared with the first. Raises UsageError without subjects, or for
-    fewer than two rounds.
+) -> dict[str, Any]:
+    """The record of `edgecap bench` for one photo; all rows are compared with the first, token by token: "tokens",
+    "same_tokens" and "logits" (see agreement). Raises UsageError without subjects, or for fewer than two rounds.
 
     starts: fresh processes after a first one, whose time does not count: it may still read from disk.
     """
     if not subjects or rounds < 2:
         raise UsageError("side by side takes a bundle or peer, and two rounds")
-    rows = [Row(each) for each in subjects]
-    for _ in range(starts + 1):
-        for row in rows:
-            found = row.attempt("cold start", lambda row=row: fresh(row.subject, photo, threads))
-            row.starts += [found] if found else []
-    with ExitStack() as stack, TemporaryDirectory(prefix="edgecap-vlm-") as scratch:
-        workers = {}
-        for i, row in enumerate(rows):
-            workers[i] = row.attempt("load", lambda row=row: stack.enter_context(loaded(row, threads)))
-            file = Path(scratch) / f"{i}.npy"
-            row.attempt("warm-up", lambda i=i, file=file: one(workers[i], photo, logits=str(file)))
-            row.logits = np.load(file) if file.exists() else None
-        for _ in range(rounds):
-            for i, row in enumerate(rows):
-                found = row.attempt("latency", lambda i=i: one(workers[i], photo))
-                row.passes += [found] if found else []
-    return [summary(row, rows[0]) for row in rows]
+    settings = Settings(
+        threads=threads,
+        rounds=rounds,
+        min_runs=rounds,
+        min_seconds=0.0,
+        warmup=1,
+        cold_starts=starts,
+        start_seconds=3600.0,
+        memory_photos=1,
+        timeout=TIMEOUT,
+        passes=True,
+    )
+    about = {"spec": f"picture:{photo.name}", "fingerprint": sha256(photo.read_bytes()).hexdigest()}
+    with Local() as device:
+        photos = [Photo(photo.name, str(photo), ())]
+        record = measure(device, unique_names(subjects), photos, settings, about | {"split": "picture", "photos": 1})
+        if not record["stopped"]:
+            try:
+                add_agreement(device, subjects, record, photo, threads)
+            except KeyboardInterrupt:  # what was measured is kept
+                record["stopped"] = INTERRUPTED
+    return record
 
 
-def fresh(subject: Subject, photo: Path, threads: int) -> dict[str, Any]:
-    """One caption by a process of its own; see `caption_process`."""
-    load = subject.load_request(threads)
-    return caption_process(Worker(subject.command, threads=threads), load, [str(photo)], timeout=TIMEOUT)
+def add_agreement(
+    device: Device, subjects: Sequence[Subject], record: dict[str, Any], photo: Path, threads: int
+) -> None:
+    """Caption once more with every row that ran, for its tokens and logits, and hold them against the first row's. What
+    fails now is one of the record's problems.
+    """
+    first: tuple[list[int], np.ndarray | None] | None = None
+    for i, (subject, row) in enumerate(zip(subjects, record["rows"], strict=True)):
+        if row["status"] != "ok":
+            continue
+        with noting(record["problems"], f"{row['name']}, its tokens and logits"):
+            ids, logits = said(device, subject, photo, threads)
+            row["tokens"] = len(ids)
+            if i == 0:
+                first = ids, logits
+            if first:
+                pairs = list(zip(ids, first[0], strict=False))
+                row["same_tokens"] = sum(a == b for a, b in pairs)
+                reached = next((k + 1 for k, (a, b) in enumerate(pairs) if a != b), len(pairs))
+                row["logits"] = agreement(logits, first[1], reached)
 
 
-def loaded(row: Row, threads: int) -> Worker:
-    worker = Worker(row.subject.command, threads=threads)
-    try:
-        row.facts = worker.ask("load", timeout=TIMEOUT, **row.subject.load_request(threads))["facts"]
-    except WorkerFailed:
-        worker.close()
-        raise
-    return worker
+def said(device: Device, subject: Subject, photo: Path, threads: int) -> tuple[list[int], np.ndarray | None]:
+    """The ids of one caption, and the logits [tokens, vocabulary] where the engine shows them. EdgecapError where it
+    fails now."""
+    with TemporaryDirectory(prefix="edgecap-vlm-") as scratch:
+        file = Path(scratch) / "logits.npy"
+        try:
+            with device.start(subject, threads) as worker:
+                worker.ask("load", timeout=TIMEOUT, **subject.load_request(threads))
+                found = worker.ask("pass", timeout=TIMEOUT, photo=str(photo), logits=str(file))["run"]
+        except WorkerFailed as failure:
+            raise EdgecapError(f"{subject.name} captioned, and did not again: {failure}") from None
+        return found["ids"], np.load(file, allow_pickle=False) if file.exists() else None
 
 
-def one(worker: Worker, photo: Path, **more: Any) -> dict[str, Any]:
-    return dict(worker.ask("pass", timeout=TIMEOUT, photo=str(photo), **more)["run"])
-
-
-def summary(row: Row, first: Row) -> dict[str, Any]:
-    """Seconds, bytes and ratios of a row; with the first one paired by round."""
-    facts = {**row.subject.facts, **row.facts}
-    found: dict[str, Any] = {"name": row.subject.name, "kind": row.subject.kind, "error": row.error, "facts": facts}
-    if row.error is not None:
-        return found
-    timed = row.starts[1:] or row.starts
-    found |= {
-        "bytes": facts.get("bytes"),
-        "cold_start": {key: median(s[key] for s in timed) for key in ("seconds", "import_s", "load_s")},
-        "peak_rss": max((s["peak_rss"] for s in row.starts if s["peak_rss"]), default=None),
-        "ids": row.passes[0]["ids"],
-        "tokens": len(row.passes[0]["ids"]),
-    }
-    for part in PARTS:
-        found[part] = stats([p[part] for p in row.passes]).to_dict() if part in row.passes[0] else None
-    if first.error is None:
-        pairs = list(zip(row.passes[0]["ids"], first.passes[0]["ids"], strict=False))
-        found["same_tokens"] = sum(a == b for a, b in pairs)
-        reached = next((i + 1 for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
-        found["logits"] = agreement(row.logits, first.logits, reached)
-        found["speedup"] = {
-            part: speedup([p[part] for p in first.passes], [p[part] for p in row.passes]).to_dict()
-            for part in PARTS
-            if row is not first and found[part] and part in first.passes[0]
-        }
-    return found
-
-
-def agreement(a: np.ndarray | None, b: np.ndarray | None, reached: int) -> dict[str, float] | None:
+def agreement(a: np.ndarray | None, b: np.ndarray | None, reached: int) -> dict[str, float | None] | None:
     """Two rows' logits [tokens, vocabulary] at the first `reached` positions, where both came by the same tokens, and
     where both are finite (some engines hide the end of sentence): the largest difference, the smallest and the first
-    cosine. None without both."""
+    cosine, None where that is no number (logits of zeros or NaN alone). None without both."""
     if a is None or b is None or a.shape[1] != b.shape[1]:
         return None
-    x, y = (each[:reached].astype(np.float64) for each in (a, b))
+    shown = min(reached, len(a), len(b))
+    if not shown:
+        return None
+    x, y = (each[:shown].astype(np.float64) for each in (a, b))
     both = np.isfinite(x) & np.isfinite(y)
     x, y = np.where(both, x, 0), np.where(both, y, 0)
-    cosines = (x * y).sum(1) / np.sqrt((x * x).sum(1) * (y * y).sum(1))
+    with np.errstate(invalid="ignore"):
+        cosines = (x * y).sum(1) / np.sqrt((x * x).sum(1) * (y * y).sum(1))
+    least, begin = float(cosines.min()), float(cosines[0])
     return {
         "positions": len(x),
         "max_abs_difference": float(np.abs(x - y).max()),
-        "min_cosine": float(cosines.min()),
-        "first_cosine": float(cosines[0]),
+        "min_cosine": least if np.isfinite(least) else None,
+        "first_cosine": begin if np.isfinite(begin) else None,
     }
 
 
@@ -221,32 +190,36 @@ def show(record: dict[str, Any]) -> None:
         "same | logits: cosine | of positions | largest difference |"
     )
     print("|" + " --- |" * 14)
+    first = record["rows"][0]["name"]
     for row in record["rows"]:
-        if row["error"]:
+        if row["status"] != "ok":
             print(f"| {row['name']} | {row['error']} |" + " |" * 12)
             continue
-        speed = row.get("speedup", {}).get("whole")
+        times, near = row["latency"], (row.get("near") or {}).get("decoder")
         cells = [
             row["name"],
             row["facts"].get("image_tokens", "–"),
-            f"{row['bytes']['total'] / 1e6:.0f}" if row["bytes"] else "–",
-            f"{row['cold_start']['seconds']:.2f}",
-            f"{row['peak_rss'] / 1e6:.0f}" if row["peak_rss"] else "–",
-            f"{row['first']['p50'] * 1e3:.0f}",
-            f"{1 / row['next']['p50']:.1f}" if row["next"] else "–",
-            f"{row['near']['decoder']['share']:.0%}" if row.get("near") else "–",
-            f"{row['whole']['p50'] * 1e3:.0f}",
-            f"{speed['ratio']:.2f} [{speed['low']:.2f}, {speed['high']:.2f}]" if speed else "",
+            megabytes((row["bytes"] or {}).get("total"), 0),
+            f"{row['cold_start']['seconds']:.2f}" if row["cold_start"] else "–",
+            megabytes(row["memory"]["peak_rss"], 0),
+            f"{times['ttft']['p50'] * 1e3:.0f}",
+            rate_text(times["tokens_per_s"]),
+            f"{near['share']:.0%}" if near else "–",
+            f"{times['end_to_end']['p50'] * 1e3:.0f}",
+            ratio_text(row["speedup"].get(first, {}).get("end_to_end")),
             f"{row['same_tokens']}/{row['tokens']}" if "same_tokens" in row else "–",
             *agreed(row.get("logits")),
         ]
         print("| " + " | ".join(map(str, cells)) + " |")
+    for line in problem_lines(record):
+        print(f"\n{line}")
 
 
-def agreed(logits: dict[str, float] | None) -> tuple[str, ...]:
+def agreed(logits: dict[str, Any] | None) -> tuple[str, ...]:
     if logits is None:
         return ("–",) * 3
-    cosines = f"{logits['first_cosine']:.5f}, all ≥ {logits['min_cosine']:.5f}"
+    begin, least = ("–" if logits[key] is None else f"{logits[key]:.5f}" for key in ("first_cosine", "min_cosine"))
+    cosines = f"{begin}, all ≥ {least}"
     return cosines, str(logits["positions"]), f"{logits['max_abs_difference']:.2g}"
 
 
@@ -280,21 +253,21 @@ def main() -> None:
         if given.json:
             check_writable(given.json)
         subjects = [subject(path, given.tokens) for path in given.rows]
-        settings = {name: getattr(given, name) for name in ("threads", "rounds", "starts", "tokens")}
-        device = {"cpu": cpu_facts().to_dict(), "load": machine_load()}
         with TemporaryDirectory(prefix="edgecap-vlm-") as scratch:
             photo = given.picture or draw(Path(scratch) / "picture.png", 512)
-            before = limits(given.threads)
-            rows = run(subjects, photo, threads=given.threads, rounds=given.rounds, starts=given.starts)
-            most = larger(before, limits(given.threads))
-            add_near(subjects, rows, most, str(photo), lambda row: (None, row["next"] and row["next"]["p50"]))
-        record: dict[str, Any] = {"format": FORMAT, "version": 1, "device": device, "settings": settings}
-        record |= {"limits": most, "rows": rows}
+            record = run(subjects, photo, threads=given.threads, rounds=given.rounds, starts=given.starts)
         if given.json:
             write(record, given.json)
         show(record)
+    except KeyboardInterrupt:
+        print("stopped before anything was finished: nothing is written", file=sys.stderr)
+        sys.exit(130)
     except EdgecapError as error:
         sys.exit(error.message)
+    if record["stopped"]:
+        sys.exit(130)
+    if record["problems"]:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -3,9 +3,11 @@
 Requests and answers are JSON lines on stdin and stdout:
   {"op": "load", "path", "threads", "decoding"}  → {"import_s", "load_s", "facts"}
   {"op": "time", "photos": [file, …]}            → {"runs": [{stage: seconds, "tokens": n}, …]}
+  {"op": "time", "photos": …, "passes": true}    → {"runs": [run of a "pass", …]}
+  {"op": "time", "photos": …, "once": true}      → the same as without it, of one caption a photo; see time_once
   {"op": "caption", "photos": [file, …]}         → {"captions": [{"text", "logprob", "tokens"}, …]}
   {"op": "forced", "photo": file, "ids": [id, …] or null, "logits": file}  → {"ids", "text"}; see BundleEngine.forced
-  {"op": "pass", "photo": file, "logits": file}  → {"run": {"first", "next", "whole": seconds, "ids"}}; see `watched`
+  {"op": "pass", "photo": file, "logits": file}  → {"run": {stage: seconds, "tokens": n, "ids"}}; see `watched`
 logprob is null where an engine does not tell it. Each answer has "ok" (false comes with "error", one line) and
 "peak_rss" in bytes. The process ends with its input.
 """
@@ -75,19 +77,19 @@ class Clock:
 
 
 def time_stages(engine: Engine, photo: str) -> dict[str, float]:
-    """Seconds of each part of captioning one photo; parts that do not apply are left out.
+    """Seconds of each part of captioning one photo, and the caption's tokens; parts that do not apply are left out.
 
     An engine that searches by itself has no session to watch: its own `stages` tells.
     """
     if hasattr(engine, "stages"):
-        return engine.stages(photo)
+        return with_ttft(engine.stages(photo))
     begin = perf_counter()
     pixels = engine.pixels(photo)
     ready = perf_counter()
     if pixels is None:
         return {}
     clock = Clock(engine.session())
-    engine.decode(clock, pixels)
+    found = engine.decode(clock, pixels)
     end = perf_counter()
     run = {"preprocess": ready - begin, "first_token": clock.first - (clock.encoded or ready)}
     if clock.encoded is not None:
@@ -95,6 +97,13 @@ def time_stages(engine: Engine, photo: str) -> dict[str, float]:
         run["decode"] = end - clock.encoded
     if clock.steps:
         run["next_token"] = (end - clock.first) / clock.steps
+    return with_ttft(run | {"tokens": len(found.token_ids)})
+
+
+def with_ttft(run: dict[str, float]) -> dict[str, float]:
+    """Times of one photo's parts and, where these are known, of all of them up to the first token."""
+    if {"preprocess", "first_token"} <= run.keys():
+        run["ttft"] = run["preprocess"] + run.get("encode", 0.0) + run["first_token"]
     return run
 
 
@@ -124,6 +133,15 @@ def time_photos(engine: Engine, photos: list[str]) -> list[dict[str, float]]:
     return runs
 
 
+def time_once(engine: Engine, photo: str) -> dict[str, float]:
+    """The same by one caption, where it takes so long that its words' way from ids to text does not count, nor what
+    the caches hold: JPEG → text is the sum of the parts. Nothing is timed from a decoded picture.
+    """
+    begin = perf_counter()
+    run = time_stages(engine, photo)
+    return run | {"end_to_end": perf_counter() - begin} if run else time_whole(engine, photo)
+
+
 class Marks:
     """When one caption's tokens were there, and the logits of each where they are wanted and can be had."""
 
@@ -148,7 +166,7 @@ class Marks:
 
 
 def watched(engine: Any, photo: str, logits: str | None) -> dict[str, Any]:
-    """One caption, from file to text, for engines that `mark` it: seconds to the first token and of each further one.
+    """One caption, from file to text, for engines that `mark` it: TTFT, each further token and all of it, in seconds.
 
     logits: an .npy file to write those of every token to, float32 [tokens, vocabulary]; nothing is written where the
     engine does not show them.
@@ -164,8 +182,9 @@ def watched(engine: Any, photo: str, logits: str | None) -> dict[str, Any]:
 
         np.save(str(logits), np.stack(marks.logits))
     steps = len(marks.tokens) - 1
-    further = {"next": (marks.tokens[-1] - marks.tokens[0]) / steps} if steps else {}
-    return {"first": marks.tokens[0] - begin, **further, "whole": whole, "ids": [int(i) for i in ids]}
+    further = {"next_token": (marks.tokens[-1] - marks.tokens[0]) / steps} if steps else {}
+    run = {"ttft": marks.tokens[0] - begin, **further, "end_to_end": whole}
+    return run | {"tokens": len(ids), "ids": [int(i) for i in ids]}
 
 
 def answer(state: dict[str, Engine], load: Loader, request: dict[str, Any]) -> dict[str, Any]:
@@ -174,6 +193,10 @@ def answer(state: dict[str, Engine], load: Loader, request: dict[str, Any]) -> d
     if op == "load":
         engine = state["engine"] = load(request)
         return {"facts": engine.facts}
+    if op == "time" and request.get("passes"):
+        return {"runs": [watched(state["engine"], photo, None) for photo in request["photos"]]}
+    if op == "time" and request.get("once"):
+        return {"runs": [time_once(state["engine"], photo) for photo in request["photos"]]}
     if op == "time":
         return {"runs": time_photos(state["engine"], request["photos"])}
     if op == "caption":

@@ -2,7 +2,7 @@
 
 A peer's script runs as a process (`python -m …`), never by import, and may need anything; it calls
 `edgecap.benchmarks.worker.serve` with an engine of its own. EDGECAP_PEER_<KIND>_PYTHON names the interpreter where that
-is another environment's.
+is another environment's. prepare.py alone is no script: it finds and makes what they load.
 """
 
 from __future__ import annotations

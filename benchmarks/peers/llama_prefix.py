@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...runtime.errors import EdgecapError, UsageError
 from .captioner import CaptionerPeer, Task, read
+from .llama_text import feed, opened
 
 if TYPE_CHECKING:
     import numpy as np
@@ -53,8 +54,6 @@ class LlamaPrefixPeer(CaptionerPeer):
 
     def load(self, folder: Path, threads: int) -> Any:
         import onnxruntime as ort
-
-        from .llama_cpp import opened
 
         options = ort.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = threads, 3
@@ -111,8 +110,6 @@ class PrefixSession:
     def feed(self, given: np.ndarray) -> np.ndarray:
         """Tokens [T] or embeddings [T, dim] → logits of the last [1, V]."""
         import numpy as np
-
-        from .llama_cpp import feed
 
         self.place = feed(self.peer.lib, self.context, given, self.place)
         logits = self.peer.lib.llama_get_logits_ith(self.context, -1)

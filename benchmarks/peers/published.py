@@ -143,7 +143,7 @@ def config(size: str, layers: int | None = None) -> dict[str, Any]:
         **TEXT[size],
         "head_dim": 64,
         "vocab_size": rows,
-        "max_position_embeddings": 16384 if large else 8192,  # the large one's is unchecked; it changes no figure
+        "max_position_embeddings": 16384 if large else 8192,
         "rope_theta": 273768.0 if large else 100000,
         "rms_norm_eps": 1e-5,
         "hidden_act": "silu",
@@ -219,7 +219,9 @@ def processing(side: int, tokens: int, rows: int = ROWS) -> dict[str, dict[str, 
 def save(folder: Path, config: dict[str, Any], *, seed: int = 0) -> Path:
     """Write model, tokenizer and settings as the hub has them, weights in bfloat16 from a seed.
 
-    Weights are larger than transformers initialises them, so that what is said depends on the picture.
+    Weights are larger than transformers initialises them, so that what is said depends on the picture, and the wider
+    a model the smaller they are: of one size at every width, 2,048 inputs would make of them layers that are louder
+    than what they are added to, and such a stack makes ever more of any rounding, as no trained one does.
     """
     import torch
     from transformers import AutoConfig, Idefics3ForConditionalGeneration
@@ -238,10 +240,14 @@ def save(folder: Path, config: dict[str, Any], *, seed: int = 0) -> Path:
     # 2.2 billion weights are drawn in the 16 bits that they are written in.
     options = {"dtype": torch.bfloat16} if config["text_config"]["hidden_size"] > 1000 else {"dtype": torch.float32}
     model: Any = Idefics3ForConditionalGeneration._from_config(AutoConfig.from_pretrained(folder), **options)
+    gains = {
+        "vision_model": 2.0 * (BASE["hidden_size"] / vision["hidden_size"]) ** 0.5,
+        "": 2.0 * (TEXT["256m"]["hidden_size"] / config["text_config"]["hidden_size"]) ** 0.5,
+    }
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             if parameter.ndim > 1:
-                parameter.mul_(2.0)
+                parameter.mul_(next(gain for part, gain in gains.items() if part in name))
             else:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     model.to(torch.bfloat16).save_pretrained(folder)

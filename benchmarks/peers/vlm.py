@@ -179,16 +179,16 @@ class Peer:
         return ids
 
     def stages(self, photo: str) -> dict[str, float]:
-        """Seconds of each part of captioning one photo; the engine's own image processing counts as preprocessing
-        where it is a step of its own."""
+        """Seconds of each part of captioning one photo, and its tokens; the engine's own image processing counts as
+        preprocessing where it is a step of its own."""
         begin = perf_counter()
         inputs = self.prepare(self.square(photo))
         ready = perf_counter()
         marks = Marks()
-        self.run(inputs, marks)
+        ids = self.run(inputs, marks)
         end = perf_counter()
         first = marks.tokens[0]
-        run = {"preprocess": ready - begin, "first_token": first - (marks.encoded or ready)}
+        run = {"preprocess": ready - begin, "first_token": first - (marks.encoded or ready), "tokens": len(ids)}
         if marks.encoded is not None:
             run["encode"] = marks.encoded - ready
             run["decode"] = end - marks.encoded
@@ -236,14 +236,8 @@ def installed(require: Callable[[], None]) -> None:
 def main(peer: type[Peer], *, other: type | None = None) -> None:
     """Serve the bench, tell whether its engine is installed, or make a folder where there are arguments.
 
-    other: the peer of the same kind for captioners that are no SmolVLM: it loads folders that hold a captioner.json,
-    and prepares those that are put beside a bundle.
+    other: the peer of the same kind for captioners that are no SmolVLM: it loads folders that hold a captioner.json.
     """
-    if other is not None and "--bundle" in sys.argv:
-        from .captioner import main as prepare
-
-        prepare(other)
-        return
     if len(sys.argv) < 2:
 
         def load(request: dict[str, Any]) -> Any:

@@ -1,4 +1,4 @@
-"""Fixtures that several tests of data sets share."""
+"""Fixtures that several tests of data sets and of the bench share."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from .lineage import write_two
 from .small_data import WRITERS
 
 
@@ -17,3 +18,9 @@ def any_folder(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Pat
     folder.mkdir()
     write(folder)
     return f"{reader}:{folder}", folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working folder with runs/first.edgecap and, written later, runs/second.edgecap."""
+    return write_two(tmp_path_factory.mktemp("bench"))

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -69,10 +70,11 @@ class Fake:
         time.sleep(0.0001)
         return np.zeros((1, 4), np.float32)
 
-    def decode(self, session: Any, pixels: np.ndarray) -> None:
+    def decode(self, session: Any, pixels: np.ndarray) -> SimpleNamespace:
         session.start(pixels, None)
         for _ in range(3):
             session.step(None, None)
+        return SimpleNamespace(token_ids=[1, 2, 3])
 
     def caption(self, photo: str) -> dict[str, Any]:
         self._fail("caption")

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-STAGES = ("preprocess", "encode", "first_token", "next_token", "decode", "picture_to_text", "end_to_end")
+STAGES = ("preprocess", "encode", "first_token", "ttft", "next_token", "decode", "picture_to_text", "end_to_end")
 
 
 def made_up_row(name: str = "tiny", *, factor: float = 1.0, seed: int = 0, **more: Any) -> dict:
@@ -37,8 +37,9 @@ def made_up_row(name: str = "tiny", *, factor: float = 1.0, seed: int = 0, **mor
         "facts": {"target": "onnx-int8", "precision": "int8"},
         "latency": latency
         | {"load": {"runs": 5, "p50": 0.02, "p90": 0.02, "p99": 0.02, "min": 0.02, "mean": 0.02}}
-        | {"tokens_per_caption": 9.5},
+        | {"tokens_per_caption": 9.5, "tokens_per_s": 1 / float(np.median(medians["next_token"]))},
         "rounds": medians,
+        "timed_by": "parts",
         "near": {
             "decoder": {"bytes": 2_800_000, "gb_s": 3.0, "share": 0.12},
             "encoder": {"fp32_gop": 0.0, "int8_gop": 0.64, "share": 0.4},
@@ -81,10 +82,13 @@ def made_up_record(*rows: dict[str, Any], created: str = "2026-01-02T03:04:05+00
         "versions": {"python": "3.11.7", "edgecap": "0.1.0", "numpy": "2.3.5", "pillow": "12", "onnxruntime": "1.31.0"}
         | {"tokenizers": "0.22"},
         "settings": {"threads": 1, "rounds": 20, "min_runs": 30, "min_seconds": 2.0, "warmup": 5, "cold_starts": 5}
-        | {"memory_photos": 8, "limit_seconds": 0.4, "timeout": 300.0, "omp_wait_policy": "passive"},
+        | {"start_seconds": 10.0, "slow_seconds": 1.0}
+        | {"memory_photos": 8, "limit_seconds": 0.4, "timeout": 300.0, "passes": False, "omp_wait_policy": "passive"},
         "data": {"spec": "scenes:test=12", "fingerprint": "f" * 64, "split": "test", "photos": 12},
         "limits": {"read_gb_s": 25.0, "fp32_gflops": 90.0, "int8_gops": 190.0},
         "reference": {"imports": ["numpy", "onnxruntime"], "error": None, "seconds": 0.25, "peak_rss": 60_000_000}
         | {"idle_rss": 10_000_000},
+        "stopped": None,
+        "problems": [],
         "rows": list(rows) or [made_up_row()],
     }

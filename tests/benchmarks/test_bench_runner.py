@@ -7,19 +7,22 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import psutil
 import pytest
 
-from edgecap.benchmarks.against import _summary
+from edgecap.benchmarks import suite
 from edgecap.benchmarks.latency import STAGES
+from edgecap.benchmarks.parity import _summary
 from edgecap.benchmarks.quality import Photo
-from edgecap.benchmarks.runner import Running, Worker, WorkerFailed, worker_environment
-from edgecap.benchmarks.subjects import Subject, peer_subject
-from edgecap.benchmarks.suite import Row, Settings, _rounds, run
+from edgecap.benchmarks.runner import Running, Worker, WorkerFailed, no_answer, worker_environment
+from edgecap.benchmarks.subjects import Subject, groups, peer_subject
+from edgecap.benchmarks.suite import Row, Settings, _captions, _give_up, _rounds, run
 from edgecap.runtime.errors import UsageError
 
 FAKE = Path(__file__).with_name("fake_worker.py")
@@ -144,6 +147,24 @@ def test_a_silent_worker_is_given_up_and_ended() -> None:
             worker.receive(60)  # it is dead by now: no second wait for the time limit
 
 
+def test_times_are_said_in_plain_figures() -> None:
+    said = [no_answer(seconds).split(" s ")[0].rpartition(" ")[2] for seconds in (0.3, 4.0, 1200.0, 96000.0)]
+    assert said == ["0.3", "4", "1,200", "96,000"]
+
+
+@pytest.mark.parametrize("count", [0, 3])
+def test_answers_that_are_not_one_a_photo_are_a_reason(count: int) -> None:
+    class Answers(Running):
+        def ask(self, op: str, **arguments: Any) -> dict[str, Any]:
+            return {"captions": [{"text": "a dog"}] * count, "runs": [{"end_to_end": 0.1}] * count}
+
+    row, other = Row(fake("one")), Row(fake("other"))
+    _captions([row], {0: Answers()}, PHOTOS, QUICK, lambda *_: None)
+    assert row.error == "captions: answered with captions that are not a list of 1" and not row.captions
+    _rounds([other], {0: Answers()}, PHOTOS, QUICK, lambda *_: None)
+    assert other.error == "warm-up: answered with runs that are not a list of 2"
+
+
 def test_a_program_that_is_not_there() -> None:
     with pytest.raises(WorkerFailed, match="could not be started"):
         Worker(["/no/such/program"])
@@ -195,8 +216,31 @@ def test_one_that_fails_is_a_row_with_the_reason_and_the_bench_goes_on(mode: str
 def test_one_that_hangs_costs_one_time_limit(tmp_path: Path) -> None:
     settings = Settings(rounds=2, min_runs=2, min_seconds=0, warmup=1, cold_starts=1, timeout=4)
     bad, good = bench(fake("bad", "load:hang"), fake("good"), settings=settings)
-    assert bad["error"] == "cold start: gave no answer within 4 s"
+    assert bad["error"] == "cold start: gave no answer within 4 s (--timeout gives it more)"
     assert good["status"] == "ok"
+
+
+def test_an_answer_may_take_as_long_as_its_captions_need() -> None:
+    """Ten times what a caption took so far, each; at least the settings' time."""
+
+    class Slow(Running):
+        asked: ClassVar[list[tuple[str, int, float]]] = []
+
+        def ask(self, op: str, *, timeout: float, photos: Sequence[str]) -> dict[str, Any]:
+            self.asked.append((op, len(photos), timeout))
+            time.sleep(0.01 * (op == "caption"))
+            found = {"text": "a dog", "logprob": -1.0, "tokens": 2}
+            return {"captions": [found] * len(photos), "runs": [{"end_to_end": 0.1}] * len(photos)}
+
+    settings = Settings(rounds=2, min_runs=6, min_seconds=0.0, warmup=5, timeout=0.05)
+    row = Row(fake("slow"), slowest=2.0)
+    _rounds([row], {0: Slow()}, PHOTOS, settings, lambda *_: None)
+    assert Slow.asked == [("time", 5, 320.0), ("time", 3, 200.0), ("time", 3, 200.0)]
+    Slow.asked.clear()
+    row = Row(fake("unknown"))  # where times mean nothing
+    _captions([row], {0: Slow()}, PHOTOS, settings, lambda *_: None)
+    (_, first, least), (_, others, more) = Slow.asked
+    assert (first, least, others) == (1, 0.05, 5) and more >= 10 * 0.01 * 5
 
 
 def test_rounds_are_interleaved_and_complete() -> None:
@@ -239,7 +283,7 @@ def test_memory_is_read_from_the_process_itself_not_its_parent() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     big, small = done.stdout.splitlines()
     if big == "None":
-        pytest.skip("this system does not tell")
+        pytest.skip("this system tells no process the most memory that it has held")
     assert int(big) > 300 * 2**20
     if sys.platform == "linux":
         assert json.loads(small)["peak_rss"] < 100 * 2**20
@@ -263,3 +307,127 @@ def test_the_rows_of_a_round_see_the_same_photos_and_all_photos_are_seen() -> No
     for a, b in zip(slow.asked[1:], fast.asked[1:], strict=True):
         assert len(a) == 2 and len(b) == 7 and set(a) == set(b)
     assert {file for files in slow.asked[1:] for file in files} == {photo.path for photo in PHOTOS}
+
+
+# --- slow captioners ----------------------------------------------------------------------------------
+
+
+def test_one_caption_tells_all_times_but_those_from_a_picture() -> None:
+    with Worker([sys.executable, str(FAKE), "ok"]) as worker:
+        worker.ask("load", timeout=60)
+        (once,) = worker.ask("time", photos=["a"], once=True, timeout=60)["runs"]
+        (usual,) = worker.ask("time", photos=["a"], timeout=60)["runs"]
+    assert once.keys() == usual.keys() - {"picture_to_text"} and once["tokens"] == usual["tokens"] == 3
+    parts = once["preprocess"] + once["encode"] + once["decode"]
+    assert parts <= once["end_to_end"] < parts + 0.01
+
+
+def test_a_group_of_slow_captioners_is_timed_by_one_photo_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, int, bool]] = []
+    ask = Worker.ask
+
+    def noted(self: Worker, op: str, **arguments: Any) -> dict[str, Any]:
+        if op == "time":
+            asked.append((op, len(arguments["photos"]), arguments.get("once", False)))
+        return ask(self, op, **arguments)
+
+    monkeypatch.setattr(Worker, "ask", noted)
+    slow = replace(QUICK, slow_seconds=0.0001, start_seconds=0.001, cold_starts=4, memory_photos=2)
+    one, two = bench(fake("one"), fake("two"), settings=slow)
+    assert asked == [("time", 1, True)] * 2 * (1 + slow.rounds)
+    assert one["latency"]["end_to_end"]["runs"] == slow.rounds and "picture_to_text" not in one["latency"]
+    assert one["timed_by"] == two["timed_by"] == "once"
+    assert one["speedup"]["two"]["end_to_end"]["rounds"] == slow.rounds
+    assert len(one["cold_start"]["runs"]) == 1  # one took longer than they all may
+    assert len(two["captions"]) == two["quality"]["photos"] == len(PHOTOS)
+    for few in (1, 3):  # fewer than the memory's process made, and more
+        found = bench(fake("one"), fake("two"), settings=replace(slow, slow_photos=few))
+        assert [(len(row["captions"]), row["quality"]["photos"]) for row in found] == [(few, few)] * 2
+    asked.clear()
+    usual = bench(fake("one"), fake("two"), settings=QUICK)
+    assert {once for _, _, once in asked} == {False} and [row["timed_by"] for row in usual] == ["parts"] * 2
+
+
+def test_whether_a_group_is_slow_is_decided_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one fast row fails at load, after the group's photos were settled: the others are timed as it was settled."""
+    start = suite._start
+
+    def second(device: Any, rows: list[Row], *more: Any) -> dict[int, Running]:
+        workers = start(device, rows, *more)
+        rows[0].error = "load: broken"
+        return {1: workers[1]}
+
+    monkeypatch.setattr(suite, "_start", second)
+    monkeypatch.setattr(suite, "_slow", lambda rows, settings: len(suite.alive(rows)) < 2)
+    _, good = bench(fake("fast"), fake("slow"), settings=replace(QUICK, slow_photos=2))
+    assert good["timed_by"] == "parts" and len(good["captions"]) == len(PHOTOS)
+
+
+# --- groups -------------------------------------------------------------------------------------------
+
+
+def bundle(name: str, weights: str, mode: str = "ok") -> Subject:
+    return replace(fake(name, mode), kind="bundle", facts={"checkpoint_sha256": weights})
+
+
+def test_bundles_of_the_same_weights_and_their_peers_are_a_group() -> None:
+    a, a8, b = bundle("a", "x"), bundle("a8", "x"), bundle("b", "y")
+    peers = [replace(fake("p"), peer_of=("b",)), replace(fake("q"), peer_of=("a8",)), fake("by hand")]
+    assert groups([a, a8, b, *peers]) == [0, 0, 1, 1, 0, 0]
+    assert groups([a, a8, b]) == [0, 0, 0]
+    less = replace(bundle("less", "z"), facts={"checkpoint_sha256": "z", "pruned_from": "y"})
+    assert groups([a, b, less, peers[0]]) == [0, 1, 1, 1]
+    unknown = [replace(bundle(name, ""), path=Path(name)) for name in "cd"]  # their lineage names no weights
+    assert groups([*unknown, peers[0]]) == [0, 1, 0]
+
+
+def two_groups(mode: str = "ok") -> list[Subject]:
+    first = [bundle("a", "x"), replace(fake("a's"), peer_of=("a",))]
+    return [*first, bundle("b", "y", mode), replace(fake("b's"), peer_of=("b",)), bundle("c", "z")]
+
+
+def test_only_one_group_has_workers_and_rows_are_compared_within_it() -> None:
+    alive: list[int] = []
+
+    def progress(phase: str, done: int, total: int) -> None:
+        if phase.startswith("latency"):
+            alive.append(len([p for p in psutil.Process().children() if p.status() != psutil.STATUS_ZOMBIE]))
+
+    rows = run(two_groups(), PHOTOS, QUICK, progress)["rows"]
+    assert max(alive) == 2 and alive[-1] == 1
+    assert [(row["group"], list(row["speedup"])) for row in rows] == [
+        (0, ["a's"]), (0, ["a"]), (1, ["b's"]), (1, ["b"]), (2, []),
+    ]  # fmt: skip
+    assert ["identical_to_first" in row["quality"] for row in rows] == [False, True, False, True, False]
+
+
+def stop_in(group: str, failure: BaseException) -> Any:
+    def progress(phase: str, done: int, total: int) -> None:
+        if phase == f"latency {group}":
+            raise failure
+
+    return progress
+
+
+def test_stopping_keeps_the_groups_that_are_finished() -> None:
+    found = run(two_groups(), PHOTOS, QUICK, stop_in("2/3", KeyboardInterrupt()))
+    assert found["stopped"] == "interrupted" and found["reference"]["seconds"] > 0
+    assert [row["status"] for row in found["rows"]] == ["ok", "ok", "missing", "missing", "missing"]
+    for row in found["rows"][2:]:
+        assert row["error"] == "not measured: interrupted"
+        assert row["latency"] is row["memory"] is row["cold_start"] is row["captions"] is None
+    failed, whole = Row(fake("failed"), error="cold start: broken"), Row(fake("whole"), captions=[{}])
+    _give_up([failed, whole], "interrupted")  # a reason of its own is better
+    assert (failed.error, failed.missing) == ("cold start: broken", False)
+    assert (whole.error, whole.missing, whole.captions) == ("not measured: interrupted", True, [])
+    with pytest.raises(KeyboardInterrupt):  # there is nothing to keep
+        run(two_groups(), PHOTOS, QUICK, stop_in("1/3", KeyboardInterrupt()))
+
+
+def test_a_group_that_cannot_be_measured_leaves_the_others_alone() -> None:
+    found = run(two_groups(), PHOTOS, QUICK, stop_in("1/3", UsageError("no more")))
+    assert found["stopped"] is None
+    assert [row["status"] for row in found["rows"]] == ["missing", "missing", "ok", "ok", "ok"]
+    assert found["rows"][0]["error"] == "not measured: no more"
+    with pytest.raises(OSError, match="disk"):  # one group, and so nothing else
+        run([fake("alone")], PHOTOS, QUICK, lambda *_: (_ for _ in ()).throw(OSError("disk")))

@@ -12,15 +12,15 @@ import pytest
 pytest.importorskip("torch", reason="needs the train extra")
 pytest.importorskip("transformers", reason="needs the train extra")
 
-from edgecap.benchmarks.latency import STAGES  # noqa: E402
-from edgecap.benchmarks.peers.torch_eager import SplitSession, TorchEngine  # noqa: E402
-from edgecap.benchmarks.worker import time_photos  # noqa: E402
-from edgecap.runtime.decode import DecodeOptions, decode  # noqa: E402
-from edgecap.runtime.preprocess import Preprocess  # noqa: E402
-from edgecap.runtime.tokenizer import Tokenizer  # noqa: E402
+from edgecap.benchmarks.latency import STAGES
+from edgecap.benchmarks.peers.torch_eager import SplitSession, TorchEngine
+from edgecap.benchmarks.worker import time_photos
+from edgecap.runtime.decode import DecodeOptions, decode
+from edgecap.runtime.preprocess import Preprocess
+from edgecap.runtime.tokenizer import Tokenizer
 
-from ..runtime.graphs import TOKENS, photo, tokenizer_json  # noqa: E402
-from ..train.tiny import SIZE, tiny_model  # noqa: E402
+from ..runtime.graphs import TOKENS, photo, tokenizer_json
+from ..train.tiny import SIZE, tiny_model
 
 DECODING = {"beam": 2, "max_length": 6}
 

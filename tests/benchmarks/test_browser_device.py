@@ -21,7 +21,7 @@ from PIL import Image
 from edgecap.benchmarks import browser as browsers
 from edgecap.benchmarks.bench import bench
 from edgecap.benchmarks.browser import Browser, Options, png
-from edgecap.benchmarks.page_answers import browser_name, checked, device_facts
+from edgecap.benchmarks.browser_answers import browser_name, checked, device_facts
 from edgecap.benchmarks.report import render
 from edgecap.benchmarks.runner import WorkerFailed
 from edgecap.benchmarks.subjects import bundle_subject
@@ -150,9 +150,9 @@ def test_a_page_s_figures_become_a_record(web: None, bundle: Path, play: Any, ca
     assert there["against_native"]["photos"] == 3 and not there["against_native"]["ok"], "it says the same of each"
     json.dumps(record, allow_nan=False)
     if find_spec("jinja2"):
-        from edgecap.benchmarks.page import page
+        from edgecap.benchmarks.report_html import html
 
-        assert "Chrome 150 on Android 15" in page(record) and "threads were allowed" in page(record)
+        assert "Chrome 150 on Android 15" in html(record) and "threads were allowed" in html(record)
     assert "Chrome 150 on Android 15" in str(render(record).renderables[0])
     pages[0].join(5)
     assert pages[0].end["text"].startswith("Done.") and [row["name"] for row in pages[0].end["rows"]] == [
@@ -161,6 +161,30 @@ def test_a_page_s_figures_become_a_record(web: None, bundle: Path, play: Any, ca
     ]
     said = capsys.readouterr().err
     assert "Plain HTTP: 1 thread, no WebGPU" in said and "Waiting up to 20 s" in said
+
+
+def test_slow_captioners_are_timed_there_by_one_caption_a_photo(web: None, bundle: Path, play: Any) -> None:
+    asked: list[bool] = []
+
+    def page(command: dict[str, Any]) -> Any:
+        if command["op"] != "time":
+            return good(command)
+        asked.append(command.get("once"))
+        return good(command) | {"runs": [{k: v for k, v in RUN.items() if k != "picture_to_text"}]}
+
+    play(page)
+    settings = replace(QUICK, slow_seconds=0.0)
+    (row,) = bench([bundle], device="browser", settings=settings, browser=Options(http=True, wait=20))["rows"]
+    assert row["status"] == "ok" and row["timed_by"] == "once" and asked == [True] * 4, row["error"]
+    assert "once: command.once" in (Path(webfiles.__file__).parent / "page/page.js").read_text()
+    with pytest.raises(WorkerFailed, match="no time above 0 for picture_to_text"):
+        checked({"op": "time", "photos": ["p"]}, {"ok": True, "since_start": 1, "runs": [{"end_to_end": 1}]})
+
+
+def test_photos_without_references_have_a_last_page_too() -> None:
+    row = {"name": "x", "status": "ok", "latency": {"end_to_end": {"p50": 0.1, "p90": 0.2}}}
+    row |= {"cold_start": {"seconds": 1.0}, "quality": None}
+    assert browsers.result({"rows": [row]})["rows"][0]["values"] == ["1,000 ms", "100 ms", "200 ms", "–"]
 
 
 def test_photos_reach_the_page_pixel_by_pixel(web: None, bundle: Path, play: Any, tmp_path: Path) -> None:

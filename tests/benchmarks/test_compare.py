@@ -287,3 +287,12 @@ def test_options_that_do_not_go_together_are_refused(files: tuple[Path, Path]) -
     assert invoke("x.edgecap", "--compare", *files).exit_code == 2
     assert invoke("--force").exit_code == 2
     assert invoke("--fail-if-slower", "5%").exit_code == 2
+
+
+def test_rows_that_were_timed_otherwise_or_captioned_other_photos_are_told() -> None:
+    usual, slow = made_up_row("big"), made_up_row("big", timed_by="once")
+    slow["quality"]["photos"] = 3
+    slow["captions"] = dict(list(slow["captions"].items())[:3])
+    notes = compare(made_up_record(usual), made_up_record(slow))["notes"]
+    assert notes == ["big was timed otherwise: parts → once", "big: CIDEr of 12 photos → of 3 photos"]
+    assert not compare(made_up_record(usual), made_up_record(usual))["notes"]

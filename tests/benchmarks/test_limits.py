@@ -11,7 +11,10 @@ import pytest
 
 from edgecap.benchmarks import limits as module
 from edgecap.benchmarks.limits import FLOAT, INT8, INT32, LIMITS, UINT8, larger, limits, product_graph, varint
+from edgecap.benchmarks.report import limits_line
 from edgecap.benchmarks.runner import Worker
+
+from .records import made_up_record
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -65,3 +68,10 @@ def test_the_graph_written_by_hand_is_a_product(
 
 def test_limits_are_of_the_functions_named() -> None:
     assert {name: function.__name__ for name, function in LIMITS.items()} == {name: name for name in LIMITS}
+
+
+def test_limits_are_of_the_device() -> None:
+    record = made_up_record()
+    assert limits_line(record).startswith("this machine's limits with 1 thread: ")
+    record["device"] |= {"name": "raspberry-pi-5", "kind": "ssh"}
+    assert limits_line(record).startswith("raspberry-pi-5's limits with 1 thread: ")

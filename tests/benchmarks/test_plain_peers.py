@@ -10,28 +10,28 @@ from typing import Any
 import numpy as np
 import pytest
 
-for module in ("torch", "transformers", "onnx", "onnxscript", "onnxruntime"):
-    pytest.importorskip(module, reason="needs the export extra")
+pytest.importorskip("torch", reason="needs the export extra")
+pytest.importorskip("onnxscript", reason="needs the export extra")
 
-import torch  # noqa: E402
+import torch
 
-from edgecap.benchmarks.latency import STAGES  # noqa: E402
-from edgecap.benchmarks.peers import captioner  # noqa: E402
-from edgecap.benchmarks.peers.captioner import CaptionerPeer, Task, about  # noqa: E402
-from edgecap.benchmarks.peers.llama_prefix import LlamaPrefixPeer  # noqa: E402
-from edgecap.benchmarks.peers.onnxruntime_plain import OnnxRuntimePeer  # noqa: E402
-from edgecap.benchmarks.peers.openvino_plain import OpenVinoPeer  # noqa: E402
-from edgecap.benchmarks.peers.torch_compile import CompiledEngine  # noqa: E402
-from edgecap.benchmarks.worker import time_photos  # noqa: E402
-from edgecap.runtime.decode import DecodeOptions, decode, never_said  # noqa: E402
-from edgecap.runtime.errors import UsageError  # noqa: E402
-from edgecap.train.checkpoint import WEIGHTS, Checkpoint, load_checkpoint  # noqa: E402
-from edgecap.train.models.encoders import ENCODERS  # noqa: E402
-from edgecap.train.state import model_tensors, write_tensors  # noqa: E402
+from edgecap.benchmarks.latency import STAGES
+from edgecap.benchmarks.peers import captioner
+from edgecap.benchmarks.peers.captioner import CaptionerPeer, Task, about
+from edgecap.benchmarks.peers.llama_prefix import LlamaPrefixPeer
+from edgecap.benchmarks.peers.onnxruntime_plain import OnnxRuntimePeer
+from edgecap.benchmarks.peers.openvino_plain import OpenVinoPeer
+from edgecap.benchmarks.peers.torch_compile import CompiledEngine
+from edgecap.benchmarks.worker import time_photos
+from edgecap.runtime.decode import DecodeOptions, decode, never_said
+from edgecap.runtime.errors import UsageError
+from edgecap.train.checkpoint import WEIGHTS, Checkpoint, load_checkpoint
+from edgecap.train.models.encoders import ENCODERS
+from edgecap.train.state import model_tensors, write_tensors
 
-from ..export.nets import save_run, small_encoder  # noqa: E402
-from ..runtime.graphs import photo  # noqa: E402
-from .lineage import RECIPE, write_bundle_of  # noqa: E402
+from ..export.nets import save_run, small_encoder
+from ..runtime.graphs import photo
+from .lineage import RECIPE, write_bundle_of
 
 DECODING = {"beam": 1, "max_length": 8}
 KINDS = ("gru", "gpt2")

@@ -13,6 +13,10 @@ import pytest
 
 from edgecap.benchmarks import vlm
 from edgecap.benchmarks.peers.vlm import Task, new_task
+from edgecap.benchmarks.record import dumps, parse
+from edgecap.benchmarks.report import show
+from edgecap.benchmarks.report_html import html
+from edgecap.benchmarks.report_markdown import markdown
 from edgecap.benchmarks.runner import Worker, WorkerFailed
 from edgecap.benchmarks.subjects import Subject, peer_subject
 from edgecap.benchmarks.worker import Marks, watched
@@ -44,20 +48,30 @@ def failed(folder: Path) -> Path:
 
 def test_rows_of_one_run(bundle: Path, photo: Path, tmp_path: Path) -> None:
     subjects = [vlm.subject(path, TOKENS) for path in (bundle, bundle, failed(tmp_path / "x"))]
-    first, second, third = vlm.run(subjects, photo, rounds=2, starts=0)
+    record = vlm.run(subjects, photo, rounds=2, starts=1)
+    first, second, third = record["rows"]
+    times = first["latency"]
     assert first["error"] is None and first["tokens"] == TOKENS == first["same_tokens"] == second["same_tokens"]
-    assert first["first"]["p50"] + 4 * first["next"]["p50"] <= first["whole"]["p50"]
+    assert times["ttft"]["p50"] + 4 * times["next_token"]["p50"] <= times["end_to_end"]["p50"]
+    assert times["ttft"]["runs"] == 2 and times["tokens_per_s"] > 0 and not first["quality"]
     assert second["logits"]["min_cosine"] == pytest.approx(1) and second["logits"]["positions"] == TOKENS
-    assert set(second["speedup"]) == {"first", "next", "whole"}
-    assert first["bytes"]["total"] > 0 and first["cold_start"]["seconds"] > 0
+    assert set(second["speedup"][first["name"]]) == {"ttft", "next_token", "end_to_end"}
+    assert first["bytes"]["total"] > 0 and first["cold_start"]["seconds"] > 0 and first["memory"]["peak_rss"]
     assert third["error"] == "cold start: could not be made: no such engine here"
+    assert parse(dumps(record)) == record
+    show(record)
+    markdown(record)
+    pytest.importorskip("jinja2", reason="the report needs the extra `bench`")
+    assert first["name"] in html(record)
 
 
 def test_a_first_row_that_fails_leaves_the_others_without_ratios(bundle: Path, photo: Path, tmp_path: Path) -> None:
     subjects = [vlm.subject(path, 1) for path in (failed(tmp_path / "x"), bundle)]
-    first, second = vlm.run(subjects, photo, rounds=2, starts=0)
-    assert first["error"] and "speedup" not in second and second["next"] is None
-    vlm.show({"device": {"cpu": {"model": "c"}}, "settings": {"threads": 1, "rounds": 2}, "rows": [first, second]})
+    record = vlm.run(subjects, photo, rounds=2, starts=0)
+    first, second = record["rows"]
+    assert first["error"] and not second["speedup"] and second["latency"]["tokens_per_s"] is None
+    assert "same_tokens" not in second
+    vlm.show(record)
 
 
 def test_the_command(bundle: Path, tmp_path: Path) -> None:
@@ -67,8 +81,9 @@ def test_the_command(bundle: Path, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "r.json").read_text())
-    assert record["settings"] == {"threads": 1, "rounds": 2, "starts": 0, "tokens": 3}
-    assert "| small |" in done.stdout
+    assert record["settings"]["rounds"] == 2 and record["settings"]["passes"] is True
+    assert record["rows"][0]["decoding"]["min_length"] == record["rows"][0]["decoding"]["max_length"] == 3
+    assert "| small |" in done.stdout and "limits with 1 thread" in done.stdout
     done = subprocess.run([*command[:4], str(tmp_path / "no")], capture_output=True, text=True)
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and "there is no such bundle" in done.stderr
 
@@ -120,3 +135,26 @@ def test_logits_are_compared_where_both_are_finite_and_came_by_the_same_tokens()
     assert found is not None and found["positions"] == 2 and found["max_abs_difference"] == 2
     assert found["first_cosine"] == pytest.approx(1) and 0.99 < found["min_cosine"] < 0.9999
     assert vlm.agreement(rows, None, 2) is None and vlm.agreement(rows, np.ones((3, 2)), 2) is None
+
+
+def test_the_pass_for_logits_loses_nothing_that_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = np.ones((3, 4), np.float32)
+    nothing = np.full((2, 4), np.nan, np.float32)  # and fewer than tokens
+    answers = {"a": ([1, 2, 3], logits), "b": ([1, 2, 3], nothing), "c": ([], logits)}
+
+    def said(device: Any, subject: Subject, *_: Any) -> tuple[list[int], Any]:
+        if subject.name == "d":
+            raise OSError("no file")
+        return answers[subject.name]
+
+    monkeypatch.setattr(vlm, "said", said)
+    subjects = [Subject(name, "b", Path(), ()) for name in "abcd"]
+    record: dict[str, Any] = {"problems": [], "rows": [{"name": name, "status": "ok"} for name in "abcd"]}
+    vlm.add_agreement(None, subjects, record, Path("p.png"), 1)  # type: ignore[arg-type]
+    a, b, c, d = record["rows"]
+    assert a["logits"]["min_cosine"] == pytest.approx(1) and a["logits"]["positions"] == 3
+    assert b["logits"] == {"positions": 2, "max_abs_difference": 0.0, "min_cosine": None, "first_cosine": None}
+    assert c["logits"] is None and "tokens" not in d
+    assert record["problems"] == ["d, its tokens and logits: OSError: no file"]
+    dumps(record)
+    assert vlm.agreed(b["logits"]) == ("–, all ≥ –", "2", "0")

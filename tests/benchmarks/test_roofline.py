@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from edgecap.benchmarks.work import bundle_work, near, operations, weights_read
+from edgecap.benchmarks.roofline import bundle_work, operations, share_of_limits, weights_read
 from edgecap.runtime import Bundle
 
 from ..runtime.graphs import write_gru_bundle
@@ -74,8 +74,10 @@ def test_a_bundle_that_onnx_runtime_does_not_run_has_no_known_work(tmp_path: Pat
 def test_nearness_is_the_least_time_over_the_measured_one() -> None:
     work = {"decoder_bytes": 2 * 10**9, "encoder_fp32": 10**9, "encoder_int8": 4 * 10**9}
     limits = {"read_gb_s": 20.0, "fp32_gflops": 100.0, "int8_gops": 200.0}
-    found = near(work, limits, encode=0.06, token=0.2)
+    found = share_of_limits(work, limits, encode=0.06, token=0.2)
     assert found["decoder"] == {"bytes": 2 * 10**9, "gb_s": pytest.approx(10), "share": pytest.approx(0.5)}
     assert found["encoder"] == {"fp32_gop": 1.0, "int8_gop": 4.0, "share": pytest.approx(0.5)}
-    unknown = near(work, {"read_gb_s": None, "fp32_gflops": 100.0, "int8_gops": None}, encode=0.06, token=0.2)
+    unknown = share_of_limits(
+        work, {"read_gb_s": None, "fp32_gflops": 100.0, "int8_gops": None}, encode=0.06, token=0.2
+    )
     assert unknown == {"decoder": None, "encoder": None}

@@ -10,17 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..runtime.progress import Progress
 from .runner import Running, WorkerFailed
 
 if TYPE_CHECKING:
-    from .device import Device, Progress
+    from .device import Device
     from .quality import Photo
     from .subjects import Subject
 
 MIN_COSINE = 0.99  # of the logits of any token, where precision is below fp32
 
 
-def against_native(
+def native_parity(
     native: Device,
     other: Device,
     subjects: Sequence[Subject],

@@ -1,4 +1,4 @@
-"""A record as one HTML file that needs nothing else: no network, no script, no font. page.html.jinja is its shape."""
+"""A record as one HTML file that needs nothing else: no network, no script, no font. report.html.jinja is its shape."""
 
 from __future__ import annotations
 
@@ -7,36 +7,44 @@ import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import SequenceMatcher
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
-from ..runtime.errors import UsageError, need
+from ..runtime.errors import need
 from . import changes as told
 from .plots import Point, pareto
-from .quality import Photo
-from .report import LABELS, limits_line, megabytes, milliseconds, native_lines, ratio_text, weight_lines
+from .quality import WORTHLESS, Photo, worthless
+from .report import (
+    LABELS,
+    Row,
+    clock_line,
+    grouped,
+    lead,
+    limits_line,
+    megabytes,
+    milliseconds,
+    model,
+    native_lines,
+    ok,
+    peers_of,
+    photos_text,
+    problem_lines,
+    rate_text,
+    ratio_text,
+    slow_lines,
+    times_text,
+    weight_lines,
+)
 
 STAGES = ("preprocess", "encode", "first_token", "further_tokens")
 STAGE_LABELS = {"further_tokens": "further tokens"} | LABELS
 NAMED = 10  # dots of the plot that bear their names; with more of them, and on a phone, they bear numbers
-TOGETHER = 24  # photos shown at once; the others unfold
+TOGETHER = 12  # photos shown at once; the others unfold
 THUMBNAIL = 256  # px, the longer side
-
-Row = Mapping[str, Any]
 
 
 def require_jinja() -> None:
     """Raise MissingExtra, before anything is measured, where the report cannot be made."""
     need("jinja2", extra="bench", command="edgecap bench --report")
-
-
-def write_page(text: str, path: Path) -> None:
-    """Raises UsageError when it cannot be written."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"cannot write the report to {path}: {error.strerror}") from error
 
 
 def thumbnail(photo: Photo) -> str:
@@ -50,14 +58,14 @@ def thumbnail(photo: Photo) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}"
 
 
-def page(
+def html(
     record: Mapping[str, Any],
     *,
     changes: Mapping[str, Any] | None = None,
-    first_record: bool = False,
+    alone: str | None = None,
     photos: Mapping[str, str] | None = None,
 ) -> str:
-    """The HTML of a record. changes: against the last one (compare.compare); first_record: there is none to compare
+    """The HTML of a record. changes: against the last one (compare.compare); alone: why there is none to compare
     with. photos: id → data: URI of those that shall be in it.
     """
     from jinja2 import Environment, StrictUndefined
@@ -65,33 +73,42 @@ def page(
 
     folder = files(__package__)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"ms": milliseconds, "mb": megabytes, "ratio": ratio_text}
-    template = environment.from_string((folder / "page.html.jinja").read_text(encoding="utf-8"))
+    environment.filters |= {
+        "ms": milliseconds,
+        "mb": megabytes,
+        "rate": rate_text,
+        "ratio": ratio_text,
+        "times": times_text,
+    }
+    template = environment.from_string((folder / "report.html.jinja").read_text(encoding="utf-8"))
     rows = record["rows"]
     groups = grouped(rows)
     return template.render(
         record=record,
-        style=Markup((folder / "page.css").read_text(encoding="utf-8")),
-        head=headline(record),
-        notes=[*native_lines(rows), *weight_lines(rows)],
+        style=Markup((folder / "report.css").read_text(encoding="utf-8")),
+        head=headline(record, groups),
+        photos_said=photos_text(record),
+        problems=problem_lines(record),
+        protocol=protocol(record),
+        notes=[*native_lines(rows), *weight_lines(rows), *slow_lines(record)],
         groups=[[line(row, group) for row in group] for group in groups],
-        failed=[row for row in rows if row["status"] != "ok"],
-        against=[table for group in groups if (table := against_peers(group))],
+        models=[model(group) for group in groups],
+        failed=[row for row in rows if row["status"] not in ("ok", "refused")],
+        refused=[row for row in rows if row["status"] == "refused"],
+        against=against_peers(groups),
         plots=plots(rows),
         stages=stage_bars(groups),
         stage_labels=STAGE_LABELS,
         limits=limits_line(record),
+        clock=clock_line(record["device"]),
         near=[row for row in rows if row.get("near")],
         over=any((row["near"]["decoder"] or {"share": 0})["share"] > 1 for row in rows if row.get("near")),
         changes=changes and changed(changes),
-        first_record=first_record,
-        captions=captions(rows, photos or {}),
+        alone=alone,
+        captions=captions(groups, photos or {}),
         together=TOGETHER,
+        worthless=WORTHLESS,
     )
-
-
-def _ok(rows: Iterable[Row]) -> list[Row]:
-    return [row for row in rows if row["status"] == "ok"]
 
 
 def _there(rows: Iterable[Row]) -> list[Row]:
@@ -101,7 +118,7 @@ def _there(rows: Iterable[Row]) -> list[Row]:
 
 def _timed(rows: Iterable[Row]) -> list[Row]:
     """Rows that ran where times mean something: not under emulation."""
-    return [row for row in _ok(rows) if (row["latency"] or {}).get("end_to_end")]
+    return [row for row in ok(rows) if (row["latency"] or {}).get("end_to_end")]
 
 
 def _whole(row: Row) -> dict[str, float]:
@@ -109,33 +126,34 @@ def _whole(row: Row) -> dict[str, float]:
     return row["latency"]["end_to_end"]
 
 
-def headline(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What stands at the top: which bundle is fastest and which captions best, and whether the machine was busy."""
+def headline(record: Mapping[str, Any], groups: Sequence[Sequence[Row]]) -> dict[str, Any]:
+    """What stands at the top: which bundle is fastest and which captions best, or of several groups what the first
+    bundle of each leads its best peer by; and whether the machine was busy. beam: of all rows, None where they differ.
+    """
     ours = [row for row in _there(record["rows"]) if row["kind"] == "bundle"]
     cpu, load = record["device"]["cpu"], record["device"].get("load")
-    found: dict[str, Any] = {"fastest": None, "best": None, "busy": None}
+    beams = {row["decoding"].get("beam", 1) for row in ok(record["rows"])}
+    found: dict[str, Any] = {"fastest": None, "best": None, "busy": None, "leads": []}
+    found["beam"] = beams.pop() if len(beams) == 1 else None
+    if len(groups) > 1:
+        both = ((group[0], lead(group[0], group)) for group in groups)
+        found["leads"] = [(row["name"], ratio) for row, ratio in both if ratio]
     if ours:
         found["fastest"] = min(ours, key=lambda row: _whole(row)["p50"])
-        found["best"] = max(ours, key=lambda row: row["quality"]["cider"])
+        judged = [row for row in ours if row["quality"]]
+        found["best"] = max(judged, key=lambda row: row["quality"]["cider"], default=None)
     if load is not None and record["device"].get("times") != "emulated" and cpu["cores"] and load > cpu["cores"] / 2:
         found["busy"] = f"{load:.1f}"
     return found
 
 
-def grouped(rows: Sequence[Row]) -> list[list[Row]]:
-    """Rows that ran, bundles before their peers: those that share peers are one group, and so are all if none does."""
-    groups: list[list[Row]] = []
-    for row in _ok(rows):
-        names = {row["name"], *row.get("peer_of", ())}
-        mine = [group for group in groups if any(names & {other["name"], *other.get("peer_of", ())} for other in group)]
-        groups = [group for group in groups if group not in mine]
-        groups.append([*(other for group in mine for other in group), row])
-    if not any(row.get("peer_of") for row in rows):
-        groups = [[row for group in groups for row in group]] if groups else []
-    order = {row["name"]: i for i, row in enumerate(rows)}
-    for group in groups:
-        group.sort(key=lambda row: (row["kind"] != "bundle", order[row["name"]]))
-    return sorted(groups, key=lambda group: order[group[0]["name"]])
+def short(row: Row, group: Sequence[Row]) -> str:
+    """A row's name inside of its group: of a peer its kind and precision, where no other one has those."""
+    if row["kind"] == "bundle":
+        return str(row["name"])
+    said = [f"{other['kind']} {other['facts'].get('precision') or ''}".strip() for other in group]
+    mine = said[next(i for i, other in enumerate(group) if other is row)]
+    return mine if said.count(mine) == 1 else str(row["name"])
 
 
 def line(row: Row, group: Sequence[Row]) -> dict[str, Any]:
@@ -143,17 +161,18 @@ def line(row: Row, group: Sequence[Row]) -> dict[str, Any]:
     first, facts, latency = group[0], row["facts"], row["latency"] or {}
     longest = max((_whole(other)["p50"] for other in _timed(group)), default=0.0)
     speed = None if row is first else ((row["speedup"] or {}).get(first["name"]) or {}).get("end_to_end")
-    what = row["kind"] if row["kind"] != "bundle" else str(facts.get("target") or "bundle")
     return {
         "row": row,
+        "name": short(row, group),
         "peer": row["kind"] != "bundle",
-        "what": f"{what} · beam {row['decoding'].get('beam', 1)}",
+        "target": facts.get("target"),
+        "beam": row["decoding"].get("beam", 1),
         "whole": latency.get("end_to_end"),
         "share": 100 * _whole(row)["p50"] / longest if "end_to_end" in latency else 0.0,
         "speed": speed,
         "is_first": row is first,
-        "encode": (latency.get("encode") or {}).get("p50"),
-        "token": (latency.get("next_token") or {}).get("p50"),
+        "ttft": (latency.get("ttft") or {}).get("p50"),
+        "rate": latency.get("tokens_per_s"),
         "cold": (row["cold_start"] or {}).get("seconds"),
         "rss": (row["memory"] or {}).get("peak_rss"),
         "bytes": (row["bytes"] or {}).get("total"),
@@ -161,16 +180,43 @@ def line(row: Row, group: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-def against_peers(group: Sequence[Row]) -> dict[str, Any] | None:
-    """How many times faster each bundle of a group is than each of its peers, JPEG → text; None without peers."""
-    ours, peers = ([row for row in group if (row["kind"] == "bundle") is mine] for mine in (True, False))
-    if not ours or not peers:
-        return None
-    cells = {
-        peer["name"]: [((row["speedup"] or {}).get(peer["name"]) or {}).get("end_to_end") for row in ours]
-        for peer in peers
-    }
-    return {"ours": [row["name"] for row in ours], "peers": cells}
+def against_peers(groups: Sequence[Sequence[Row]]) -> dict[str, Any] | None:
+    """How many times as fast each bundle is as each of its own peers, JPEG → text, "least" being the best of them; a
+    line for each kind and precision of peers, over all groups. None without peers.
+    """
+    ours: list[str] = []
+    columns: list[dict[str, Mapping[str, Any]]] = []
+    for group in groups:
+        peered = any(row["kind"] != "bundle" for row in group)
+        for row in (row for row in group if peered and row["kind"] == "bundle"):
+            speedup, mine, least = row["speedup"] or {}, peers_of(row, group), lead(row, group)
+            ratios = {short(peer, mine): (speedup.get(peer["name"]) or {}).get("end_to_end") for peer in mine}
+            ours.append(row["name"])
+            columns.append({name: {**ratio, "least": ratio is least} for name, ratio in ratios.items() if ratio})
+    lines = dict.fromkeys(name for column in columns for name in column)
+    cells = {name: [column.get(name) for column in columns] for name in lines}
+    return {"ours": ours, "peers": cells} if cells else None
+
+
+def protocol(record: Mapping[str, Any]) -> str:
+    """How the rows of a record were timed, with the counts that it has."""
+    settings, rows = record["settings"], ok(record["rows"])
+    timed = [row for row in rows if row["latency"]]
+    once = sum(row.get("timed_by") == "once" for row in timed)
+    rounds = f"{settings['rounds']} interleaved rounds (A B A B …)"
+    usual = f"{settings['warmup']} photos of warm-up, at least {settings['min_runs']} photos and "
+    usual += f"{settings['min_seconds']:g} s each"
+    slow = "one caption a photo and one photo a round, after one of warm-up"
+    if once and once == len(timed):
+        said = f"{rounds}, {slow}"
+    else:
+        said = f"{rounds} after {usual}" + (f"; where every caption of a group takes long, {slow}" if once else "")
+    starts = {len(row["cold_start"]["runs"]) for row in rows if row["cold_start"]} or {settings["cold_starts"]}
+    few = f"{min(starts)} to {max(starts)}" if len(starts) > 1 else str(max(starts))
+    return (
+        f"Every subject in a process of its own; {said}. Ratios are paired by round, with bootstrap intervals. Cold "
+        f"start: process start to first caption, {'once' if starts == {1} else f'the median of {few}'}."
+    )
 
 
 def plots(rows: Sequence[Row]) -> dict[str, Any] | None:
@@ -186,6 +232,7 @@ def plots(rows: Sequence[Row]) -> dict[str, Any] | None:
             peer=row["kind"] != "bundle",
         )
         for row in _there(rows)
+        if row["quality"] and not worthless(row["quality"])
     ]
     if len(points) < 2:
         return None
@@ -196,6 +243,7 @@ def plots(rows: Sequence[Row]) -> dict[str, Any] | None:
         "narrow": pareto(points, numbers, width=340, height=340, largest=14),
         "names": names,
         "numbered": numbered,
+        "left_out": any(row["quality"] and worthless(row["quality"]) for row in _there(rows)),
         "largest": max((point.size or 0 for point in points), default=0),
         "peers": any(point.peer for point in points),
     }
@@ -207,7 +255,12 @@ def stage_bars(groups: Sequence[Sequence[Row]]) -> dict[str, Any]:
     """
     bars, own = [], False
     for group in map(_timed, groups):
-        mine = [{"row": row, "whole": _whole(row)["p50"], "parts": _parts(row["latency"])} for row in group]
+        mine: list[dict[str, Any]] = [
+            {"row": row, "name": short(row, group), "whole": _whole(row)["p50"], "parts": _parts(row["latency"])}
+            for row in group
+        ]
+        if mine:
+            mine[0]["heading"] = model(group)
         lengths = [max(bar["whole"], sum(bar["parts"].values())) for bar in mine]
         apart = bool(mine) and max(lengths) > 15 * min(lengths)
         own = own or apart
@@ -252,22 +305,29 @@ def _change(change: Mapping[str, Any] | None) -> dict[str, str] | None:
     return {"figure": figure, "bounds": bounds, "word": word}
 
 
-def captions(rows: Sequence[Row], photos: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Photo by photo what the rows said: each caption once, with who said it and its log-probability."""
-    told_by = [row for row in _ok(rows) if row.get("captions")]
-    if not told_by:
-        return []
-    first = told_by[0]["captions"]
+def captions(groups: Sequence[Sequence[Row]], photos: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Photo by photo and group by group what the rows said: each caption once, with the bundles that said it and their
+    log-probabilities, the peers that did, and its words that the group's first row did not say.
+    """
+    told_by = [told for group in groups if (told := [row for row in group if row.get("captions")])]
     found = []
-    for photo in first:
-        said: dict[str, dict[str, Any]] = {}
-        for row in told_by:
-            if caption := row["captions"].get(photo):
-                one = said.setdefault(caption["text"], {"cider": caption.get("cider"), "by": []})
-                one["by"].append((row["name"], caption["logprob"]))
-        for text, one in said.items():
-            one["pieces"] = list(pieces(text, first[photo]["text"]))
-        found.append({"id": photo, "picture": photos.get(photo), "said": list(said.values())})
+    for photo in dict.fromkeys(photo for group in told_by for row in group for photo in row["captions"]):
+        parts = []
+        for group in told_by:
+            said: dict[str, dict[str, Any]] = {}
+            for row in group:
+                if caption := row["captions"].get(photo):
+                    new = {"cider": caption.get("cider"), "bundles": [], "peers": []}
+                    one = said.setdefault(caption["text"], new)
+                    if row["kind"] == "bundle":
+                        one["bundles"].append((row["name"], caption["logprob"]))
+                    else:
+                        one["peers"].append(short(row, group))
+            for text, one in said.items():
+                one["pieces"] = list(pieces(text, next(iter(said))))
+            if said:  # slow groups may have captioned fewer photos
+                parts.append({"model": model(group) if len(told_by) > 1 else None, "said": list(said.values())})
+        found.append({"id": photo, "picture": photos.get(photo), "groups": parts})
     return found
 
 

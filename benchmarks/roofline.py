@@ -19,7 +19,7 @@ from .runner import Worker, WorkerFailed, python_module
 if TYPE_CHECKING:
     from .subjects import Subject
 
-COMMAND = tuple(python_module("edgecap.benchmarks.work"))
+COMMAND = tuple(python_module("edgecap.benchmarks.roofline"))
 
 # Where an operator has its weights (Conv) or its keys (attention); products of matrices need no such place.
 _WEIGHTS = {"Conv": 1, "FusedConv": 1, "ConvInteger": 1, "QLinearConv": 3}
@@ -42,7 +42,7 @@ def bundle_work(path: Path, photo: str, *, timeout: float = 300.0) -> dict[str, 
         return None
 
 
-def near(
+def share_of_limits(
     work: Mapping[str, int], limits: Mapping[str, float | None], *, encode: float | None, token: float | None
 ) -> dict[str, dict[str, float] | None]:
     """How near one row is to the machine's limits, 1 is at them: {"decoder": …, "encoder": …}, None where not known.
@@ -62,14 +62,15 @@ def near(
     return found
 
 
-def add_near(
+def add_roofline(
     subjects: Sequence[Subject],
     rows: Sequence[dict[str, Any]],
     limits: Mapping[str, float | None],
     photo: str,
     times: Callable[[Mapping[str, Any]], tuple[float | None, float | None]],
+    timeout: float = 300.0,
 ) -> None:
-    """Give every row its "near": of bundles that ran in ONNX Runtime, part by part, by `near`; else None.
+    """Give every row its "near": of bundles that ran in ONNX Runtime, part by part, by `share_of_limits`; else None.
 
     times: a row's seconds of the encoder and of a further token. Each bundle is looked at once, here.
     """
@@ -78,9 +79,9 @@ def add_near(
         row["near"] = None
         if subject.kind == "bundle" and row["error"] is None and any(parts := times(row)):
             if subject.path not in known:
-                known[subject.path] = bundle_work(subject.path, photo)
+                known[subject.path] = bundle_work(subject.path, photo, timeout=timeout)
             if work := known[subject.path]:
-                row["near"] = near(work, limits, encode=parts[0], token=parts[1])
+                row["near"] = share_of_limits(work, limits, encode=parts[0], token=parts[1])
 
 
 # --- in the worker ---

@@ -7,56 +7,67 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
-from ..devices.local import cache_folder
-from ..runtime.bundle import Bundle
-from ..runtime.errors import EdgecapError, UsageError
-from .peers import CHECKPOINT, PEERS, PUBLISHED, Model
-from .runner import python_module
-from .subjects import Subject, peer_python
+from ... import __version__
+from ...devices.local import cache_folder
+from ...runtime.bundle import Bundle
+from ...runtime.errors import EdgecapError, UsageError
+from ...runtime.progress import Progress, silent
+from ..runner import python_module, run_script
+from ..subjects import Subject, peer_python
+from . import CHECKPOINT, PEERS, PUBLISHED, Model
 
 BITS = {"fp16": 16, "f16": 16, "int8": 8, "q8_0": 8, "mixed": 8, "int4": 4, "q4_0": 4}  # of a manifest's precision
 RECIPE, WEIGHTS = "recipe.toml", "model.safetensors"  # of a checkpoint
 GRAPHS = "onnxruntime"  # whose float32 folder has the graphs that others are made of
+ASKED = 120.0  # s for a script to say whether its engine is installed
+PREPARED = 2 * 3600.0  # s for one to make its folder: compilers and conversions of large models take long
 FORMAT = 1  # of what is in the cache: another one is made anew
-Progress = Callable[[str, int, int], None]
 
 
-def beside(
+def prepare_peers(
     bundles: Sequence[Subject],
     *,
     checkpoints: Sequence[Path] = (),
     runs: Path = Path("runs"),
     threads: int = 1,
-    progress: Progress = lambda phase, done, total: None,
+    progress: Progress = silent,
 ) -> list[Subject]:
     """Every kind of peer for each bundle, with its weights and decoding; one for several bundles where it is the same.
+    A bundle pruned from the weights of another one here has that one's peers, which run the whole model.
 
     checkpoints: directories of weights, each of the bundles that were made from it; others are looked for under `runs`
     and beside the bundle. Raises UsageError for a directory that belongs to none of the bundles.
     """
-    homes = {bundle.path: Home.of(bundle.path) for bundle in bundles}
-    find(list(homes.values()), checkpoints, runs)
-    kitchen = Kitchen(progress, threads)
+    sources = {bundle.path: Provenance.of(bundle.path) for bundle in bundles}
+    find_weights(list(sources.values()), checkpoints, runs)
+    preparer = Preparer(progress, threads)
     found: dict[tuple[Any, ...], Subject] = {}
+    wholes = {(sources[bundle.path].sha256, _search(bundle)): bundle.name for bundle in bundles}
+    pruned = {bundle.name: wholes.get((bundle.facts.get("pruned_from"), _search(bundle))) for bundle in bundles}
     for bundle in bundles:
-        for kind in PEERS:
-            subject = kitchen.subject(kind, bundle, homes[bundle.path])
-            same = (kind, subject.path, json.dumps(dict(subject.decoding), sort_keys=True), subject.refused)
+        for kind in PEERS if pruned[bundle.name] is None else ():
+            subject = preparer.subject(kind, bundle, sources[bundle.path])
+            same = (kind, subject.path, _search(subject), subject.refused)
             known = found.get(same)
             of = [*known.peer_of, *subject.peer_of] if known else subject.peer_of
             found[same] = replace(known or subject, peer_of=tuple(dict.fromkeys(of)))
-    return list(found.values())
+    return [
+        replace(peer, peer_of=(*peer.peer_of, *(name for name, whole in pruned.items() if whole in peer.peer_of)))
+        for peer in found.values()
+    ]
+
+
+def _search(subject: Subject) -> str:
+    return json.dumps(dict(subject.decoding), sort_keys=True)
 
 
 @dataclass
-class Home:
+class Provenance:
     """Where a bundle comes from. sha256: of its weights, "" where the lineage names none; weights: their directory."""
 
     bundle: Path
@@ -67,7 +78,7 @@ class Home:
     source: str = ""
 
     @classmethod
-    def of(cls, bundle: Path) -> Home:
+    def of(cls, bundle: Path) -> Provenance:
         manifest = Bundle.open(bundle, verify="sizes").manifest
         checkpoint = manifest.get("lineage", {}).get("checkpoint", {})
         return cls(bundle, manifest, checkpoint.get("recipe", {}), checkpoint.get("sha256", ""))
@@ -102,8 +113,8 @@ class Home:
         )
 
 
-def find(homes: Sequence[Home], given: Sequence[Path], runs: Path) -> None:
-    """Fill in the homes' weights. A published directory is taken by its name, or where nothing else is found; whether
+def find_weights(sources: Sequence[Provenance], given: Sequence[Path], runs: Path) -> None:
+    """Fill in the sources' weights. A published directory is taken by its name, or where nothing else is found; whether
     it holds these weights is checked when it is opened."""
     hashes: dict[Path, str] = {}
 
@@ -123,27 +134,27 @@ def find(homes: Sequence[Home], given: Sequence[Path], runs: Path) -> None:
             raise UsageError(
                 f"--checkpoint {folder} holds no weights: neither a checkpoint nor a Hugging Face directory"
             )
-    for home in homes:
-        if not home.sha256:
+    for origin in sources:
+        if not origin.sha256:
             continue
-        mine = [folder for folder, digest in hashes.items() if folder in given and digest == home.sha256]
-        theirs = [] if mine else _published(home, published)
+        mine = [folder for folder, digest in hashes.items() if folder in given and digest == origin.sha256]
+        theirs = [] if mine else _published(origin, published)
         if not (mine or theirs):
-            mine = [folder for folder in _around(home.bundle, runs) if sha256(folder) == home.sha256][:1]
-            theirs = published if not mine and home.model({}).smolvlm else []
-        home.weights = next(iter([*mine, *theirs]), None)
-        home.source = CHECKPOINT if mine else PUBLISHED if theirs else ""
-        used.add(home.weights)
+            mine = [folder for folder in _around(origin.bundle, runs) if sha256(folder) == origin.sha256][:1]
+            theirs = published if not mine and origin.model({}).smolvlm else []
+        origin.weights = next(iter([*mine, *theirs]), None)
+        origin.source = CHECKPOINT if mine else PUBLISHED if theirs else ""
+        used.add(origin.weights)
     if left := [folder for folder in given if folder not in used]:
         raise UsageError(f"--checkpoint {left[0]} belongs to no bundle here: their lineage names other weights")
 
 
-def _published(home: Home, given: Sequence[Path]) -> list[Path]:
+def _published(origin: Provenance, given: Sequence[Path]) -> list[Path]:
     """The directories, given or beside the bundle, with the name of what a SmolVLM was made from."""
-    name = str(home.recipe.get("encoder", {}).get("source", "")).rpartition("/")[2]
-    if not name or not home.model({}).smolvlm:
+    name = str(origin.recipe.get("encoder", {}).get("source", "")).rpartition("/")[2]
+    if not name or not origin.model({}).smolvlm:
         return []
-    near = home.bundle.resolve().parent / name
+    near = origin.bundle.resolve().parent / name
     beside = [near] if (near / "config.json").is_file() and not (near / RECIPE).is_file() else []
     return [*(folder for folder in given if folder.resolve().name == name), *beside]
 
@@ -157,21 +168,21 @@ def _around(bundle: Path, runs: Path) -> Iterator[Path]:
 
 
 @dataclass
-class Kitchen:
+class Preparer:
     """Prepares peers, each once."""
 
     progress: Progress
     threads: int = 1  # that the peers will have
     missing: dict[str, str | None] = field(default_factory=dict)  # why a kind does not run at all, by kind
 
-    def subject(self, kind: str, bundle: Subject, home: Home) -> Subject:
+    def subject(self, kind: str, bundle: Subject, origin: Provenance) -> Subject:
         """The peer of this kind beside a bundle; `refused` where it cannot be."""
         peer = PEERS[kind]
-        model = home.model(bundle.decoding)
+        model = origin.model(bundle.decoding)
         bits = peer.bits(model.bits)
         precision = peer.precisions[bits]
         found = Subject(
-            f"{kind} {precision} {home.name}" + (f" beam {model.beam}" if model.beam > 1 else ""),
+            f"{kind} {precision} {origin.name}" + (f" beam {model.beam}" if model.beam > 1 else ""),
             kind,
             Path(),
             (),
@@ -181,55 +192,55 @@ class Kitchen:
         )
         try:
             python = peer_python(kind)
-            reason = self.reason(kind, model, home) or self.absent(kind, python)
+            reason = self.reason(kind, model, origin) or self.absent(kind, python)
             if reason:
-                return replace(found, name=f"{kind} {home.name}", facts={}, refused=reason)
-            path = self.prepared(kind, model, bits, home)
+                return replace(found, name=f"{kind} {origin.name}", facts={}, refused=reason)
+            path = self.prepared(kind, model, bits, origin)
         except EdgecapError as error:
             return replace(found, refused=error.message)
         return replace(found, path=path, command=tuple(python_module(peer.module, python)))
 
-    def reason(self, kind: str, model: Model, home: Home) -> str | None:
-        if not home.sha256:
+    def reason(self, kind: str, model: Model, origin: Provenance) -> str | None:
+        if not origin.sha256:
             return "the bundle's lineage names no checkpoint: it was not exported from one"
         if reason := PEERS[kind].refuses(model):
             return reason
-        return None if home.weights else "needs its checkpoint: --checkpoint DIR"
+        return None if origin.weights else "needs its checkpoint: --checkpoint DIR"
 
     def absent(self, kind: str, python: str) -> str | None:
         """Why the kind cannot run on this machine at all."""
         if kind not in self.missing:
-            done = _run([*python_module(PEERS[kind].module, python), "--installed"])
+            done = run_script([*python_module(PEERS[kind].module, python), "--installed"], timeout=ASKED)
             self.missing[kind] = done
         return self.missing[kind]
 
-    def prepared(self, kind: str, model: Model, bits: int, home: Home) -> Path:
+    def prepared(self, kind: str, model: Model, bits: int, origin: Provenance) -> Path:
         """What the peer is to load: made now, or found. Raises EdgecapError where it cannot be made."""
-        peer, weights = PEERS[kind], home.weights
+        peer, weights = PEERS[kind], origin.weights
         assert weights is not None
-        if peer.reads_checkpoint and home.source == CHECKPOINT:
+        if peer.reads_checkpoint and origin.source == CHECKPOINT:
             return weights
-        if home.source == PUBLISHED and kind != "torch":
-            self.prepared("torch", model, 32, home)  # which checks that these are the bundle's weights
-        source = self.prepared(peer.source, model, bits, home) if peer.source else weights
+        if origin.source == PUBLISHED and kind != "torch":
+            self.prepared("torch", model, 32, origin)  # which checks that these are the bundle's weights
+        source = self.prepared(peer.source, model, bits, origin) if peer.source else weights
         precision = peer.precisions[bits]
-        folder = cache_folder() / "peers" / f"{kind}-{precision}-{self.key(kind, precision, home)}"
+        folder = cache_folder() / "peers" / f"{kind}-{precision}-{self.key(kind, precision, origin)}"
         if folder.is_dir():
             return folder
         command = [*python_module(peer.module, peer_python(peer.source or kind)), os.path.abspath(source)]
         scratch = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
         more = [] if peer.source else ["--precision", precision]
-        if peer.vlm and model.smolvlm and home.source == PUBLISHED:
-            more += ["--size", str(home.side), "--chat", home.chat]
+        if peer.vlm and model.smolvlm and origin.source == PUBLISHED:
+            more += ["--size", str(origin.side), "--chat", origin.chat]
         else:
-            more += ["--bundle", os.path.abspath(home.bundle), "--threads", str(self.threads)]
+            more += ["--bundle", os.path.abspath(origin.bundle), "--threads", str(self.threads)]
             if peer.graphs and (kind, bits) != (GRAPHS, 32):
-                more += ["--graphs", str(self.prepared(GRAPHS, model, 32, home))]
-        label = f"prepare {kind} {precision} of {home.name}"
+                more += ["--graphs", str(self.prepared(GRAPHS, model, 32, origin))]
+        label = f"prepare {kind} {precision} of {origin.name}"
         self.progress(label, 0, 1)
         try:
             scratch.mkdir(parents=True, exist_ok=True)
-            if reason := _run([*command, str(scratch), *more]):
+            if reason := run_script([*command, str(scratch), *more], timeout=PREPARED):
                 raise EdgecapError(f"could not be prepared: {reason}")
             scratch.replace(folder)
         except OSError as error:
@@ -240,32 +251,14 @@ class Kitchen:
         self.progress(label, 1, 1)
         return folder
 
-    def key(self, kind: str, precision: str, home: Home) -> str:
+    def key(self, kind: str, precision: str, origin: Provenance) -> str:
         """Of all that a prepared folder depends on."""
-        manifest = home.manifest
+        manifest = origin.manifest
         threads = self.threads if kind == "torch_compile" else None
         parts = {
             "format": (FORMAT, __version__, kind, precision, threads),
-            "weights": (home.sha256, os.path.abspath(home.weights or "")),
-            "sees": (manifest["preprocess"], manifest.get("frames"), home.chat),
+            "weights": (origin.sha256, os.path.abspath(origin.weights or "")),
+            "sees": (manifest["preprocess"], manifest.get("frames"), origin.chat),
             "tokens": (manifest["tokens"], manifest["files"]["tokenizer.json"]["sha256"]),
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _run(command: Sequence[str]) -> str | None:
-    """Run a peer's script: None, or why it failed, in one line."""
-    done = subprocess.run(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
-        env=os.environ | {"TOKENIZERS_PARALLELISM": "false"},
-        check=False,
-    )
-    if not done.returncode:
-        return None
-    said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-    return said[-1][:300] if said else f"its script ended with exit code {done.returncode}"

@@ -12,14 +12,27 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from edgecap.benchmarks import page as module
 from edgecap.benchmarks import record as records
-from edgecap.benchmarks.compare import compare, since_last
+from edgecap.benchmarks import report
+from edgecap.benchmarks import report_html as module
+from edgecap.benchmarks.compare import compare, since_last, why_none
 from edgecap.benchmarks.latency import speedup
-from edgecap.benchmarks.page import captions, grouped, headline, page, pieces, plots, stage_bars, thumbnail, write_page
 from edgecap.benchmarks.plots import Point, frontier, pareto
 from edgecap.benchmarks.quality import Photo
-from edgecap.benchmarks.report import limits_line
+from edgecap.benchmarks.report import grouped, rate_text, write_text
+from edgecap.benchmarks.report_html import (
+    against_peers,
+    captions,
+    headline,
+    html,
+    pieces,
+    plots,
+    protocol,
+    short,
+    stage_bars,
+    thumbnail,
+)
+from edgecap.benchmarks.report_markdown import markdown
 from edgecap.cli import cli
 from edgecap.runtime.errors import MissingExtra, UsageError
 
@@ -73,19 +86,19 @@ def full() -> dict[str, Any]:
     """Two bundles with a peer each, one peer for both, one that was refused, and one fused row."""
     rows = with_speedups(
         made_up_row("small", seed=1),
-        made_up_row("big", seed=2, factor=40),
+        made_up_row("big", seed=2, factor=40, group=1),
         made_up_row("torch small", kind="torch", seed=3, factor=2, peer_of=["small"], near=None),
-        made_up_row("torch big", kind="torch", seed=4, factor=30, peer_of=["big"], near=None),
+        made_up_row("torch big", kind="torch", seed=4, factor=30, peer_of=["big"], near=None, group=1),
     )
     fused = made_up_row("small fused", seed=1, near=None)
-    fused["latency"] = {k: fused["latency"][k] for k in ("load", "end_to_end", "tokens_per_caption")}
+    fused["latency"] = {k: fused["latency"][k] for k in ("load", "end_to_end", "tokens_per_caption", "tokens_per_s")}
     nothing = dict.fromkeys(("latency", "rounds", "near", "speedup", "memory", "cold_start", "quality", "captions"))
     refused = made_up_row("gguf small", kind="llama_cpp", status="refused", error="no such <architecture>", **nothing)
     return made_up_record(*rows, fused, refused)
 
 
 def html_of(record: dict[str, Any], **more: Any) -> tuple[str, Reader]:
-    text = page(record, **more)
+    text = html(record, **more)
     reader = Reader(text)
     assert not reader.open
     return text, reader
@@ -111,6 +124,7 @@ def test_it_shows_what_was_measured(full: dict[str, Any]) -> None:
     for row in full["rows"][:4]:
         assert row["name"] in shown and f"{row['quality']['cider']:.3f}" in shown
     assert "no such <architecture>" in shown and "Not measured" in shown
+    assert "TTFT ms" in shown and rate_text(full["rows"][0]["latency"]["tokens_per_s"]) in shown
     assert "25.0 GB/s" in shown and "12%" in shown and "2.8 MB a token" in shown
     assert "in one graph: its parts are not timed" in shown
     assert "Bundles and their peers share a scale" in shown
@@ -146,7 +160,7 @@ def test_tables_have_heads_plots_have_words_and_regions_names(full: dict[str, An
     assert sum(tag == "h1" for tag, _ in tags) == 1
     for tag, attributes in tags:
         if tag == "th":
-            assert attributes.get("scope") in ("row", "col")
+            assert attributes.get("scope") in ("row", "col", "rowgroup")
         if tag == "svg":
             assert attributes["role"] == "img" and "CIDEr against milliseconds" in (attributes["aria-label"] or "")
         if tag == "img":
@@ -185,7 +199,12 @@ def test_an_emulated_device_has_captions_and_no_times() -> None:
 
 def test_a_busy_machine_is_told_at_the_top(full: dict[str, Any]) -> None:
     busy = full | {"device": full["device"] | {"load": 9.0}}
-    assert "trust the ratios" in page(busy) and "trust the ratios" not in page(full)
+    assert "trust the ratios" in html(busy) and "trust the ratios" not in html(full)
+    clock = {"before": None, "after": None, "fell": ["its cores were throttled 4 times"]}
+    hot = full | {"device": full["device"] | {"clock": clock}}
+    for told in (html(hot), markdown(hot)):
+        assert "he machine slowed down: its cores were throttled 4 times" in told
+    assert any("in the second record the machine slowed" in note for note in compare(full, hot)["notes"])
 
 
 def test_what_changed_is_shown(full: dict[str, Any]) -> None:
@@ -194,21 +213,21 @@ def test_what_changed_is_shown(full: dict[str, Any]) -> None:
     shown = " ".join(reader.text.split())
     assert "Since the last record" in shown and "slower" in shown and "is not in the second record" in shown
     assert "new: other" in shown
-    assert "holds no earlier record" in page(full, first_record=True)
-    assert "Since the last record" not in page(full)
+    assert "Nothing to compare with: no record yet." in html(full, alone="no record yet")
+    assert "Since the last record" not in html(full)
 
 
 def test_photos_are_there_only_when_given(full: dict[str, Any], tmp_path: Path) -> None:
     Image.fromarray(np.zeros((600, 900, 3), np.uint8)).save(tmp_path / "x.png")
     uri = thumbnail(Photo("photo 1", str(tmp_path / "x.png"), ("a dog",)))
     assert uri.startswith("data:image/jpeg;base64,") and len(uri) < 5000
-    assert "<img" not in page(full) and page(full, photos={"photo 1": uri}).count("<img") == 1
+    assert "<img" not in html(full) and html(full, photos={"photo 1": uri}).count("<img") == 1
 
 
 def test_a_page_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "x").write_text("")
     with pytest.raises(UsageError, match="cannot write the report"):
-        write_page("", tmp_path / "x" / "r.html")
+        write_text("", tmp_path / "x" / "r.html", "report")
 
 
 def test_without_jinja_the_report_is_refused_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,18 +242,105 @@ def test_without_jinja_the_report_is_refused_before_anything_runs(monkeypatch: p
 # --- its parts ---
 
 
-def test_rows_that_share_peers_are_a_group_and_bundles_come_first() -> None:
+def test_rows_are_shown_by_group_and_bundles_come_first() -> None:
     rows = [
-        made_up_row("a"),
-        made_up_row("b"),
-        made_up_row("c"),
-        made_up_row("p", kind="torch", peer_of=["c"]),
-        made_up_row("q", kind="torch", peer_of=["a", "b"]),
+        made_up_row("a", group=0),
+        made_up_row("q", kind="torch", peer_of=["a", "b"], group=0),
+        made_up_row("b", group=0),
+        made_up_row("c", group=1),
+        made_up_row("p", kind="torch", peer_of=["c"], group=1),
     ]
     names = [[row["name"] for row in group] for group in grouped(rows)]
     assert names == [["a", "b", "q"], ["c", "p"]]
-    assert [len(group) for group in grouped(rows[:3])] == [3]  # no peers: one table
+    assert [len(group) for group in grouped([made_up_row("a"), made_up_row("b")])] == [2]  # an older record's
     assert grouped([]) == []
+
+
+def test_bundles_of_several_groups_stand_in_one_table_against_their_peers() -> None:
+    peers = [
+        made_up_row(f"torch {x}", kind="torch", factor=f, group=i, facts={"precision": "fp32"})
+        for i, (x, f) in enumerate((("a", 2.0), ("b", 3.0)))
+    ]
+    only = made_up_row("ort b", kind="onnxruntime", factor=1.2, group=1, facts={"precision": "int8"})
+    a, b = made_up_row("a", group=0), made_up_row("b", group=1)
+    with_speedups(a, peers[0])
+    with_speedups(b, peers[1], only)
+    groups = grouped([a, b, *peers, only])
+    assert [[short(row, group) for row in group] for group in groups] == [
+        ["a", "torch fp32"],
+        ["b", "onnxruntime int8", "torch fp32"],  # the fastest peer first
+    ]
+    table = against_peers(groups)
+    assert table is not None and table["ours"] == ["a", "b"] and table["peers"]["onnxruntime int8"][0] is None
+    assert [cell["least"] for cell in table["peers"]["torch fp32"]] == [True, False]
+    assert against_peers([[a]]) is None
+    twice = [a, peers[0], made_up_row("torch c", kind="torch", facts={"precision": "fp32"})]
+    assert [short(row, twice) for row in twice] == ["a", "torch a", "torch c"]
+    shown = " ".join(html_of(made_up_record(a, b, *peers, only))[1].text.split())
+    assert "times as fast as its best peer: a 2.0" in shown or "times as fast as its best peer: a 1.9" in shown
+
+
+def test_a_bundle_is_held_against_its_own_peers_alone() -> None:
+    """One bundle with two beams: the peer of beam 1 is faster than all, and no peer of beam 3."""
+    facts = {"precision": "fp32"}
+    rows = with_speedups(
+        made_up_row("a beam 1"),
+        made_up_row("a beam 3", factor=2.0),
+        made_up_row("torch a", kind="torch", factor=0.5, peer_of=["a beam 1"], facts=facts),
+        made_up_row("torch a beam 3", kind="torch", factor=4.0, peer_of=["a beam 3"], facts=facts),
+        made_up_row("by hand", kind="openvino", factor=8.0, peer_of=[], facts=facts),
+        made_up_row("a beam 3 fused", factor=2.0),
+    )
+    table = against_peers(grouped(rows))
+    assert table is not None and table["ours"] == ["a beam 1", "a beam 3", "a beam 3 fused"]
+    ratios = {name: [cell and round(cell["ratio"], 1) for cell in cells] for name, cells in table["peers"].items()}
+    assert ratios == {"torch fp32": [0.5, 2.0, 2.0], "openvino fp32": [8.0, 4.0, 4.0]}
+    other = made_up_row("other", group=1)
+    (name, ratio), *more = headline(made_up_record(*rows, other), grouped([*rows, other]))["leads"]
+    assert name == "a beam 1" and round(ratio["ratio"], 1) == 0.5 and not more
+    rows[3]["status"] = "failed"
+    rows[4]["status"] = "failed"
+    found = against_peers(grouped(rows))
+    assert found is not None and [bool(cell) for cell in found["peers"]["torch fp32"]] == [True, False, False]
+
+
+def test_fewer_photos_and_runs_of_slow_rows_are_told() -> None:
+    slow = [
+        made_up_row("big", group=1, timed_by="once"),
+        made_up_row("torch big", kind="torch", group=1, timed_by="once", peer_of=["big"]),
+    ]
+    for row in slow:
+        row["quality"]["photos"] = 3
+        row["captions"] = dict(list(row["captions"].items())[:3])
+        row["cold_start"]["runs"] = [12.5]
+    record = made_up_record(*slow, made_up_row("small"))  # the slow group first
+    text = " ".join(html_of(record)[1].text.split())
+    assert "test split, 3 to 12 photos" in text and "big and peers: 3 of the 12 photos" in text
+    assert "at least 30 photos and 2 s each; where every caption of a group takes long, one caption a photo" in text
+    assert "the median of 1 to 5" in text and "9 more photos" not in text
+    assert "**" in markdown(record) and "3 to 12 photos of scenes" in markdown(record)
+    assert "big and peers: 3 of the 12 photos" in markdown(record)
+    shown = captions(grouped(record["rows"]), {})
+    assert len(shown) == 12 and [len(photo["groups"]) for photo in shown[2:4]] == [2, 1]
+    assert shown[3]["groups"][0]["model"] == "small"
+    alone = made_up_record(slow[0])
+    assert "3 of 12 photos" in html_of(alone)[1].text and "at least" not in protocol(alone)
+    assert "first caption, once." in protocol(alone)
+    assert "to 12 photos" not in html_of(made_up_record())[1].text
+
+
+def test_what_failed_after_the_rounds_is_told() -> None:
+    record = made_up_record() | {"problems": ["the check against this machine: KeyError: 'x'"]}
+    said = "fter the rounds: the check against this machine: KeyError: 'x'"
+    assert said in html_of(record)[1].text and said in markdown(record)
+    assert "after the rounds: the check" in str(report.render(record).renderables[-1])
+
+
+def test_rows_of_untrained_weights_are_no_dots() -> None:
+    rows = [made_up_row(name) for name in "abc"]
+    rows[0]["quality"] |= {"cider": 0.0, "cider_interval": {"mean": 0.0, "low": 0.0, "high": 0.001, "level": 0.95}}
+    found = plots(rows)
+    assert found is not None and found["names"] == ["b", "c"] and found["left_out"]
 
 
 def test_the_stages_of_a_bar_are_its_medians() -> None:
@@ -254,9 +360,13 @@ def test_equal_captions_are_said_once_with_every_log_probability() -> None:
     one, two, three = (made_up_row(name) for name in "abc")
     for row, text, logprob in ((one, "a dog runs", -1.0), (two, "a dog runs", None), (three, "a cat runs", -3.0)):
         row["captions"] = {"photo": {"text": text, "logprob": logprob, "cider": 0.5}}
-    ((photo),) = captions([one, two, three], {})
-    assert [said["by"] for said in photo["said"]] == [[("a", -1.0), ("b", None)], [("c", -3.0)]]
-    assert photo["said"][1]["pieces"] == [("a", False), ("cat", True), ("runs", False)]
+    peer = made_up_row("torch a", kind="torch", facts={"precision": "fp32"}, captions=two["captions"])
+    (photo,) = captions([[one, two, three, peer]], {})
+    said = photo["groups"][0]["said"]
+    assert [each["bundles"] for each in said] == [[("a", -1.0), ("b", None)], [("c", -3.0)]]
+    assert [each["peers"] for each in said] == [["torch fp32"], []]
+    assert said[1]["pieces"] == [("a", False), ("cat", True), ("runs", False)]
+    assert len(captions([[one], [two]], {})[0]["groups"]) == 2 and captions([], {}) == []
     assert list(pieces("", "a dog")) == [] and list(pieces("a dog", "")) == [("a dog", True)]
 
 
@@ -309,6 +419,9 @@ def test_the_last_record_of_the_same_conditions_is_the_one_that_counts(tmp_path:
     found = since_last(history, made_up_record())
     assert found is not None and found["created"][0] == newer["created"] and not found["failed"]
     assert since_last(history[2:], made_up_record()) is None
+    assert "has none of these rows: another" in why_none(history[2:], made_up_record())
+    assert "of something else (threads: 2 and 1)" in why_none(history[2:3], made_up_record())
+    assert "held no record" in why_none([], made_up_record())
     with pytest.raises(UsageError, match="cannot be read"):
         records.history(tmp_path)
 
@@ -318,7 +431,7 @@ def test_a_report_that_fails_loses_nothing(tmp_path: Path, monkeypatch: pytest.M
         raise RuntimeError("a defect")
 
     monkeypatch.setattr("edgecap.benchmarks.bench.bench", lambda *_, **__: made_up_record())
-    monkeypatch.setattr("edgecap.benchmarks.page.page", fails)
+    monkeypatch.setattr("edgecap.benchmarks.report_html.html", fails)
     files = [tmp_path / name for name in ("r.json", "h.jsonl", "r.html")]
     options = [word for pair in zip(("--json", "--history", "--report"), map(str, files), strict=True) for word in pair]
     result = CliRunner().invoke(cli, ["bench", *options])
@@ -329,12 +442,5 @@ def test_a_report_that_fails_loses_nothing(tmp_path: Path, monkeypatch: pytest.M
 def test_rows_of_this_machine_beside_a_browser_are_not_at_the_top() -> None:
     here = made_up_row("tiny native", factor=0.1, facts={"on": "native"})
     record = made_up_record(made_up_row("tiny"), here, made_up_row("other", factor=2))
-    assert headline(record)["fastest"]["name"] == "tiny"
+    assert headline(record, grouped(record["rows"]))["fastest"]["name"] == "tiny"
     assert plots(record["rows"])["names"] == ["tiny", "other"]
-
-
-def test_limits_are_of_the_device() -> None:
-    record = made_up_record()
-    assert limits_line(record).startswith("this machine's limits with 1 thread: ")
-    record["device"] |= {"name": "raspberry-pi-5", "kind": "ssh"}
-    assert limits_line(record).startswith("raspberry-pi-5's limits with 1 thread: ")

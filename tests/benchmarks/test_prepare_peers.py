@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,10 +15,11 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from edgecap.benchmarks import beside as besides
 from edgecap.benchmarks.bench import bench
-from edgecap.benchmarks.beside import beside
 from edgecap.benchmarks.peers import CHECKPOINT, PEERS, PUBLISHED, Model
+from edgecap.benchmarks.peers import prepare as module
+from edgecap.benchmarks.peers.prepare import prepare_peers
+from edgecap.benchmarks.runner import run_script
 from edgecap.benchmarks.subjects import Subject, bundle_subject
 from edgecap.benchmarks.suite import Settings
 from edgecap.cli import cli
@@ -84,12 +86,12 @@ def scripts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]:
     """The scripts of peers that would run: they are listed, and write nothing."""
     ran: list[list[str]] = []
     monkeypatch.setenv("EDGECAP_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(besides, "_run", lambda command: ran.append([str(part) for part in command]))
+    monkeypatch.setattr(module, "run_script", lambda command, timeout: ran.append([str(part) for part in command]))
     return ran
 
 
 def kinds(monkeypatch: pytest.MonkeyPatch, *wanted: str) -> None:
-    monkeypatch.setattr(besides, "PEERS", {kind: peer for kind, peer in PEERS.items() if kind in wanted})
+    monkeypatch.setattr(module, "PEERS", {kind: peer for kind, peer in PEERS.items() if kind in wanted})
 
 
 def subject(path: Path, **more: Any) -> Subject:
@@ -101,27 +103,27 @@ def test_weights_are_found_by_their_hash(
 ) -> None:
     kinds(monkeypatch, "torch")
     bundle = subject(write_bundle_of(tmp_path / "x.edgecap", SHA))
-    (missing,) = beside([bundle], runs=tmp_path / "none")
+    (missing,) = prepare_peers([bundle], runs=tmp_path / "none")
     assert missing.refused == "needs its checkpoint: --checkpoint DIR" and missing.peer_of == ("x",)
-    for found in (beside([bundle], runs=tmp_path / "kept"), beside([bundle], checkpoints=[checkpoint])):
+    for found in (prepare_peers([bundle], runs=tmp_path / "kept"), prepare_peers([bundle], checkpoints=[checkpoint])):
         assert [(each.path, each.refused, each.name) for each in found] == [(checkpoint, None, "torch fp32 small")]
         assert found[0].command[-1] == PEERS["torch"].module and found[0].facts == {"precision": "fp32"}
     near = subject(write_bundle_of(checkpoint.parent / "x.edgecap", SHA))
-    assert beside([near], runs=tmp_path / "none")[0].path.resolve() == checkpoint.resolve()
+    assert prepare_peers([near], runs=tmp_path / "none")[0].path.resolve() == checkpoint.resolve()
     assert [command[-1] for command in scripts] == ["--installed"] * 3
 
 
 def test_a_folder_that_belongs_to_no_bundle_is_refused(tmp_path: Path, checkpoint: Path) -> None:
     bundle = subject(write_bundle_of(tmp_path / "x.edgecap", "0" * 64))
     with pytest.raises(UsageError, match="belongs to no bundle here"):
-        beside([bundle], checkpoints=[checkpoint])
+        prepare_peers([bundle], checkpoints=[checkpoint])
     with pytest.raises(UsageError, match="neither a checkpoint nor a Hugging Face directory"):
-        beside([bundle], checkpoints=[tmp_path])
+        prepare_peers([bundle], checkpoints=[tmp_path])
 
 
 def test_a_bundle_that_was_imported_has_no_peers(tmp_path: Path) -> None:
     path = write_bundle_of(tmp_path / "x.edgecap", "")
-    assert {each.refused for each in beside([subject(path)])} == {
+    assert {each.refused for each in prepare_peers([subject(path)])} == {
         "the bundle's lineage names no checkpoint: it was not exported from one"
     }
 
@@ -135,7 +137,7 @@ def test_what_is_prepared_is_kept_and_made_of_what_lies_before_it(
     ]
     said: list[str] = []
     progress: Any = lambda phase, done, total: said.append(phase) if not done else None  # noqa: E731
-    found = beside(bundles, checkpoints=[checkpoint], progress=progress)
+    found = prepare_peers(bundles, checkpoints=[checkpoint], progress=progress)
     assert [each.facts["precision"] for each in found] == ["fp32", "fp32", "int8", "int8", "int4", "int4"]
     assert said[0] == "prepare onnxruntime fp32 of small" and len(said) == len(set(said)) == 6
     made = [command for command in scripts if "--installed" not in command]
@@ -143,7 +145,7 @@ def test_what_is_prepared_is_kept_and_made_of_what_lies_before_it(
     graphs = {command[command.index("--graphs") + 1] for command in made[1:]}
     assert graphs == {str(found[0].path)}
     assert all(each.path.is_dir() and each.path.parent == tmp_path / "cache" / "peers" for each in found)
-    again = beside(bundles, checkpoints=[checkpoint], progress=progress)
+    again = prepare_peers(bundles, checkpoints=[checkpoint], progress=progress)
     assert [each.path for each in again] == [each.path for each in found] and len(said) == 6
 
 
@@ -153,7 +155,7 @@ def test_one_peer_serves_two_bundles_where_it_is_the_same(
     kinds(monkeypatch, "torch", "llama_cpp")
     paths = [write_bundle_of(tmp_path / f"{name}.edgecap", SHA, precision=name) for name in ("fp32", "int8")]
     two = [subject(path) for path in paths]
-    found = beside([*two, subject(paths[0], name="fp32 beam 3", decoding={"beam": 3})], checkpoints=[checkpoint])
+    found = prepare_peers([*two, subject(paths[0], name="fp32 beam 3", decoding={"beam": 3})], checkpoints=[checkpoint])
     assert [(each.name, each.peer_of) for each in found] == [
         ("torch fp32 small", ("fp32", "int8")),
         ("llama_cpp small", ("fp32", "int8")),
@@ -162,28 +164,59 @@ def test_one_peer_serves_two_bundles_where_it_is_the_same(
     ]
 
 
+def test_a_pruned_bundle_has_the_peers_of_the_whole_one(
+    tmp_path: Path, checkpoint: Path, scripts: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kinds(monkeypatch, "torch", "llama_cpp")
+    whole = subject(write_bundle_of(tmp_path / "whole.edgecap", SHA))
+    pruned = subject(write_bundle_of(tmp_path / "pruned.edgecap", "1" * 64))
+    pruned = replace(pruned, facts={**pruned.facts, "pruned_from": SHA})
+    found = prepare_peers([pruned, whole], checkpoints=[checkpoint])
+    assert [(each.kind, each.peer_of) for each in found] == [
+        ("torch", ("whole", "pruned")),
+        ("llama_cpp", ("whole", "pruned")),
+    ]
+    otherwise = replace(pruned, decoding={"beam": 3})  # and so no peer searches as it does
+    assert ("pruned",) in [each.peer_of for each in prepare_peers([otherwise, whole], checkpoints=[checkpoint])]
+
+
 def test_a_script_that_fails_gives_its_reason_and_leaves_nothing(
     tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kinds(monkeypatch, "onnxruntime", "torch")
     monkeypatch.setenv("EDGECAP_CACHE", str(tmp_path / "cache"))
     answers = {"--installed": None}
-    monkeypatch.setattr(besides, "_run", lambda command: answers.get(command[-1], "no such layer"))
+    monkeypatch.setattr(module, "run_script", lambda command, timeout: answers.get(command[-1], "no such layer"))
     bundle = subject(write_bundle_of(tmp_path / "x.edgecap", SHA))
-    torch, plain = beside([bundle], checkpoints=[checkpoint])
+    torch, plain = prepare_peers([bundle], checkpoints=[checkpoint])
     assert torch.refused is None and plain.refused == "could not be prepared: no such layer"
     assert not list((tmp_path / "cache" / "peers").iterdir())
-    monkeypatch.setattr(besides, "_run", lambda command: "onnxruntime is not installed for python")
-    assert {each.refused for each in beside([bundle], checkpoints=[checkpoint])} == {
+    monkeypatch.setattr(module, "run_script", lambda command, timeout: "onnxruntime is not installed for python")
+    assert {each.refused for each in prepare_peers([bundle], checkpoints=[checkpoint])} == {
         "onnxruntime is not installed for python"
     }
 
 
-def test_the_last_line_of_a_script_is_its_reason() -> None:
+def test_the_last_line_of_a_script_is_its_reason(tmp_path: Path) -> None:
     code = "import sys; print('much'); sys.exit('first\\nlast  ')"
-    assert besides._run([sys.executable, "-c", code]) == "last"
-    assert besides._run([sys.executable, "-c", "raise SystemExit(3)"]) == "its script ended with exit code 3"
-    assert besides._run([sys.executable, "-c", ""]) is None
+    assert run_script([sys.executable, "-c", code], timeout=60) == "last"
+    assert run_script([sys.executable, "-c", "raise SystemExit(3)"], timeout=60) == "its script ended with exit code 3"
+    assert run_script([sys.executable, "-c", ""], timeout=60) is None
+    assert "could not be started" in str(run_script([str(tmp_path / "none")], timeout=60))
+
+
+def test_a_script_that_hangs_is_ended_with_all_it_started(tmp_path: Path) -> None:
+    child = tmp_path / "child"
+    code = "import subprocess, sys, time; p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(99)']);"
+    code += f" open({str(child)!r}, 'w').write(str(p.pid)); time.sleep(99)"
+    assert "not ready within 2 s" in str(run_script([sys.executable, "-c", code], timeout=2))
+    if sys.platform == "linux" and child.exists() and child.read_text():
+        state = Path(f"/proc/{child.read_text()}/stat")
+        for _ in range(50):
+            if not state.exists() or ") Z " in state.read_text():
+                return
+            time.sleep(0.1)
+        pytest.fail("its child goes on")
 
 
 def test_a_smolvlm_s_directory_is_taken_by_its_name_and_checked_first(
@@ -195,8 +228,8 @@ def test_a_smolvlm_s_directory_is_taken_by_its_name_and_checked_first(
     path = write_bundle_of(tmp_path / "x.edgecap", "1" * 64, recipe=recipe, precision="int8")
     (tmp_path / "Smol").mkdir()
     (tmp_path / "Smol" / "config.json").write_text("{}")
-    found = beside([subject(path)], runs=tmp_path / "none")
-    assert {each.kind: each.refused for each in found} == dict.fromkeys(besides.PEERS)
+    found = prepare_peers([subject(path)], runs=tmp_path / "none")
+    assert {each.kind: each.refused for each in found} == dict.fromkeys(module.PEERS)
     made = [command for command in scripts if "--installed" not in command]
     assert made[0][2] == PEERS["torch"].module and "--bundle" in made[0]
     vlm = {command[2].rpartition(".")[2]: command for command in made[1:]}
