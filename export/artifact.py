@@ -8,6 +8,7 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import TYPE_CHECKING, Any
 
+from ..runtime.progress import Progress, silent
 from .graph import PassResult, save, split, split_to
 from .kv_cache import share_cache
 from .merge import merge_projections
@@ -54,7 +55,7 @@ class Source:
     scratch: Path
     options: BuildOptions = field(default_factory=BuildOptions)
     frames: dict[str, Any] | None = None
-    progress: Callable[[str, int, int], None] = lambda phase, done, total: None
+    progress: Progress = silent
     _trunk: OnnxPair | None = None
     statistics: dict[str, Any] = field(default_factory=dict)  # of the fp32 graphs: see onnx_quantized
 
@@ -107,14 +108,14 @@ def written(pair: OnnxPair) -> tuple[dict[str, Any], dict[str, bytes | Path]]:
     files: dict[str, bytes | Path] = {}
     for name, graph in graphs.items():
         model = getattr(pair, name)
-        if pair.outside is None and model.ByteSize() < LARGE:
+        if pair.external is None and model.ByteSize() < LARGE:
             files[graph["file"]] = save(model)
             continue
         graph["weights"] = f"{name}.bin"
-        if pair.outside is None:
+        if pair.external is None:
             files[graph["file"]], files[graph["weights"]] = split(model, graph["weights"])
         else:
-            path = Path(mkdtemp(dir=pair.outside.folder)) / graph["weights"]
+            path = Path(mkdtemp(dir=pair.external.folder)) / graph["weights"]
             files[graph["file"]], files[graph["weights"]] = split_to(model, path), path
     return graphs, files
 

@@ -13,6 +13,7 @@ from PIL import Image
 
 from ..runtime.backends.onnx import OnnxModel
 from ..runtime.framed import FramedModel, read_frames
+from ..runtime.progress import Progress, silent
 from .statistics import Feeds, Statistics, load
 from .trunk import OnnxPair
 
@@ -33,7 +34,7 @@ class Calibration:
     pixels: np.ndarray
     captions: Sequence[Sequence[int]]
     tokens: dict[str, int]
-    progress: Callable[[str, int, int], None] = lambda phase, done, total: None
+    progress: Progress = silent
     frames: dict[str, Any] | None = None
 
     def reporter(self, name: str, total: int) -> Callable[[int], None]:
@@ -55,7 +56,7 @@ class Calibration:
         done.
         """
         manifest = {"session": pair.session, "tokens": self.tokens, "graphs": pair.graphs()}
-        recorder = known if pair.outside is not None else _Recorder(pair.decoder, known.add)
+        recorder = known if pair.external is not None else _Recorder(pair.decoder, known.add)
         model: Model = OnnxModel(manifest, engine(pair.encoder), recorder)  # type: ignore[arg-type]
         if self.frames is not None:
             model = FramedModel.of(model, self.frames)  # type: ignore[arg-type]

@@ -11,7 +11,11 @@ def model_card(manifest: dict[str, Any]) -> str:
     recipe = lineage["checkpoint"]["recipe"]
     cider = measured["cider"]
     height, width = manifest["preprocess"]["size"]
-    drop = cider["drop"]
+    drop, golden = cider["drop"], measured["golden"]
+    cosine = f"cosine {golden['min_cosine']:.5f}"
+    missed = (
+        f"- the golden pair: **missed** ({cosine}), written all the same with --force; `edgecap verify` says so too"
+    )
     lines = [
         f"# {manifest['name']}",
         "",
@@ -41,10 +45,11 @@ def model_card(manifest: dict[str, Any]) -> str:
         f" the {measured['reference']} reference scores {cider['reference']:.3f}",
         f"- CIDEr lost by this export: {drop['mean']:+.4f} (95% interval {drop['low']:+.4f} to {drop['high']:+.4f}),"
         f" limit {cider['limit']:g}: **{measured['gate']}**"
-        + (", written all the same with --force" if measured.get("forced") else ""),
+        + (", written all the same with --force" if measured.get("forced") and measured["gate"] != "pass" else ""),
         f"- captions identical to the reference's: {measured['identical_captions']:.1%}",
         f"- teacher-forced logits against torch: cosine {measured['parity']['mean_cosine']:.5f} on average,"
         f" {measured['parity']['min_cosine']:.5f} at worst",
+        *([] if golden["reproduced"] else [missed]),
         f"- distinct captions: {measured['distinct']:.1%}; with repeated n-grams: {measured['repeated_ngrams']:.1%}",
         "",
         "## What was done to it",

@@ -71,7 +71,9 @@ from ..runtime.errors import EdgecapError, need
 @click.option("--device", help="For --autotune; see edgecap devices.  [default: cpu]")
 @click.option("--tuning", type=click.Path(path_type=Path), help="Use the choices of this tuning.json.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="The bundle; default: runs/RUN-TARGET.edgecap.")
-@click.option("--force", is_flag=True, help="Write the bundle even if the gate refuses it (it says so inside).")
+@click.option(
+    "--force", is_flag=True, help="Write a bundle that misses the gate or the golden pair (it says so inside)."
+)
 @click.option("--unfinished-ok", is_flag=True, help="Take a run whose training has not finished.")
 @click.option("--json", "as_json", is_flag=True, help="Print the verdict and what was measured as JSON.")
 def export(
@@ -140,7 +142,7 @@ def export(
         raise click.UsageError("Missing option '--target'.")
     for module in ("torch", "transformers", "accelerate", "onnx", "onnxscript"):
         need(module, extra="export", command="edgecap export")
-    from ..benchmarks.progress import PhaseBars
+    from ..runtime.progress import PhaseBars
     from .artifact import BuildOptions
     from .listing import show
     from .pipeline import export as run_export
@@ -203,7 +205,7 @@ def _wrap(source: Path, *, as_json: bool, **options: Any) -> None:
             raise click.UsageError(f"{what} needs --target: without it, --from takes graphs as they are")
     for module in ("onnx", "jinja2"):
         need(module, extra="export", command="edgecap export")
-    from ..benchmarks.progress import PhaseBars
+    from ..runtime.progress import PhaseBars
     from .from_onnx import wrap
     from .listing import show_wrapped
 
@@ -247,7 +249,7 @@ def prune(
     """
     for module in ("torch", "transformers", "accelerate", "onnx", "onnxscript"):
         need(module, extra="export", command="edgecap prune")
-    from ..benchmarks.progress import PhaseBars
+    from ..runtime.progress import PhaseBars
     from .pipeline import prune as run_prune
     from .smaller import Smaller
 

@@ -152,7 +152,7 @@ def _cast(x: Any, dtype: str) -> Tensor:
     return x.bool() if dtype == "bool" else x.long()
 
 
-def _conv(x, weight, strides=(1,), pad_type="valid", pad=None, dilations=(1,), groups=1, bias=None):  # type: ignore[no-untyped-def]
+def _conv(x, weight, strides=(1,), pad_type="valid", pad=None, dilations=(1,), groups=1, bias=None):
     if pad_type == "custom":
         before_after = np.reshape(_ints(pad), (-1, 2))
         x = F.pad(x, [int(n) for pair in before_after[::-1] for n in pair])
@@ -162,11 +162,11 @@ def _conv(x, weight, strides=(1,), pad_type="valid", pad=None, dilations=(1,), g
     return function(x, weight, bias, _ints(strides), 0, _ints(dilations), int(groups))
 
 
-def _batch_norm(x, mean, variance, gamma=None, beta=None, epsilon=1e-5):  # type: ignore[no-untyped-def]
+def _batch_norm(x, mean, variance, gamma=None, beta=None, epsilon=1e-5):
     return F.batch_norm(x, mean, variance, gamma, beta, False, 0.0, epsilon)
 
 
-def _layer_norm(x, axes=(-1,), gamma=None, beta=None, epsilon=1e-5):  # type: ignore[no-untyped-def]
+def _layer_norm(x, axes=(-1,), gamma=None, beta=None, epsilon=1e-5):
     return F.layer_norm(x, [x.shape[axis] for axis in _ints(axes)], gamma, beta, epsilon)
 
 
@@ -175,7 +175,7 @@ def _gelu(x: Tensor, mode: str = "EXACT") -> Tensor:
 
 
 def _pool(average: bool) -> Callable[..., Tensor]:
-    def pool(x, kernel_sizes, strides=None, pad_type="valid", pad=None, exclude_padding_from_average=False, **_):  # type: ignore[no-untyped-def]
+    def pool(x, kernel_sizes, strides=None, pad_type="valid", pad=None, exclude_padding_from_average=False, **_):
         sizes = _ints(kernel_sizes)
         before_after = np.reshape(_ints(pad) if pad_type == "custom" else [0] * (2 * len(sizes)), (-1, 2))
         step = _ints(strides) if strides is not None else [1] * len(sizes)
@@ -189,12 +189,12 @@ def _pool(average: bool) -> Callable[..., Tensor]:
     return pool
 
 
-def _pad(x, pad, mode="constant", constant_val=0.0):  # type: ignore[no-untyped-def]
+def _pad(x, pad, mode="constant", constant_val=0.0):
     pairs = np.reshape(_ints(pad), (-1, 2))
     return F.pad(x, [int(n) for pair in pairs[::-1] for n in pair], mode, constant_val if mode == "constant" else None)
 
 
-def _gather(x, indices, axis=0, batch_dims=0, validate_indices=False):  # type: ignore[no-untyped-def]
+def _gather(x, indices, axis=0, batch_dims=0, validate_indices=False):
     if batch_dims:
         raise EdgecapError("the CoreML program gathers within batches, which edgecap cannot compute")
     indices = torch.as_tensor(indices)
@@ -202,7 +202,7 @@ def _gather(x, indices, axis=0, batch_dims=0, validate_indices=False):  # type: 
     return picked.reshape((*x.shape[:axis], *indices.shape, *x.shape[axis % x.ndim + 1 :]))
 
 
-def _spans(shape, begin, end, stride=None, begin_mask=None, end_mask=None, squeeze_mask=None):  # type: ignore[no-untyped-def]
+def _spans(shape, begin, end, stride=None, begin_mask=None, end_mask=None, squeeze_mask=None):
     count = len(shape)
     begins, ends = _ints(begin), _ints(end)
     steps = _ints(stride) if stride is not None else [1] * count
@@ -217,32 +217,32 @@ def _spans(shape, begin, end, stride=None, begin_mask=None, end_mask=None, squee
     )
 
 
-def _slice_update(x, update, **spans):  # type: ignore[no-untyped-def]
+def _slice_update(x, update, **spans):
     out = x.clone()
     out[_spans(x.shape, **spans)] = update
     return out
 
 
-def _split(x, axis, split_sizes=None, num_splits=None):  # type: ignore[no-untyped-def]
+def _split(x, axis, split_sizes=None, num_splits=None):
     if split_sizes is not None:
         return tuple(x.split(_ints(split_sizes), dim=axis))
     return tuple(x.chunk(int(num_splits), dim=axis))
 
 
-def _concat(values, axis, interleave=False):  # type: ignore[no-untyped-def]
+def _concat(values, axis, interleave=False):
     return torch.cat([torch.as_tensor(v).reshape(1) if not getattr(v, "ndim", 0) else v for v in values], dim=axis)
 
 
-def _reshape(x, shape):  # type: ignore[no-untyped-def]
+def _reshape(x, shape):
     sizes = [x.shape[i] if size == 0 else size for i, size in enumerate(_ints(shape))]
     return x.reshape(sizes)
 
 
-def _squeeze(x, axes=None):  # type: ignore[no-untyped-def]
+def _squeeze(x, axes=None):
     return x.squeeze() if axes is None else x.squeeze(tuple(_ints(axes)))
 
 
-def _expand_dims(x, axes):  # type: ignore[no-untyped-def]
+def _expand_dims(x, axes):
     x = torch.as_tensor(x)
     rank = x.ndim + len(_ints(axes))
     for axis in sorted(a % rank for a in _ints(axes)):
@@ -250,11 +250,11 @@ def _expand_dims(x, axes):  # type: ignore[no-untyped-def]
     return x
 
 
-def _matmul(x, y, transpose_x=False, transpose_y=False):  # type: ignore[no-untyped-def]
+def _matmul(x, y, transpose_x=False, transpose_y=False):
     return (x.mT if transpose_x else x) @ (y.mT if transpose_y else y)
 
 
-def _attention(query, key, value, attn_mask=None):  # type: ignore[no-untyped-def]
+def _attention(query, key, value, attn_mask=None):
     return F.scaled_dot_product_attention(query, key, value, attn_mask)
 
 
@@ -264,7 +264,7 @@ def _write_state(state: _State, value: Tensor) -> Tensor:
 
 
 def _reduce(function: Callable[..., Any]) -> Callable[..., Tensor]:
-    def reduce(x, axes=None, keep_dims=False):  # type: ignore[no-untyped-def]
+    def reduce(x, axes=None, keep_dims=False):
         dims = _ints(axes) if axes is not None else list(range(x.ndim))
         return function(x, dim=dims, keepdim=bool(keep_dims))
 

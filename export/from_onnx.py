@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from ..runtime.decode import never_said
 from ..runtime.errors import EdgecapError, UsageError
 from ..runtime.framed import write_frames
 from ..runtime.frames import Framing
+from ..runtime.progress import Progress, silent
 from ..runtime.prompt import Prompt
 from ..runtime.tokenizer import Tokenizer
 from ..runtime.verify import Verification, verify_golden
@@ -41,8 +42,6 @@ MAX_LENGTH = 64  # of captions: such models answer in sentences
 # ONNX Runtime: the first whose GroupQueryAttention computes halves on CPUs, or that knows the graphs' opset
 MIN_ENGINE, MIN_ENGINES = "1.20", {23: "1.23", 24: "1.24"}
 BATCH = 8
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ def wrap(
     skip_bad: bool = False,
     limit: int | None = None,
     out: Path | None = None,
-    progress: Progress = lambda phase, done, total: None,
+    progress: Progress = silent,
 ) -> Wrapped:
     """Make a bundle of an export in `folder` (see from_onnx_files.py) and check it against the export's own graphs.
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -14,7 +16,7 @@ import numpy.typing as npt
 import onnx
 from onnx import numpy_helper
 
-from .outside import SMALLEST, Maker, maker, outside_of
+from .external import SMALLEST, Maker, external_of, maker
 
 BESIDE = 1024  # bytes of a tensor that `split` leaves where it is
 ALIGNED = 64  # bytes
@@ -77,10 +79,10 @@ class Graph:
 
     def set_constant(self, name: str, value: np.ndarray) -> str:
         """Add or replace an initializer; returns its name."""
-        value, outside = np.ascontiguousarray(value), outside_of(self.model)
-        if outside is None or value.nbytes < SMALLEST:
+        value, external = np.ascontiguousarray(value), external_of(self.model)
+        if external is None or value.nbytes < SMALLEST:
             return self._set(name, numpy_helper.from_array(value, name))
-        return self._set(name, outside.put(name, value.dtype, value.shape, lambda: value))
+        return self._set(name, external.put(name, value.dtype, value.shape, lambda: value))
 
     def set_made(
         self,
@@ -92,12 +94,12 @@ class Graph:
     ) -> str:
         """The same for what `change` makes of other initializers, of `dtype` or else the first one's: outside, where
         they are, whenever it is read."""
-        sources, outside = list(sources), outside_of(self.model)
+        sources, external = list(sources), external_of(self.model)
         kind = self.dtype(sources[0]) if dtype is None else np.dtype(dtype)
         makers = [self.reader(source) for source in sources]
-        if outside is None or math.prod(shape) * kind.itemsize < SMALLEST:
+        if external is None or math.prod(shape) * kind.itemsize < SMALLEST:
             return self.set_constant(name, change(*(make() for make in makers)))
-        return self._set(name, outside.put(name, kind, shape, lambda: change(*(make() for make in makers))))
+        return self._set(name, external.put(name, kind, shape, lambda: change(*(make() for make in makers))))
 
     def _set(self, name: str, tensor: onnx.TensorProto) -> str:
         if name in self.initializers:
@@ -203,7 +205,7 @@ def split_to(model: onnx.ModelProto, path: Path) -> bytes:
 def _split(model: onnx.ModelProto, file: str, weights: BinaryIO) -> bytes:
     light = onnx.ModelProto()
     light.CopyFrom(model)
-    if outside_of(model) is not None:
+    if external_of(model) is not None:
         del light.metadata_props[:]
     at = 0
     for tensor in light.graph.initializer:
@@ -254,7 +256,7 @@ def join(graph: bytes, weights: bytes = b"") -> onnx.ModelProto:
 def save(model: onnx.ModelProto) -> bytes:
     """The model as the bytes of one file, with nothing in them that changes from run to run. Weights that lay outside
     are put in, and must fit by now."""
-    if outside_of(model) is not None:
+    if external_of(model) is not None:
         whole = onnx.ModelProto()
         whole.CopyFrom(model)
         del whole.metadata_props[:]
@@ -263,3 +265,16 @@ def save(model: onnx.ModelProto) -> bytes:
                 tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(make()), tensor.name))
         model = whole
     return model.SerializeToString(deterministic=True)
+
+
+@contextmanager
+def loadable(model: onnx.ModelProto) -> Iterator[bytes | str]:
+    """A graph as an engine takes it: its bytes, or the path of a file that is there until the engine has mapped it."""
+    beside = external_of(model)
+    if beside is None:
+        yield save(model)
+        return
+    with TemporaryDirectory(dir=beside.folder, ignore_cleanup_errors=True) as folder:
+        path = Path(folder) / "graph.onnx"
+        path.write_bytes(split_to(model, path.with_suffix(".bin")))
+        yield str(path)

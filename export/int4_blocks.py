@@ -12,7 +12,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from .graph import Graph, PassResult, attribute
-from .rounding import round_float_blocks
+from .rounding import round_float_blocks, shrink
 from .statistics import Layer, Statistics, layer_of, layers_of
 
 NAME = "int4_blocks"
@@ -46,7 +46,8 @@ def quantize_blocks(
             continue
         bits, source = (8 if wanted == "int8" else 4), layer.node.input[1]
         if source not in shared:
-            covariance = None if statistics is None or bits == 8 else statistics.covariance(layer)[0]
+            known = None if bits == 8 else statistics
+            covariance = known and shrink(known.covariance(layer)[0], known.rows(layer))
             size = _size(layer.shape[-1], block)
             blocks, scales = _store(graph, source, layer.weights[0], covariance, size, bits, damping)
             shared[source] = (blocks, scales, bits)

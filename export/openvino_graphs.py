@@ -15,10 +15,10 @@ import onnx
 
 from ..runtime.errors import EdgecapError
 from .artifact import Artifact, Source
+from .external import external_of
 from .graph import Graph, PassResult, save, split_to
 from .int8_static import StaticOptions, quantize_static
 from .onnx_quantized import raised_layers, statistics
-from .outside import outside_of
 from .pixels import fold_pixels
 from .statistics import layers_of
 
@@ -119,7 +119,7 @@ def convert(graph: onnx.ModelProto, scratch: Path) -> ov.Model:
     """ONNX → OpenVINO, by way of the file `scratch`. Raises EdgecapError where OpenVINO cannot."""
     import openvino as ov
 
-    if outside_of(graph) is not None:
+    if external_of(graph) is not None:
         scratch.write_bytes(split_to(graph, scratch.with_suffix(".weights")))
     else:
         scratch.write_bytes(save(graph))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from ..runtime.errors import UsageError, need
+from ..runtime.progress import Progress, silent
 from ..runtime.tokenizer import Tokenizer
 from ..train.checkpoint import METRICS, RECIPE, TOKENIZER, WEIGHTS, Checkpoint, model_for
 from ..train.models import CaptionModel
@@ -33,7 +34,6 @@ from .prune_encoder import prune_encoder
 from .prune_vocab import shrink_vocab
 from .threads import one_thread
 
-Progress = Callable[[str, int, int], None]
 DECODER = ("hidden", "ffn", "heads")
 SHARES = ("channels", "encoder", "features", "decoder", *DECODER)
 KEYS = (*SHARES, "layers", "vocab")
@@ -102,7 +102,7 @@ def prune_checkpoint(
     corpus: Iterable[str],
     out: Path,
     fingerprint: str = "",
-    progress: Progress = lambda phase, done, total: None,
+    progress: Progress = silent,
 ) -> Path:
     """Write a pruned copy of a checkpoint to the folder `out`, which must be free; `loaded` is left as it is.
 

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime.errors import UsageError
+from ..runtime.progress import Progress, silent
 from ..train.checkpoint import RECIPE, Checkpoint, load_checkpoint, read_metrics, read_recipe
 from ..train.run import train
 from ..train.settings import Recipe, Stage
 from ..train.start import read_start
-
-Progress = Callable[[str, int, int], None]
 
 
 def recovery_stages(recipe: Recipe, epochs: int, *, taught: bool, encoder_lr: float = 0.0) -> tuple[Stage, ...]:
@@ -60,7 +59,7 @@ def recover(
     data: str | None = None,
     skip_bad: bool = False,
     encoder_lr: float = 0.0,
-    progress: Progress = lambda phase, done, total: None,
+    progress: Progress = silent,
     say: Callable[[str], None] = lambda line: None,
 ) -> Checkpoint:
     """Fine-tune a pruned checkpoint into the run folder `out` (default: NAME-recovered beside it) and load the result.

@@ -153,6 +153,20 @@ def round_float_blocks(
     return whole.astype(np.int8), scales.astype(np.float16)
 
 
+def shrink(covariance: np.ndarray, rows: int) -> np.ndarray:
+    """A covariance [G, K, K] of fewer rows than inputs, drawn towards its diagonal by the share of K that rows miss.
+
+    So many combinations of inputs never varied in them, and GPTQ would put all errors there. Of K rows and more it is
+    returned as it is.
+    """
+    kept = rows / covariance.shape[-1]
+    if kept >= 1:
+        return covariance
+    less = covariance * covariance.dtype.type(kept)
+    np.einsum("gkk->gk", less)[:] = np.einsum("gkk->gk", covariance)
+    return less
+
+
 def _block_scales(weights: np.ndarray, power: np.ndarray) -> np.ndarray:
     """The scale [O, blocks] of each block with the least error, weights [O, K] and power [blocks, block]."""
     blocked = weights.reshape(len(weights), *power.shape)

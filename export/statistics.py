@@ -11,8 +11,8 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
-from .graph import Graph, attribute
-from .outside import Maker, loadable, outside_of
+from .external import Maker, external_of
+from .graph import Graph, attribute, loadable
 
 SAMPLES_PER_RUN = 1500  # of each tensor, for its range
 POSITIONS_PER_RUN = 96  # of each layer, for its covariance
@@ -187,6 +187,11 @@ class Statistics:
         covariance = outer / count - (mean[:, :, None] * mean[:, None, :]).astype(outer.dtype)
         return covariance, mean + self.offsets[key][:, 0]
 
+    def rows(self, layer: Layer) -> int:
+        """How many rows of inputs that covariance is of."""
+        key = layer.node.output[0]
+        return self.moments.get(key, (0,))[0] + sum(each.shape[1] for each in self.held[key])
+
     def range(self, name: str, *, method: str = "mse") -> tuple[float, float]:
         """The range [low, high] that 256 steps cover with the least squared error (or "minmax"); always includes 0."""
         if (name, method) not in self.ranges:
@@ -233,7 +238,7 @@ def stretch(width: int) -> int:
 def load(model: onnx.ModelProto, options: ort.SessionOptions) -> ort.InferenceSession:
     """A graph in ONNX Runtime; one whose weights lie outside is read from files that it maps, and not packed: packed
     weights would be there a second time."""
-    if outside_of(model) is not None:
+    if external_of(model) is not None:
         options.add_session_config_entry("session.disable_prepacking", "1")
     with loadable(model) as source:
         return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])

@@ -14,10 +14,10 @@ import numpy as np
 import onnx
 
 from ..runtime.errors import EdgecapError
-from ..train.models.narrow import is_large
+from ..train.models.keep_16bit import is_large
 from ..train.quiet import quiet
+from .external import SMALLEST, ExternalData
 from .graph import Graph, PassResult, attribute, op_counts
-from .outside import SMALLEST, Outside
 from .tie import tie_embedding
 
 if TYPE_CHECKING:
@@ -40,25 +40,25 @@ DTYPES = {
 class OnnxPair:
     """Encoder and decoder as ONNX models, the session roles that wire them, and what was done to them so far.
 
-    outside: where the weights of a large captioner are; None: in the models.
+    external: where the weights of a large captioner are; None: in the models.
     """
 
     encoder: onnx.ModelProto
     decoder: onnx.ModelProto
     session: dict[str, Any]
     passes: list[PassResult]
-    outside: Outside | None = None
+    external: ExternalData | None = None
 
     def copy(self) -> OnnxPair:
         models = []
-        outside = None if self.outside is None else Outside(self.outside.folder, before=self.outside)
+        external = None if self.external is None else ExternalData(self.external.folder, before=self.external)
         for model in (self.encoder, self.decoder):
             clone = onnx.ModelProto()
             clone.CopyFrom(model)
-            if outside is not None:
-                outside.own(clone)
+            if external is not None:
+                external.own(clone)
             models.append(clone)
-        return OnnxPair(models[0], models[1], self.session, list(self.passes), outside)
+        return OnnxPair(models[0], models[1], self.session, list(self.passes), external)
 
     def graphs(self) -> dict[str, Any]:
         """The manifest's "graphs"."""
@@ -75,19 +75,19 @@ def to_onnx(
     """Trace both graphs of a captioner. framed: see `CaptionModel.graphs`. scratch: where files of a large one are
     written when an engine is to read its graphs. `report` is called with 1 and 2 when the first and second are done."""
     pair = model.graphs(framed=framed)
-    outside = Outside(scratch or Path(gettempdir())) if is_large(model) else None
+    external = ExternalData(scratch or Path(gettempdir())) if is_large(model) else None
     attention = bool(pair.session.get("kv"))
     opset = OPSET_ATTENTION if attention else OPSET_PLAIN
-    encoder = trace(pair.encoder, pair.encoder_inputs, pair.encoder_outputs, OPSET_PLAIN, outside)
+    encoder = trace(pair.encoder, pair.encoder_inputs, pair.encoder_outputs, OPSET_PLAIN, external)
     report(1)
-    decoder = trace(pair.decoder, pair.decoder_inputs, pair.decoder_outputs, opset, outside)
+    decoder = trace(pair.decoder, pair.decoder_inputs, pair.decoder_outputs, opset, external)
     report(2)
     result = PassResult(
         "torch_to_onnx",
         {"opset": {"encoder": OPSET_PLAIN, "decoder": opset}},
         {"encoder_ops": op_counts(encoder), "decoder_ops": op_counts(decoder)},
     )
-    return OnnxPair(encoder, decoder, pair.session, [result, tie_embedding(decoder).on("decoder")], outside)
+    return OnnxPair(encoder, decoder, pair.session, [result, tie_embedding(decoder).on("decoder")], external)
 
 
 def trace(
@@ -95,9 +95,9 @@ def trace(
     inputs: dict[str, tuple[Tensor, dict[int, str]]],
     outputs: tuple[str, ...],
     opset: int,
-    outside: Outside | None = None,
+    external: ExternalData | None = None,
 ) -> onnx.ModelProto:
-    """One module → a checked ONNX model. inputs: name → (example, axis → name of the dynamic axis). outside: where its
+    """One module → a checked ONNX model. inputs: name → (example, axis → name of the dynamic axis). external: where its
     weights go, read from the module whenever a pass asks; a model without them is not checked.
 
     The exporter folds BatchNorm and padding into the convolutions. Raises EdgecapError where torch cannot export it.
@@ -121,19 +121,19 @@ def trace(
                 external_data=False,
                 verbose=False,
             )
-            thin = {} if outside is None else _put_outside(program.model.graph, outside)
+            thin = {} if external is None else _put_external(program.model.graph, external)
             model = program.model_proto
     except Exception as error:  # the exporter's own exceptions share no base class
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise EdgecapError(f"torch cannot export {type(module).__name__} to ONNX: {lines[-1][:200]}") from error
-    _clean(model, thin, outside)
+    _clean(model, thin, external)
     _name_axes(model, {name: named for name, (_, named) in inputs.items()})
-    if outside is None:
+    if external is None:
         onnx.checker.check_model(model)
     return model
 
 
-def _put_outside(graph: Any, outside: Outside) -> dict[str, onnx.TensorProto]:
+def _put_external(graph: Any, external: ExternalData) -> dict[str, onnx.TensorProto]:
     """Take the larger initializers out of the exporter's graph before that becomes a ModelProto: their thin tensors."""
     import onnx_ir
 
@@ -141,14 +141,14 @@ def _put_outside(graph: Any, outside: Outside) -> dict[str, onnx.TensorProto]:
     for name, value in graph.initializers.items():
         held = value.const_value
         if held.nbytes >= SMALLEST:
-            thin[name] = outside.put(name, held.dtype.numpy(), tuple(map(int, held.shape)), held.numpy)
+            thin[name] = external.put(name, held.dtype.numpy(), tuple(map(int, held.shape)), held.numpy)
             value.const_value = onnx_ir.tensor(np.zeros(0, np.float32), name=name)
     return thin
 
 
-def _clean(model: onnx.ModelProto, thin: dict[str, onnx.TensorProto], outside: Outside | None) -> None:
+def _clean(model: onnx.ModelProto, thin: dict[str, onnx.TensorProto], external: ExternalData | None) -> None:
     """Drop what changes from run to run or names source files: docs, metadata, intermediate shapes. thin: tensors
-    whose values are outside, in the place of those in the model."""
+    whose values are external, in the place of those in the model."""
     model.producer_name, model.producer_version, model.doc_string = "edgecap", "", ""
     del model.metadata_props[:]
     graph = model.graph
@@ -160,8 +160,8 @@ def _clean(model: onnx.ModelProto, thin: dict[str, onnx.TensorProto], outside: O
         for item in items:
             item.doc_string = ""
             del item.metadata_props[:]
-    if outside is not None:
-        outside.own(model)
+    if external is not None:
+        external.own(model)
         for tensor in graph.initializer:
             if tensor.name in thin:
                 tensor.CopyFrom(thin[tensor.name])

@@ -20,6 +20,7 @@ from ..devices.local import cpu_facts
 from ..devices.profile import KINDS, Profile, get_profile
 from ..runtime.backends.onnx import OnnxModel
 from ..runtime.errors import UsageError
+from ..runtime.progress import Progress, silent
 from .artifact import BuildOptions
 from .calibration import engine
 from .kv_cache import share_cache
@@ -94,7 +95,7 @@ def autotune(
     device: str,
     gate: Callable[[Artifact], GateResult],
     *,
-    progress: Callable[[str, int, int], None] = lambda phase, done, total: None,
+    progress: Progress = silent,
 ) -> tuple[Tuning, Artifact, GateResult]:
     """Time encoder and decoder at each precision on this machine and keep the fastest pair whose gate passes.
 

@@ -52,7 +52,7 @@ def build(checkpoints: dict[str, Checkpoint], tmp_path_factory: pytest.TempPathF
 
 
 def _source(checkpoint: Checkpoint, scratch: Path, **options: Any) -> Source:
-    return Source(checkpoint, None, scratch, BuildOptions(**options))  # type: ignore[arg-type]
+    return Source(checkpoint, None, scratch, BuildOptions(**options))
 
 
 def _cosine(ours: np.ndarray, theirs: np.ndarray) -> float:
@@ -71,7 +71,7 @@ def _bytes(artifact: Artifact) -> int:
 def test_rows_dropped_doubled_and_reordered_across_photos(
     decoder: str, build: Build, checkpoints: dict[str, Checkpoint]
 ) -> None:
-    ours, theirs = build(decoder, "fp16").simulate().session(), checkpoints[decoder].model.session()  # type: ignore[misc]
+    ours, theirs = build(decoder, "fp16").simulate().session(), checkpoints[decoder].model.session()
     pixels, random = photos(3), np.random.default_rng(0)
     rows = len(pixels)
     pairs = [(ours.start(pixels, np.array([5, 7])), theirs.start(pixels, np.array([5, 7])))]
@@ -91,7 +91,7 @@ def test_rows_dropped_doubled_and_reordered_across_photos(
 def test_the_same_captions_as_torch_in_a_batch_and_one_by_one(
     decoder: str, beam: int, build: Build, checkpoints: dict[str, Checkpoint]
 ) -> None:
-    model, checkpoint = build(decoder, "fp16").simulate(), checkpoints[decoder]  # type: ignore[misc]
+    model, checkpoint = build(decoder, "fp16").simulate(), checkpoints[decoder]
     pixels, options = photos(4), DecodeOptions(beam=beam, max_length=8)
 
     def captions(session: Any, pixels: np.ndarray) -> list[list[tuple[int, ...]]]:
@@ -104,7 +104,7 @@ def test_the_same_captions_as_torch_in_a_batch_and_one_by_one(
 
 
 def test_two_sessions_of_one_model_do_not_disturb_each_other(build: Build) -> None:
-    model = build("llama", "fp16").simulate()  # type: ignore[misc]
+    model = build("llama", "fp16").simulate()
     alone, first, second = (model.session() for _ in range(3))
     expected = [alone.start(photos(1)), alone.step(np.array([5]), np.array([0]))]
     found = [first.start(photos(1))]
@@ -115,7 +115,7 @@ def test_two_sessions_of_one_model_do_not_disturb_each_other(build: Build) -> No
 
 
 def test_a_recurrent_step_of_more_rows_than_the_program_takes_is_run_in_parts(build: Build) -> None:
-    whole, parts = build("gru", "fp16").simulate(), build("gru", "fp16").simulate()  # type: ignore[misc]
+    whole, parts = build("gru", "fp16").simulate(), build("gru", "fp16").simulate()
     parts.roles = {**parts.roles, "rows": 2}
     sessions = [whole.session(), parts.session()]
     for session in sessions:
@@ -126,7 +126,7 @@ def test_a_recurrent_step_of_more_rows_than_the_program_takes_is_run_in_parts(bu
 
 
 def test_a_full_cache_is_one_line_saying_what_to_do(build: Build) -> None:
-    session = build("llama", "fp16").simulate().session()  # type: ignore[misc]
+    session = build("llama", "fp16").simulate().session()
     session.start(photos(1))
     with pytest.raises(UsageError, match="KV cache of .* use a smaller beam or max_length"):
         for _ in range(1000):
@@ -152,12 +152,12 @@ def test_every_weight_is_the_checkpoints_as_near_as_the_precision_allows(
         cost = result.cost
         assert cost["weights"] == cost["exact"] + cost["rounded"] + cost["linear"]
         assert cost["linear"] > 0 and cost["worst_relative_rms"] < (0.02 if precision == "int8" else 0.15)
-    for _, _, value, stored in artifact.simulate().decoder.weights():  # type: ignore[misc]
+    for _, _, value, stored in artifact.simulate().decoder.weights():
         if value.ndim > 1 and value.size > 128:
             assert stored.op_type.startswith("constexpr_")
             assert precision == "int8" or stored.data.dtype.get_bitwidth() == 4  # in blocks of 16 or of 8
     assert _bytes(artifact) < _bytes(build(decoder, "fp16"))
-    found, expected = artifact.simulate().session(), checkpoints[decoder].model.session()  # type: ignore[misc]
+    found, expected = artifact.simulate().session(), checkpoints[decoder].model.session()
     assert _cosine(found.start(photos(4)), expected.start(photos(4))) > closest
 
 
@@ -170,7 +170,7 @@ def test_half_precision_is_the_checkpoint_rounded_to_the_last_bit(decoder: str, 
 
 
 def test_a_weight_that_is_not_the_checkpoints_is_found(build: Build, checkpoints: dict[str, Checkpoint]) -> None:
-    model = build("gru", "fp16").simulate()  # type: ignore[misc]
+    model = build("gru", "fp16").simulate()
     decoder = checkpoints["gru"].model.decoder
     compare_weights(model.decoder, decoder)
     other = load_checkpoint(checkpoints["gru"].path).model.decoder
@@ -185,7 +185,7 @@ def test_the_specification_says_what_the_manifest_says(decoder: str, version: in
     artifact = build(decoder, "fp16")
     encoder = artifact.graphs["encoder"]
     assert encoder["inputs"] == {"image": {"dtype": "uint8", "shape": [1, 32, 32, 3]}}
-    model = artifact.simulate()  # type: ignore[misc]
+    model = artifact.simulate()
     for program in (model.encoder, model.decoder):
         assert program.spec.specificationVersion == version  # iOS 16 and iOS 18
         assert not program.spec.description.metadata.userDefined
@@ -231,7 +231,7 @@ def test_a_fresh_process_makes_the_same_bytes(
     command = [sys.executable, "-c", EXPORT, str(checkpoints["llama"].path), str(tmp_path / "scratch")]
     root = Path(__file__).parents[2]
     said = subprocess.run(command, capture_output=True, text=True, cwd=root, check=True)
-    expected = [(n, hashlib.sha256(Path(f).read_bytes()).hexdigest()) for n, f in sorted(here.files.items())]  # type: ignore[arg-type]
+    expected = [(n, hashlib.sha256(Path(f).read_bytes()).hexdigest()) for n, f in sorted(here.files.items())]
     assert said.stdout.strip() == str(expected)
     assert said.stderr == ""
 
@@ -254,7 +254,7 @@ def bundle(build: Build, tmp_path: Path) -> Callable[[str], SimpleNamespace]:
         artifact = build(decoder, "fp16")
         for name, file in artifact.files.items():
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / name).write_bytes(Path(file).read_bytes())  # type: ignore[arg-type]
+            (tmp_path / name).write_bytes(Path(file).read_bytes())
         parts = {"files": dict.fromkeys(artifact.files, {}), "graphs": artifact.graphs, "tokens": {"bos": 1}}
         manifest = json.loads(json.dumps({**parts, **artifact.more}))
         return SimpleNamespace(path=tmp_path, manifest=manifest, read=lambda name: (tmp_path / name).read_bytes())
@@ -356,6 +356,6 @@ def test_a_failure_inside_core_ml_is_one_line() -> None:
         def predict(self, data: Any, state: Any = None) -> Any:
             raise RuntimeError("E5RT:\n error 13")
 
-    model = backend.CoreMLModel({"image": "image"}, 1, Broken(), Broken())  # type: ignore[arg-type]
+    model = backend.CoreMLModel({"image": "image"}, 1, Broken(), Broken())
     with pytest.raises(EdgecapError, match="Core ML failed in the bundle's program: E5RT: error 13"):
         model.session().start(photos(1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from edgecap import cli
 from edgecap.benchmarks.datasets import open_dataset
 from edgecap.benchmarks.datasets.summary import write_sample
 from edgecap.benchmarks.metrics import Interval
-from edgecap.export import artifact, gate, onnx_int8, pipeline, smaller
+from edgecap.export import gate, onnx_int8, pipeline, smaller
 from edgecap.export.artifact import BuildOptions
 from edgecap.export.golden import draw, make_golden
 from edgecap.export.pipeline import export
@@ -26,6 +27,7 @@ from edgecap.export.targets import TARGETS
 from edgecap.runtime import Captioner, UsageError, verify_golden
 from edgecap.runtime.backends import BACKENDS
 from edgecap.runtime.bundle import Bundle
+from edgecap.runtime.errors import EdgecapError
 from edgecap.runtime.fused import FusedCaptioner
 from edgecap.runtime.verify import teacher_forced
 from edgecap.train.checkpoint import load_checkpoint
@@ -41,31 +43,12 @@ def run_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     return save_run(tmp_path_factory.mktemp("runs") / request.param, request.param)
 
 
-@pytest.fixture(scope="module")
-def traced_once():
-    """Trace each checkpoint once for all targets: tracing is most of an export's time."""
-    known = {}
-    original = artifact.to_onnx
-
-    def to_onnx(model, *, framed=False, **options):
-        key = str(framed) + str(
-            sorted((name, float(tensor.double().sum())) for name, tensor in model.state_dict().items())
-        )
-        if key not in known:
-            known[key] = original(model, framed=framed, **options)
-        return known[key].copy()
-
-    artifact.to_onnx = to_onnx
-    yield
-    artifact.to_onnx = original
-
-
 def make(run_folder: Path, target: str, out: Path, **options):
     return export(run_folder, target=target, out=out, max_cider_drop=10, calibration=6, **options)
 
 
 @pytest.mark.parametrize("target", ["onnx-fp32", "onnx-fp16", "onnx-int8"])
-def test_the_whole_export_of_every_decoder(run_folder: Path, target: str, tmp_path: Path, traced_once) -> None:
+def test_the_whole_export_of_every_decoder(run_folder: Path, target: str, tmp_path: Path) -> None:
     result = make(run_folder, target, tmp_path / "a.edgecap")
     assert result.path == tmp_path / "a.edgecap" and result.gate.passed
     checkpoint = load_checkpoint(run_folder)
@@ -101,12 +84,14 @@ FAMILIES = [("onnx-int8", "gru"), ("onnx-int4", "llama"), ("openvino-int4", "lla
 
 
 @pytest.mark.parametrize(("target", "decoder"), [*FAMILIES, ("gguf-q4_0", "gpt2")])
-def test_the_same_command_writes_the_same_bytes(tmp_path: Path, target: str, decoder: str) -> None:
-    """Traced anew both times: torch's names are part of the bytes."""
+def test_the_same_command_writes_the_same_bytes(tmp_path: Path, target: str, decoder: str, trace_anew) -> None:
+    """Traced anew the second time: torch's names are part of the bytes."""
     need_engine(target)
     folder = save_run(tmp_path / "run", decoder)
     options = BuildOptions(fused=target.startswith("onnx"))
-    one, two = (make(folder, target, tmp_path / place / "x.edgecap", options=options).path for place in ("a", "b"))
+    one = make(folder, target, tmp_path / "a" / "x.edgecap", options=options).path
+    trace_anew()
+    two = make(folder, target, tmp_path / "b" / "x.edgecap", options=options).path
     assert_same_bundle(one, two)
     simulated = (
         "**Simulated**: the artifact's programs computed op by op in torch" in (one / "MODEL_CARD.md").read_text()
@@ -132,7 +117,7 @@ def need_engine(target: str) -> None:
         pytest.importorskip(package, reason=f"{target} needs {package}: pip install 'edgecap[{entry.extra}]'")
 
 
-def test_one_graph_beside_the_two(tmp_path: Path, traced_once) -> None:
+def test_one_graph_beside_the_two(tmp_path: Path) -> None:
     result = make(save_run(tmp_path / "run"), "onnx-int8", tmp_path / "x.edgecap", options=BuildOptions(fused=True))
     measured, manifest = result.gate.measured, Bundle.open(result.path).manifest
     assert measured["fused"]["same_tokens"] == {"beam 1": 1, "beam 3": 1} and measured["fused"]["photos"] == 12
@@ -145,7 +130,7 @@ def test_one_graph_beside_the_two(tmp_path: Path, traced_once) -> None:
         assert one.text == captioner(picture).text
 
 
-def test_a_tuned_export_is_repeated_from_its_file(tmp_path: Path, traced_once) -> None:
+def test_a_tuned_export_is_repeated_from_its_file(tmp_path: Path) -> None:
     folder = save_run(tmp_path / "run", "llama")
     result = make(folder, "onnx-int8", tmp_path / "a" / "x.edgecap", autotune="cpu")
     tuned = result.path
@@ -201,7 +186,7 @@ def test_pruned_fine_tuned_and_judged_against_the_unpruned(tmp_path: Path, monke
         export(folder, smaller=asked, **options)
 
 
-def test_layers_are_raised_until_the_gate_holds(tmp_path: Path, traced_once, monkeypatch) -> None:
+def test_layers_are_raised_until_the_gate_holds(tmp_path: Path, monkeypatch) -> None:
     """The gate is told to be content once two layers are kept at a higher precision."""
     folder, kept = save_run(tmp_path / "run"), []
     build = onnx_int8.build
@@ -219,7 +204,7 @@ def test_layers_are_raised_until_the_gate_holds(tmp_path: Path, traced_once, mon
     assert last["name"] == "recover" and len(last["cost"]["raised"]) == 2
 
 
-def test_a_refused_bundle_is_not_left_unless_forced(tmp_path: Path, traced_once, monkeypatch) -> None:
+def test_a_refused_bundle_is_not_left_unless_forced(tmp_path: Path, monkeypatch) -> None:
     folder = save_run(tmp_path / "run")
     out = tmp_path / "x.edgecap"
     dead = subprocess.Popen([sys.executable, "-c", ""])
@@ -242,7 +227,24 @@ def test_a_refused_bundle_is_not_left_unless_forced(tmp_path: Path, traced_once,
     assert said["bundle"] is None and said["gate"]["verdict"] == "fail"
 
 
-def test_lineage_says_what_was_trained_on_and_measured_what_was_measured_on(tmp_path: Path, traced_once) -> None:
+def test_a_missed_golden_pair_is_an_error_unless_forced(tmp_path: Path, monkeypatch) -> None:
+    folder, out = save_run(tmp_path / "run"), tmp_path / "x.edgecap"
+    monkeypatch.setattr(gate, "paired_bootstrap", lambda a, b: Interval(0.0, 0.0, 0.0))
+    monkeypatch.setattr(
+        pipeline, "verify_golden", lambda captioner: dataclasses.replace(verify_golden(captioner), min_cosine=0.5)
+    )
+    with pytest.raises(EdgecapError, match=r"logit cosine 0.50000, needed 0.999; .* \(or --force\)"):
+        export(folder, target="onnx-fp16", out=out)
+    assert not out.exists()
+    forced = export(folder, target="onnx-fp16", out=out, force=True)
+    measured = Bundle.open(forced.path).manifest["measured"]
+    assert measured["gate"] == "pass" and measured["forced"] is True and not measured["golden"]["reproduced"]
+    assert "cosine of 0.50000" in forced.notes[0] and "edgecap verify refuses" in forced.notes[0]
+    card = (out / "MODEL_CARD.md").read_text()
+    assert "**missed**" in card and "**pass**, written" not in card
+
+
+def test_lineage_says_what_was_trained_on_and_measured_what_was_measured_on(tmp_path: Path) -> None:
     folder, other = save_run(tmp_path / "run"), tmp_path / "photos"
     write_sample(open_dataset("scenes:train=6,val=5,test=1,size=48"), 6, other)
     broken = sorted(other.glob("val_*.jpg"))[2]
@@ -263,7 +265,7 @@ def test_lineage_says_what_was_trained_on_and_measured_what_was_measured_on(tmp_
     assert str(other) not in json.dumps(manifest)
 
 
-def test_the_newest_finished_run_is_taken_and_named_after(tmp_path: Path, traced_once, monkeypatch) -> None:
+def test_the_newest_finished_run_is_taken_and_named_after(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     save_run(tmp_path / "runs" / "old")
     save_run(tmp_path / "runs" / "newer", finished=False)

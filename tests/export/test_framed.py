@@ -50,7 +50,7 @@ def published(vlm: Path) -> Published:
 def source(published: Published, tmp_path_factory: pytest.TempPathFactory) -> Source:
     frames = frames_of(published)
     photos = [np.asarray(image) for image in drawn()]
-    calibration = Calibration(photos, [[60, 61, 62]] * len(photos), published.tokens, frames=frames)  # type: ignore
+    calibration = Calibration(photos, [[60, 61, 62]] * len(photos), published.tokens, frames=frames)
     source = Source(published, calibration, tmp_path_factory.mktemp("build"), frames=frames)
     source.trunk()  # once: most of an export's time
     return source

@@ -14,32 +14,32 @@ import onnx
 import pytest
 import torch
 
-for module in ("gguf", "llama_cpp"):
-    pytest.importorskip(module, reason=f"needs {module}: pip install 'edgecap[gguf]'")
+pytest.importorskip("gguf", reason="needs gguf: pip install 'edgecap[gguf]'")
+pytest.importorskip("llama_cpp", reason="needs llama_cpp: pip install 'edgecap[gguf]'")
 
-from edgecap.export.artifact import BuildOptions, Source  # noqa: E402
-from edgecap.export.assemble import assemble  # noqa: E402
-from edgecap.export.calibration import Calibration  # noqa: E402
-from edgecap.export.gguf_decoder import ARCHITECTURES, tensors, write_decoder  # noqa: E402
-from edgecap.export.gguf_mmproj import write_mmproj  # noqa: E402
-from edgecap.export.gguf_targets import f16, q8_0, refuses  # noqa: E402
-from edgecap.export.golden import make_golden  # noqa: E402
-from edgecap.export.targets import Target  # noqa: E402
-from edgecap.export.trunk import OnnxPair, trace  # noqa: E402
-from edgecap.runtime import Captioner, EdgecapError, UsageError, verify_golden, write_bundle  # noqa: E402
-from edgecap.runtime.backends.gguf import GgufModel  # noqa: E402
-from edgecap.runtime.backends.llama import LlamaModel  # noqa: E402
-from edgecap.runtime.backends.mtmd import MtmdEncoder  # noqa: E402
-from edgecap.runtime.decode import DecodeOptions, decode  # noqa: E402
-from edgecap.runtime.preprocess import Preprocess  # noqa: E402
-from edgecap.runtime.tokenizer import Tokenizer  # noqa: E402
-from edgecap.train.checkpoint import load_checkpoint  # noqa: E402
-from edgecap.train.models.language_models import LlamaDecoder  # noqa: E402
-from edgecap.train.settings import TokenizerSettings  # noqa: E402
-from edgecap.train.tokenizer import token_ids, train_tokenizer  # noqa: E402
+from edgecap.export.artifact import BuildOptions, Source
+from edgecap.export.assemble import assemble
+from edgecap.export.calibration import Calibration
+from edgecap.export.gguf_decoder import ARCHITECTURES, tensors, write_decoder
+from edgecap.export.gguf_mmproj import write_mmproj
+from edgecap.export.gguf_targets import f16, q8_0, refuses
+from edgecap.export.golden import make_golden
+from edgecap.export.targets import Target
+from edgecap.export.trunk import OnnxPair, trace
+from edgecap.runtime import Captioner, EdgecapError, UsageError, verify_golden, write_bundle
+from edgecap.runtime.backends.gguf import GgufModel
+from edgecap.runtime.backends.llama import LlamaModel
+from edgecap.runtime.backends.mtmd import MtmdEncoder
+from edgecap.runtime.decode import DecodeOptions, decode
+from edgecap.runtime.preprocess import Preprocess
+from edgecap.runtime.tokenizer import Tokenizer
+from edgecap.train.checkpoint import load_checkpoint
+from edgecap.train.models.language_models import LlamaDecoder
+from edgecap.train.settings import TokenizerSettings
+from edgecap.train.tokenizer import token_ids, train_tokenizer
 
-from ..train.tiny import SIZE, tiny_model  # noqa: E402
-from .nets import photos, save_run  # noqa: E402
+from ..train.tiny import SIZE, tiny_model
+from .nets import photos, save_run
 
 VOCAB = 40
 TOKENS = {"bos": 1, "eos": 2, "pad": 0, "unk": 3, "vocab_size": VOCAB}

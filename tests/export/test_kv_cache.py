@@ -97,7 +97,7 @@ def case(request: pytest.FixtureRequest, sources: Callable[[str], Source]) -> Si
     grown, shared = load(source, source.trunk()), load(source, made)
     seen = Seen(shared)
     for model in (grown, shared):
-        model.encode = seen  # type: ignore[method-assign]
+        model.encode = seen
     return SimpleNamespace(
         kind=request.param,
         source=source,
@@ -263,7 +263,7 @@ def test_a_cache_that_grows_gives_the_same_captions(case: Any, monkeypatch: pyte
     monkeypatch.setattr(kv_cache, "SPARE", 1)
     session = case.shared.session()
     poisoned = Poisoned(session)
-    poisoned.checked = lambda logits: logits  # type: ignore[method-assign]  # at times it is full
+    poisoned.checked = lambda logits: logits  # at times it is full
     found = search(case, poisoned, pixels, options)
     same(found, wanted)
     assert 3 <= poisoned.moves <= 6 and session.cache.capacity <= 2 * session.cache.length

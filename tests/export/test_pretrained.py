@@ -27,9 +27,6 @@ from edgecap.train.state import model_tensors, write_tensors
 
 from ..train.parts import save_gpt2, save_llama, save_opt
 from .nets import SCENES, SIZE
-from .test_export import traced_once  # noqa: F401
-
-pytestmark = pytest.mark.usefixtures("traced_once")
 
 STAGE = {"epochs": 1, "batch_size": 4, "lr": 2e-3, "schedule": "constant"}
 SYSTEMS: dict[str, tuple[str, Any, dict[str, Any]]] = {

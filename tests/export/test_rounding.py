@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgecap.export.rounding import PAIR_LIMIT, round_nearest, round_weights, worst_pair
+from edgecap.export.rounding import PAIR_LIMIT, round_float_blocks, round_nearest, round_weights, shrink, worst_pair
 
 
 def inputs(seed: int, groups: int, width: int, count: int = 400) -> np.ndarray:
@@ -78,3 +78,23 @@ def test_dead_inputs_and_channels_of_zeros_do_no_harm() -> None:
     rounded = round_weights(weights, *moments(rows))
     assert np.isfinite(rounded.real).all() and np.isfinite(rounded.shift).all()
     assert not rounded.weights[1].any()
+
+
+def test_a_covariance_of_few_rows_is_drawn_towards_its_diagonal() -> None:
+    random = np.random.default_rng(0)
+    mix = random.normal(size=(64, 64)) * (0.97 ** np.arange(64))[:, None]
+    few, many, other = (random.normal(size=(count, 64)) @ mix for count in (32, 256, 4000))
+    weights = random.normal(size=(48, 64))
+
+    def error(covariance: np.ndarray | None) -> float:
+        whole, scales = round_float_blocks(weights, covariance, block=16)
+        left = weights - whole * scales.repeat(16, axis=1).astype(np.float64)
+        return float(((left @ other.T) ** 2).mean())
+
+    raw, enough = moments(few[None])[0], moments(many[None])[0]
+    drawn = shrink(raw, 32)
+    np.testing.assert_allclose(np.einsum("gkk->gk", drawn), np.einsum("gkk->gk", raw))
+    np.testing.assert_allclose(drawn[0, 0, 1:], raw[0, 0, 1:] / 2)
+    assert error(drawn) < 0.8 * error(raw) and error(drawn) < 0.95 * error(None)
+    assert shrink(raw.astype(np.float32), 32).dtype == np.float32
+    assert shrink(enough, 256) is enough and error(enough) < 0.6 * error(None)

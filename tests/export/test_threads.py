@@ -17,6 +17,8 @@ from edgecap.export.targets import TARGETS
 from edgecap.runtime import Captioner, write_bundle
 from edgecap.runtime.backends import BACKENDS
 
+from ..runtime.test_processes import ENDS, FORKS, ends_with
+
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the soak reads its memory from /proc")
 @pytest.mark.parametrize(
@@ -38,3 +40,5 @@ def test_no_caption_is_swapped(sources: Callable[[str], Source], decoder: str, n
     with Captioner.load(tmp_path / "x.edgecap", threads=1) as captioner:
         found = soak(captioner, photos, break_photos(photos[1]), captions=80, threads=4, warm_up=1)
     assert (found.wrong, found.unclear) == (0, ()) and found.refused > 0 and found.distinct == found.jobs
+    for code in (ENDS, FORKS):
+        ends_with(code, tmp_path / "x.edgecap", threads=2)

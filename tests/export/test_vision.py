@@ -147,7 +147,7 @@ def test_a_large_encoder_is_never_calibrated(
 ) -> None:
     monkeypatch.setattr(onnx_quantized, "STREAMED", 0)
     source = SimpleNamespace(options=BuildOptions(keep=frozenset({"encoder:node_matmul:fp32"})))  # nothing to see
-    done = quantize(source, "encoder", graph, precision)  # type: ignore[arg-type]
+    done = quantize(source, "encoder", graph, precision)
     assert [each.name for each in done] == ["pixels_as_quantized_input", "int8_rows", "tidy_vision", "fuse_vision"]
     assert done[1].cost == {"layers": 6 * LAYERS + 1}
 

@@ -7,11 +7,9 @@ The passes know nothing of it: `Graph.constant` and `Graph.set_constant` read an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from itertools import count
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TypeAlias
 from weakref import WeakValueDictionary
 
@@ -24,19 +22,19 @@ from ..runtime.errors import EdgecapError
 Maker: TypeAlias = Callable[[], np.ndarray]
 
 SMALLEST = 4096  # bytes of a constant that lies outside (not below graph.BESIDE); smaller ones are shapes and scales
-KEY = "edgecap.outside"  # the graph's metadata that names its Outside
-_open: WeakValueDictionary[str, Outside] = WeakValueDictionary()
+KEY = "edgecap.external"  # the graph's metadata that names its ExternalData
+_open: WeakValueDictionary[str, ExternalData] = WeakValueDictionary()
 _numbers = count(1)
 
 
-class Outside:
+class ExternalData:
     """The constants of one pair of graphs. folder: where files are written for engines; before: what a copy's graphs
     still read from.
 
     It lives as long as somebody holds it: an OnnxPair does.
     """
 
-    def __init__(self, folder: Path, before: Outside | None = None) -> None:
+    def __init__(self, folder: Path, before: ExternalData | None = None) -> None:
         self.folder, self.before = folder, before
         self.name = f"{KEY}{next(_numbers)}"
         self._makers: list[Maker] = []
@@ -57,7 +55,7 @@ class Outside:
         return tensor
 
 
-def outside_of(model: onnx.ModelProto) -> Outside | None:
+def external_of(model: onnx.ModelProto) -> ExternalData | None:
     """Where a graph's constants lie; None where they are in it."""
     for entry in model.metadata_props:
         if entry.key == KEY:
@@ -75,25 +73,10 @@ def maker(tensor: TensorProto) -> Maker | None:
     return _named(place["location"])._makers[int(place["offset"])]
 
 
-def _named(name: str) -> Outside:
+def _named(name: str) -> ExternalData:
     held = _open.get(name)
     if held is None:
         raise EdgecapError(
             "the constants of this graph are gone: they live as long as the pair of graphs that has them"
         )
     return held
-
-
-@contextmanager
-def loadable(model: onnx.ModelProto) -> Iterator[bytes | str]:
-    """A graph as an engine takes it: its bytes, or the path of a file that is there until the engine has mapped it."""
-    from .graph import save, split_to
-
-    beside = outside_of(model)
-    if beside is None:
-        yield save(model)
-        return
-    with TemporaryDirectory(dir=beside.folder, ignore_cleanup_errors=True) as folder:
-        path = Path(folder) / "graph.onnx"
-        path.write_bytes(split_to(model, path.with_suffix(".bin")))
-        yield str(path)

@@ -14,19 +14,20 @@ import pytest
 import torch
 from torch import nn
 
-from edgecap.export import artifact, graph, onnx_quantized, outside, statistics, trunk
+from edgecap.export import artifact, external, graph, onnx_quantized, pipeline, statistics, trunk
 from edgecap.export.artifact import Source
 from edgecap.export.calibration import Calibration
+from edgecap.export.external import ExternalData, external_of
 from edgecap.export.graph import Graph, save
-from edgecap.export.outside import Outside, outside_of
 from edgecap.export.pipeline import export
 from edgecap.export.rounding import round_float_blocks
+from edgecap.export.smaller import Smaller
 from edgecap.export.targets import TARGETS
 from edgecap.runtime import Captioner, verify_golden
 from edgecap.runtime.errors import EdgecapError, UsageError
 from edgecap.train.adopt import adopt
 from edgecap.train.framing import frames_of
-from edgecap.train.models import narrow
+from edgecap.train.models import keep_16bit
 
 from ..train.vlms import pictures, save_vlm
 
@@ -35,13 +36,13 @@ SCENES = "scenes:train=2,val=2,test=2,size=64"
 
 @pytest.fixture(scope="module")
 def low() -> Iterator[pytest.MonkeyPatch]:
-    """Every captioner is large, every decoder streamed, and all but the smallest constants lie outside."""
+    """Every captioner is large, every decoder streamed, and all but the smallest constants lie external."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(narrow, "MOST", 1000)
-        patch.setattr(narrow, "SMALLEST", 1000)
+        patch.setattr(keep_16bit, "MOST", 1000)
+        patch.setattr(keep_16bit, "SMALLEST", 1000)
         patch.setattr(onnx_quantized, "STREAMED", 1000)
         patch.setattr(artifact, "LARGE", 1000)
-        for module in (outside, trunk, graph):
+        for module in (external, trunk, graph):
             patch.setattr(module, "SMALLEST", graph.BESIDE + 1)
         yield patch
 
@@ -60,13 +61,13 @@ def vlm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def large(vlm: Path, low: pytest.MonkeyPatch) -> Source:
     """Traced once: most of the time that an export takes."""
     loaded = adopt(str(vlm))
-    assert narrow.is_large(loaded.model)
-    narrow.narrow(loaded.model)
-    assert {narrow.NarrowLinear, narrow.NarrowEmbedding} <= {type(module) for module in loaded.model.modules()}
+    assert keep_16bit.is_large(loaded.model)
+    keep_16bit.keep_16bit(loaded.model)
+    assert {keep_16bit.Linear16, keep_16bit.Embedding16} <= {type(module) for module in loaded.model.modules()}
     words, frames = np.random.default_rng(1).integers(20, 40, (2, 5)).tolist(), frames_of(loaded)
     calibration = Calibration(list(pictures(2, 48)), words, loaded.tokens, frames=frames)
     source = Source(loaded, calibration, vlm.parent, frames=frames)
-    assert source.trunk().outside is not None
+    assert source.trunk().external is not None
     return source
 
 
@@ -113,7 +114,12 @@ def test_a_large_captioner_is_exported_and_compared_with_torch(
         if target == "onnx-fp32":
             assert done.gate.measured["parity"]["max_abs_difference"] < 1e-4
             assert done.gate.measured["identical_captions"] == 1
-    for wrong in ({"options": artifact.BuildOptions(fused=True)}, {"autotune": "cpu"}):
+    monkeypatch.setattr(pipeline, "make_smaller", None)  # what is refused is refused before anything is pruned
+    for wrong in (
+        {"options": artifact.BuildOptions(fused=True)},
+        {"autotune": "cpu"},
+        {"autotune": "cpu", "smaller": Smaller(("layers=1",))},
+    ):
         with pytest.raises(UsageError, match=r"up to 2 GB a part in fp32, and this one is larger: leave it out"):
             export(None, target="onnx-int8", out=tmp_path / "no.edgecap", **options, **wrong)
 
@@ -121,10 +127,10 @@ def test_a_large_captioner_is_exported_and_compared_with_torch(
 def test_constants_outside_are_read_and_written_like_others(tmp_path: Path) -> None:
     torch.manual_seed(0)
     inputs = {"x": (torch.randn(2, 64), {0: "rows"})}
-    beside = Outside(tmp_path)
+    beside = ExternalData(tmp_path)
     net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 3)).eval()
     usual, thin = (trunk.trace(net, inputs, ("y",), 18, where) for where in (None, beside))
-    assert outside_of(usual) is None and outside_of(thin) is beside
+    assert external_of(usual) is None and external_of(thin) is beside
     assert thin.ByteSize() < 2000 < 64 * 64 * 4 < usual.ByteSize() and plain(thin) == plain(usual)
     ours, theirs = Graph(thin), Graph(usual)
     (name,) = (name for name in ours.initializers if ours.shape(name) == (64, 64))
@@ -145,12 +151,12 @@ def test_constants_outside_are_read_and_written_like_others(tmp_path: Path) -> N
 
 
 def test_constants_that_are_gone_are_named(tmp_path: Path) -> None:
-    graph, beside = Graph(onnx.ModelProto()), Outside(tmp_path)
+    graph, beside = Graph(onnx.ModelProto()), ExternalData(tmp_path)
     beside.own(graph.model)
     graph.set_constant("large", np.zeros((64, 64), np.float32))
     del beside
     gc.collect()
-    for read in (lambda: outside_of(graph.model), lambda: graph.constant("large"), lambda: save(graph.model)):
+    for read in (lambda: external_of(graph.model), lambda: graph.constant("large"), lambda: save(graph.model)):
         with pytest.raises(EdgecapError, match="constants of this graph are gone"):
             read()
 
@@ -171,7 +177,7 @@ def test_tied_weights_stay_tied_and_odd_ones_wide() -> None:
     net = nn.ModuleList([words, head, odd])
     ids = torch.arange(5)
     before = head(words(ids))
-    narrow.narrow(net)
+    keep_16bit.keep_16bit(net)
     assert words.weight is head.weight and words.weight.dtype == torch.bfloat16
     assert type(odd) is nn.Linear and odd.weight.dtype == torch.float32  # no 16 bits hold it
     assert words(ids).dtype == torch.float32
