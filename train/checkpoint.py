@@ -18,8 +18,9 @@ from .prepare import with_places
 from .recipe import recipe_from_dict
 from .settings import Recipe, plain
 from .shapes import shrink_to
-from .state import ADAPTER, WEIGHTS, fingerprint, load_model_tensors, model_tensors, read_weights
+from .state import ADAPTER, WEIGHTS, fingerprint, load_model_tensors, model_tensors
 from .tokenizer import token_ids
+from .weights import read_weights
 
 RECIPE, TOKENIZER, METRICS = "recipe.toml", "tokenizer.json", "metrics.json"
 PROGRESS = Path("last") / "progress.safetensors"
@@ -194,6 +195,14 @@ def read_metrics(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise EdgecapError(f"{path / METRICS} cannot be read: {error}") from error
     return metrics if isinstance(metrics, dict) else {}
+
+
+def load_again(path: str, sha256: str, role: str) -> Checkpoint:
+    """The checkpoint that a run began with; UsageError where it is gone or another one now."""
+    loaded = load_checkpoint(path)
+    if loaded.sha256 != sha256:
+        raise UsageError(f"{path} has changed since this run began with it as {role}: put it back, or begin anew")
+    return loaded
 
 
 def model_for(recipe: Recipe, tokens: dict[str, int], *, load_weights: bool) -> Any:

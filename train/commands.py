@@ -106,7 +106,7 @@ def train(
       edgecap train moda --from-scratch --check
       edgecap train --resume
     """
-    from ..benchmarks.progress import PhaseBars
+    from ..runtime.progress import PhaseBars
     from .recipe import recipe_names
     from .settings import DEFAULT_RECIPE
 
@@ -229,7 +229,7 @@ def evaluate(
       edgecap eval runs/a --critic runs/query-bridge
     """
     _need_train("edgecap eval")
-    from ..benchmarks.progress import PhaseBars
+    from ..runtime.progress import PhaseBars
     from .evaluate import evaluate as run_evaluate
     from .evaluate import score_lines
     from .state import write_json
@@ -279,7 +279,7 @@ def merge(checkpoint: Path, out: Path | None, base: Path | None, data: str | Non
       edgecap export runs/smolvlm-lora-merged --target onnx-int8
     """
     _need_train("edgecap merge")
-    from ..benchmarks.progress import PhaseBars
+    from ..runtime.progress import PhaseBars
     from .merge import merge_adapter, merge_line
 
     with PhaseBars() as bars:

@@ -21,7 +21,7 @@ from ..benchmarks.datasets import Dataset, Example
 from ..benchmarks.metrics import bootstrap_mean
 from ..runtime.errors import UsageError
 from ..runtime.preprocess import Preprocess
-from .data.batches import Progress
+from ..runtime.progress import Progress, silent
 from .data.cache import cache_key, cached_rows, load_pixels
 from .state import fingerprint
 from .tokenizer import caption_text
@@ -166,7 +166,7 @@ class Critic:
             raise ValueError(f"the critic sees uint8 photos of {size}, not {pixels.dtype} {pixels.shape}")
         return self.judge.look(torch.from_numpy(pixels).to(self.device)).float().cpu().numpy()
 
-    def photos(self, examples: Sequence[Example], progress: Progress = lambda phase, done, total: None) -> np.ndarray:
+    def photos(self, examples: Sequence[Example], progress: Progress = silent) -> np.ndarray:
         """The examples' photos: float32 [N, D] of length 1, kept in the cache."""
         if not examples:
             raise UsageError("the critic was given no photos")
@@ -260,7 +260,7 @@ class Critic:
         """The cosine of each caption with its photo [N, D]: [N] in [-1, 1]."""
         return (self.texts(captions) * photos).sum(1)
 
-    def check_knows(self, examples: Sequence[Example], progress: Progress = lambda phase, done, total: None) -> None:
+    def check_knows(self, examples: Sequence[Example], progress: Progress = silent) -> None:
         """UsageError where captions, of up to 128 examples, lie no nearer to their own photo than to another's by two
         standard errors: such a critic judges something else than these photos."""
         picks = np.unique(np.linspace(0, len(examples) - 1, 128).round().astype(int))

@@ -9,8 +9,8 @@ from typing import Any
 from ..benchmarks.datasets import Example, open_dataset
 from ..runtime.decode import DecodeOptions
 from ..runtime.errors import UsageError
+from ..runtime.progress import Progress, silent
 from .checkpoint import Checkpoint, load_checkpoint
-from .data.batches import Progress
 from .data.cache import load_pixels
 from .lora import refuse_adapter, require_adapter, switch_off
 from .run import RUNS, latest_run
@@ -29,7 +29,7 @@ def evaluate(
     adapter: Path | None = None,
     critic: str | None = None,
     unfinished_ok: bool = False,
-    progress: Progress = lambda phase, done, total: None,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """Score a checkpoint on a split in torch, with the metrics that `edgecap bench` gives for a bundle.
 

@@ -17,9 +17,9 @@ import torch
 from accelerate import Accelerator
 
 from ..benchmarks.datasets import Dataset, open_dataset
+from ..runtime.progress import Progress
 from ..runtime.tokenizer import Tokenizer
 from .checkpoint import TOKENIZER
-from .data.batches import Progress
 from .lora import count_parameters
 from .memory import forget_peak, free_memory, peak_memory, too_large
 from .opening import TASKS, Made, open_helpers, open_model, open_run, precision

@@ -19,8 +19,8 @@ from tokenizers import Tokenizer
 from ..benchmarks.datasets import Dataset
 from ..runtime.decode import DecodeOptions
 from ..runtime.errors import UsageError
+from ..runtime.progress import Progress
 from .checkpoint import METRICS, PROGRESS, RECIPE, TOKENIZER
-from .data.batches import Progress
 from .data.material import Material
 from .lora import count_parameters
 from .models import CaptionModel
@@ -33,15 +33,14 @@ from .state import (
     load_model_tensors,
     load_progress,
     model_tensors,
-    read_weights,
     restore,
     save_progress,
     write_bytes,
     write_json,
-    write_weights,
 )
 from .teachers.captions import figures_line, with_captions
 from .validate import caption_rows, score_captions
+from .weights import read_weights, write_weights
 
 SAVE_EVERY_S = 120.0  # within long epochs
 # Of the epoch so far; the loss is divided by `count`, the reward by the steps that were `rewarded`.
@@ -343,7 +342,7 @@ class Trainer:
         metrics = self._metrics(finished=finished)
         if self.accelerator.is_main_process:
             write_json(self.out / METRICS, metrics)
-            self.log.chart(self.state["history"], self.metric)
+            self.log.chart(self.state["history"], self.metric, last=finished)
         return metrics
 
 

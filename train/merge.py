@@ -13,8 +13,9 @@ import torch
 from ..benchmarks.datasets import Example, open_dataset
 from ..runtime.bundle import folder_beside
 from ..runtime.errors import EdgecapError, UsageError
+from ..runtime.progress import Progress, silent
 from .checkpoint import METRICS, RECIPE, TOKENIZER, Checkpoint, load_checkpoint, read_metrics, read_recipe
-from .data.batches import Batch, Progress, encode_captions
+from .data.batches import Batch, encode_captions
 from .data.cache import load_pixels
 from .lora import merged_tensors, take_off
 from .models import CaptionModel
@@ -33,7 +34,7 @@ def merge_adapter(
     base: Path | None = None,
     data: str | None = None,
     photos: int = PHOTOS,
-    progress: Progress = lambda phase, done, total: None,
+    progress: Progress = silent,
 ) -> tuple[Path, dict[str, Any]]:
     """Write the merged checkpoint (default RUN-merged) and return its place and what was measured.
 

@@ -16,17 +16,18 @@ from accelerate import PartialState
 
 from ..benchmarks.datasets import Dataset
 from ..runtime.errors import EdgecapError, UsageError
+from ..runtime.progress import Progress, silent
 from .checkpoint import (
     PROGRESS,
     RECIPE,
     TOKENIZER,
     base_model,
+    load_again,
     load_checkpoint,
     model_for,
     read_recipe,
 )
 from .critic import Critic
-from .data.batches import Progress
 from .loop import Trainer
 from .lora import add_adapters, check_base, refuse_adapter
 from .memory import free_memory, too_large
@@ -38,7 +39,6 @@ from .start import (
     Helpers,
     Start,
     check_helpers,
-    load_again,
     read_start,
     with_parts,
     write_start,
@@ -48,8 +48,6 @@ from .teachers.base import place
 from .teachers.given import Given, check_sources, check_teachers, open_teacher
 from .tokenizer import caption_text, token_ids
 from .towers import TowersTrainer, open_texts
-
-QUIET: Progress = lambda phase, done, total: None  # noqa: E731
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,7 @@ def open_run(
     teachers: Sequence[str | Path] = (),
     critic: str | None = None,
     trains: bool = True,
-    progress: Progress = QUIET,
+    progress: Progress = silent,
     made: Made | None = None,
 ) -> tuple[bool, Recipe]:
     """Has the run in `out` begun to learn? If not, its tokenizer and resolved recipe are written (anew), once it is
@@ -165,7 +163,7 @@ def open_helpers(
     recipe: Recipe,
     start: Start,
     tokenizer: tokenizers.Tokenizer,
-    progress: Progress = QUIET,
+    progress: Progress = silent,
     made: Made | None = None,
 ) -> Helpers:
     """The teachers and the critic that the run began with."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from .state import replacing
 
 # Of a validation's record.
 NOT_FIGURES = ("stage", "epoch", "loss", "step_seconds", "reward", "reward_seconds", "captions_per_second", "seconds")
+CHART_EVERY_S = 10.0  # drawing it takes longer than an epoch of a small model
 # The figures that a line tells, by their names for people and their format.
 TOLD = {
     "cider": ("CIDEr", ".4f"),
@@ -38,6 +40,7 @@ class TrainingLog:
         self.writer: Any = None
         self.offsets: dict[int, int] = {}
         self.count = 0
+        self.drawn = time.monotonic()
 
     def resume(self, history: list[dict[str, Any]]) -> None:
         if self.out is None:
@@ -76,10 +79,11 @@ class TrainingLog:
             f"  {record['seconds']:.0f} s{'  best so far' if better else ''}"
         )
 
-    def chart(self, history: list[dict[str, Any]], metric: str) -> None:
-        """Loss and the validation's metric over the epochs, as chart.png."""
-        if self.out is None or not history:
+    def chart(self, history: list[dict[str, Any]], metric: str, *, last: bool) -> None:
+        """Loss and the validation's metric over the epochs, as chart.png; every few seconds, and the last time."""
+        if self.out is None or not history or (not last and time.monotonic() < self.drawn + CHART_EVERY_S):
             return
+        self.drawn = time.monotonic()
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 

@@ -12,9 +12,9 @@ from accelerate.utils import broadcast_object_list
 
 from ..benchmarks.datasets import Dataset, open_dataset
 from ..runtime.errors import EdgecapError, UsageError
+from ..runtime.progress import Progress, silent
 from ..runtime.tokenizer import Tokenizer
 from .checkpoint import PROGRESS, RECIPE, TOKENIZER, read_metrics, read_recipe
-from .data.batches import Progress
 from .opening import TASKS, Made, open_helpers, open_model, open_run, precision, this_process
 from .report import TrainingLog
 from .settings import Recipe
@@ -49,7 +49,7 @@ def train(
     init: Path | None = None,
     teachers: Sequence[str | Path] = (),
     critic: str | None = None,
-    progress: Progress = lambda phase, done, total: None,
+    progress: Progress = silent,
     say: Callable[[str], None] = lambda line: None,
 ) -> tuple[Path, dict[str, Any]]:
     """Train a captioner; returns the checkpoint directory and its metrics.

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..runtime.errors import EdgecapError, UsageError
-from .checkpoint import PROGRESS, Checkpoint, load_checkpoint
-from .data.batches import Progress
+from ..runtime.progress import Progress, silent
+from .checkpoint import PROGRESS, Checkpoint
 from .settings import Recipe
 from .state import write_json
 
@@ -42,7 +42,7 @@ class Helpers:
 
     teachers: tuple[WordTeacher, ...] = ()
     critic: Critic | None = None
-    progress: Progress = lambda phase, done, total: None  # of what is computed before they can help
+    progress: Progress = silent  # of what is computed before they can help
     captioners: tuple[CaptionTeacher, ...] = ()  # teachers of captions
 
     @property
@@ -119,11 +119,3 @@ def read_start(out: Path) -> Start:
         return Start()
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise EdgecapError(f"{out / START} cannot be read ({error}): begin the run anew") from error
-
-
-def load_again(path: str, sha256: str, role: str) -> Checkpoint:
-    """The checkpoint that a run began with; UsageError where it is gone or another one now."""
-    loaded = load_checkpoint(path)
-    if loaded.sha256 != sha256:
-        raise UsageError(f"{path} has changed since this run began with it as {role}: put it back, or begin anew")
-    return loaded

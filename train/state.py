@@ -72,25 +72,6 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise EdgecapError(f"{path} cannot be read ({error}): it is damaged, restore it or train again") from error
 
 
-def write_weights(out: Path, model: nn.Module) -> None:
-    """Replace a checkpoint's weights by the model's; where it stores adapters alone, those in peft's format."""
-    if getattr(model, "stores", None):
-        from .lora import write_adapter
-
-        write_adapter(out, model)
-    else:
-        write_tensors(out / WEIGHTS, model_tensors(model), {"format": "pt"})
-
-
-def read_weights(out: Path) -> dict[str, Tensor]:
-    """What `write_weights` wrote."""
-    if (out / ADAPTER).is_file():
-        from .lora import read_adapter
-
-        return read_adapter(out)
-    return read_tensors(out / WEIGHTS)[0]
-
-
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The state dict with each shared (tied) tensor once; of a model that `stores` only a part, that part."""
     seen: set[tuple[int, int]] = set()

@@ -15,9 +15,10 @@ from ..benchmarks.datasets import Example
 from ..benchmarks.retrieval import KS, WAYS, RetrievalScores
 from ..benchmarks.retrieval import score_retrieval as rank
 from ..runtime.errors import UsageError
+from ..runtime.progress import Progress, silent
 from .checkpoint import Checkpoint
 from .data.augment import mirrored_text
-from .data.batches import Batch, Progress
+from .data.batches import Batch
 from .data.cache import cache_key, cached_rows, load_pixels
 from .data.material import Material
 from .loop import Trainer
@@ -159,9 +160,7 @@ def open_texts(recipe: Recipe, captions: Iterable[str]) -> tuple[Tokenizer, Reci
     return tokenizer, dataclasses.replace(recipe, tokenizer=settings)
 
 
-def score_retrieval(
-    loaded: Checkpoint, examples: Sequence[Example], progress: Progress = lambda phase, done, total: None
-) -> dict[str, Any]:
+def score_retrieval(loaded: Checkpoint, examples: Sequence[Example], progress: Progress = silent) -> dict[str, Any]:
     """Recall of a retrieval checkpoint on photos and all their captions, both ways (see RetrievalScores.to_dict)."""
     return retrieval_scores(loaded, examples, progress).to_dict()
 

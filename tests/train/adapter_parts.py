@@ -13,8 +13,9 @@ import torch
 from edgecap.benchmarks.datasets import open_dataset
 from edgecap.train.checkpoint import METRICS, RECIPE, TOKENIZER, model_for
 from edgecap.train.settings import EncoderSettings, Lora, Recipe
-from edgecap.train.state import write_bytes, write_json, write_weights
+from edgecap.train.state import write_bytes, write_json
 from edgecap.train.tokenizer import caption_text, token_ids, train_tokenizer
+from edgecap.train.weights import write_weights
 
 from .tiny import SIGLIP, tiny_recipe
 

@@ -83,7 +83,7 @@ def test_each_loss_alone_falls_when_it_is_optimised(name: str) -> None:
     model.eval()
     optimizer = torch.optim.Adam([*model.bridge.parameters(), *model.decoder.parameters()], lr=2e-3)
     values = []
-    for step in range(20):
+    for step in range(32):
         loss = guided_part(objective, model, batch, seed=step % 3)
         optimizer.zero_grad()
         loss.backward()

@@ -15,7 +15,8 @@ from edgecap.train import lora
 from edgecap.train.models import CaptionModel
 from edgecap.train.optim import make_optimizer, set_modes
 from edgecap.train.settings import Stage
-from edgecap.train.state import ADAPTER, model_tensors, write_weights
+from edgecap.train.state import ADAPTER, model_tensors
+from edgecap.train.weights import write_weights
 
 from .adapter_parts import KINDS, LORA, needs_4_bits
 from .tiny import SIZE, tiny_model

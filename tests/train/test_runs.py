@@ -25,7 +25,6 @@ from edgecap.train.data.material import Material
 from edgecap.train.models import build_model
 from edgecap.train.prepare import prepare_recipe
 from edgecap.train.recipe import recipe_from_dict
-from edgecap.train.report import TrainingLog
 from edgecap.train.run import train
 from edgecap.train.state import load_progress, write_bytes, write_tensors
 
@@ -180,7 +179,6 @@ def test_killed_behind_every_write_the_run_is_the_same(tmp_path: Path, monkeypat
 
         return act
 
-    monkeypatch.setattr(TrainingLog, "chart", lambda *args: None)  # it takes longer than the steps
     monkeypatch.setattr(loop.Trainer, "_save", mortal(save))
     monkeypatch.setattr(loop.Trainer, "_write_weights", mortal(write))
     while True:

@@ -14,7 +14,6 @@ from edgecap.train import loop
 from edgecap.train.data.batches import Batch, encode_captions
 from edgecap.train.models import CaptionModel, build_model
 from edgecap.train.recipe import recipe_from_dict
-from edgecap.train.report import TrainingLog
 from edgecap.train.settings import Recipe, Stage
 from edgecap.train.tokenizer import caption_text, train_tokenizer
 
@@ -104,7 +103,6 @@ def with_kills(patch: pytest.MonkeyPatch, begin: Callable[[bool], object], lives
         return step(self, *args)
 
     patch.setattr(loop, "SAVE_EVERY_S", 0.0)
-    patch.setattr(TrainingLog, "chart", lambda *args: None)  # drawn at every save, it takes longer than the steps
     patch.setattr(loop.Trainer, "_step", mortal)
     for number, left in enumerate(lives):  # noqa: B007 - `mortal` counts it down
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor
 from ...benchmarks.datasets import Dataset, Example
 from ...runtime.errors import EdgecapError
 from ...runtime.preprocess import Preprocess
+from ...runtime.progress import Progress
 from ..settings import Recipe
 from ..state import digest, model_tensors
 from ..tokenizer import caption_text, token_ids
@@ -26,7 +27,6 @@ from .augment import PLAIN, View, mirrored_text, names_a_side, vary, view_key
 from .cache import CHUNK, cache_key, cached_rows, load_pixels, photos_digest, whole_rows
 from .features import FeatureExtractor, can_quicken
 
-Progress = Callable[[str, int, int], None]  # (phase, done, total)
 MANY = 512  # photos of a split for which a faster engine is worth its loading
 CPU = torch.device("cpu")
 

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from tokenizers import Tokenizer
 
 from ...benchmarks.datasets import Dataset, Example
+from ...runtime.progress import Progress
 from ..checkpoint import preprocess_for
 from ..models import CaptionModel
 from ..optim import frozen_blocks
@@ -20,7 +21,7 @@ from ..teachers.captions import teacher_captions
 from ..teachers.words import TeacherTopK
 from ..tokenizer import token_ids
 from .augment import PLAIN, View, views_of
-from .batches import Batch, EpochPlan, Photos, Progress, encode_captions, encoder_digest
+from .batches import Batch, EpochPlan, Photos, encode_captions, encoder_digest
 from .curriculum import Curriculum
 from .features import FeatureExtractor
 

@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 
-from ..checkpoint import CheckpointInfo
+from ..checkpoint import CheckpointInfo, load_again
 from ..lora import count_parameters
-from ..start import load_again
 
 CPU = torch.device("cpu")
 

@@ -15,7 +15,8 @@ import torch
 
 from ...benchmarks.datasets import Example
 from ...benchmarks.metrics import CiderD
-from ..data.batches import Photos, Progress
+from ...runtime.progress import Progress
+from ..data.batches import Photos
 from ..data.cache import CHUNK, cache_key, writing
 from ..settings import Stage
 from ..tokenizer import caption_text

@@ -25,9 +25,10 @@ from torch import Tensor
 from ...benchmarks.datasets import Example
 from ...runtime.errors import UsageError
 from ...runtime.preprocess import Preprocess
+from ...runtime.progress import Progress
 from ..checkpoint import CheckpointInfo, identity, require_captioner
 from ..data.augment import View
-from ..data.batches import MANY, Photos, Progress, encode_captions, encoder_digest
+from ..data.batches import MANY, Photos, encode_captions, encoder_digest
 from ..data.cache import cache_key, cached_rows, load_pixels
 from ..data.features import FeatureExtractor
 from ..models import CaptionModel

@@ -17,7 +17,7 @@ def is_large(model: Any) -> bool:
     return any(sum(each.numel() * 4 for each in part.parameters()) > MOST for part in model.parts().values())
 
 
-def narrow(model: nn.Module) -> None:
+def keep_16bit(model: nn.Module) -> None:
     """Keep the weights of linear layers and embeddings in 16 bits, in place, where these hold them exactly.
 
     What the model computes stays the same to the bit. It is for looking at a model, not for training it.
@@ -25,7 +25,7 @@ def narrow(model: nn.Module) -> None:
     kept: dict[int, nn.Parameter] = {}  # tied weights stay tied
     whole = []  # alive, so that an id stays theirs
     for module in model.modules():
-        if type(module) not in _NARROW or module.weight.dtype != torch.float32 or module.weight.numel() < SMALLEST:
+        if type(module) not in _KEPT or module.weight.dtype != torch.float32 or module.weight.numel() < SMALLEST:
             continue
         known = id(module.weight)
         if known not in kept:
@@ -35,7 +35,7 @@ def narrow(model: nn.Module) -> None:
             whole.append(module.weight)
             kept[known] = nn.Parameter(half, requires_grad=False)
         module.weight = kept[known]
-        module.__class__ = _NARROW[type(module)]
+        module.__class__ = _KEPT[type(module)]
 
 
 def _halved(weight: Tensor) -> Tensor | None:
@@ -46,12 +46,12 @@ def _halved(weight: Tensor) -> Tensor | None:
     return None
 
 
-class NarrowLinear(nn.Linear):
+class Linear16(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x, self.weight.float(), self.bias)
 
 
-class NarrowEmbedding(nn.Embedding):
+class Embedding16(nn.Embedding):
     def forward(self, ids: Tensor) -> Tensor:
         # A graph gathers rows of what is widened, which its export does once; here all of it would be, at each step.
         if torch.compiler.is_exporting():
@@ -59,4 +59,4 @@ class NarrowEmbedding(nn.Embedding):
         return super().forward(ids).float()
 
 
-_NARROW: dict[type, Any] = {nn.Linear: NarrowLinear, nn.Embedding: NarrowEmbedding}
+_KEPT: dict[type, Any] = {nn.Linear: Linear16, nn.Embedding: Embedding16}
