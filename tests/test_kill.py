@@ -1,6 +1,6 @@
 """Nothing lost: kill -9 at random moments of feature caching, training and export, once their work has begun.
 
-EDGECAP_KILLS sets how many kills each test lands (5 by default; EDGECAP_KILLS=20 is the long form).
+EDGECAP_KILLS sets how many kills each test lands (3 by default; EDGECAP_KILLS=20 is the long form).
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from edgecap.runtime.captioner import Captioner
 
 from .train.tiny import tiny_recipe
 
-KILLS = int(os.environ.get("EDGECAP_KILLS", "5"))
+KILLS = int(os.environ.get("EDGECAP_KILLS", "3"))
 
 # Forks a child for every command, so that the kills meet work and not the import of torch. An order: arguments,
 # folder, and constants to set (many small saves, for a kill to fall into).
 SERVER = """
 import importlib, json, os, sys, traceback
 import accelerate, matplotlib.figure, onnx, onnxscript, torch.utils.tensorboard, transformers
-import edgecap.benchmarks.progress, edgecap.cli, edgecap.export.commands, edgecap.export.pipeline
+import edgecap.runtime.progress, edgecap.cli, edgecap.export.commands, edgecap.export.pipeline
 import edgecap.train.commands, edgecap.train.run
 for line in sys.stdin:
     order = json.loads(line)
