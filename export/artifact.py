@@ -9,9 +9,11 @@ from tempfile import mkdtemp
 from typing import TYPE_CHECKING, Any
 
 from ..runtime.progress import Progress, silent
+from .gelu import fuse_gelus
 from .graph import PassResult, save, split, split_to
 from .kv_cache import share_cache
 from .merge import merge_projections
+from .products import fold_biases, unflatten_products
 from .skip_norm import fuse_residuals
 from .trunk import OPSET_ATTENTION, OnnxPair, to_onnx
 from .vision import fuse_vision
@@ -72,10 +74,12 @@ class Source:
         return self._trunk.copy()
 
     def onnx_trunk(self) -> OnnxPair:
-        """The same for ONNX Runtime: in a decoder with a KV cache, projections that read one tensor are merged."""
+        """The same for ONNX Runtime: in a decoder with a KV cache, products of rows as they lie, and projections that
+        read one tensor merged."""
         pair = self.trunk()
         if pair.session.get("kv"):
-            pair.passes.append(merge_projections(pair.decoder).on("decoder"))
+            done = [*_changed(unflatten_products(pair.decoder)), merge_projections(pair.decoder)]
+            pair.passes += [result.on("decoder") for result in done]
         return pair
 
 
@@ -123,10 +127,10 @@ def written(pair: OnnxPair) -> tuple[dict[str, Any], dict[str, bytes | Path]]:
 def onnx_artifact(pair: OnnxPair) -> Artifact:
     """The graphs of a pair, for ONNX Runtime: as they are, but for a KV cache, which is written in place, and what its
     own fusions leave apart."""
-    vision = [result.on("encoder") for result in fuse_vision(pair.encoder)]
-    fused = fuse_residuals(pair.decoder)
-    session, done = share_cache(pair.decoder, pair.session)
-    done = [fused, *done] if fused.cost["fused"] else done
+    encoder = [*fuse_vision(pair.encoder), *_changed(fold_biases(pair.encoder))]
+    fused = [*_changed(fuse_residuals(pair.decoder)), *_changed(fuse_gelus(pair.decoder))]
+    session, shared = share_cache(pair.decoder, pair.session)
+    decoder = [*fused, *shared, *_changed(fold_biases(pair.decoder))]
     graphs, files = written(pair)
     models = (pair.encoder, pair.decoder)
     opset = max(entry.version for model in models for entry in model.opset_import if not entry.domain)
@@ -135,5 +139,14 @@ def onnx_artifact(pair: OnnxPair) -> Artifact:
         graphs=graphs,
         session=session,
         requires={"onnxruntime": MIN_ENGINE.get(opset, MIN_ENGINE[OPSET_ATTENTION])},
-        passes=[*pair.passes, *vision, *(result.on("decoder") for result in done)],
+        passes=[
+            *pair.passes,
+            *(result.on("encoder") for result in encoder),
+            *(result.on("decoder") for result in decoder),
+        ],
     )
+
+
+def _changed(result: PassResult) -> list[PassResult]:
+    """The result, if its pass found anything to do."""
+    return [result] if any(result.cost.values()) else []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -37,6 +37,10 @@ class Calibration:
     progress: Progress = silent
     frames: dict[str, Any] | None = None
 
+    def first(self, count: int) -> Calibration:
+        """The same of so many photos."""
+        return replace(self, pixels=self.pixels[:count], captions=self.captions[:count])
+
     def reporter(self, name: str, total: int) -> Callable[[int], None]:
         return lambda done: self.progress(f"calibrate {name}", done, total)
 
@@ -50,14 +54,10 @@ class Calibration:
     def play_decoder(
         self, pair: OnnxPair, known: Statistics, report: Callable[[int], None] = lambda done: None
     ) -> None:
-        """Feed the decoder the photos' own captions, several photos a run, and let the statistics see each run.
-
-        One by one: a language model's inputs hold its KV cache, gigabytes in all. report is called with the photos
-        done.
-        """
+        """Feed the decoder the photos' own captions, several photos a run, in the engine of the statistics, which see
+        each run. report is called with the photos done."""
         manifest = {"session": pair.session, "tokens": self.tokens, "graphs": pair.graphs()}
-        recorder = known if pair.external is not None else _Recorder(pair.decoder, known.add)
-        model: Model = OnnxModel(manifest, engine(pair.encoder), recorder)  # type: ignore[arg-type]
+        model: Model = OnnxModel(manifest, engine(pair.encoder), known)  # type: ignore[arg-type]
         if self.frames is not None:
             model = FramedModel.of(model, self.frames)  # type: ignore[arg-type]
         count = BATCH if isinstance(self.pixels, np.ndarray) else 1  # photos of other sizes have other tiles
@@ -75,19 +75,6 @@ def teacher_force(session: Session, pixels: np.ndarray, captions: Sequence[Seque
         alive = alive[going]
         logits.append(session.step(np.array([captions[row][step] for row in alive]), going))
     return np.concatenate(logits)
-
-
-class _Recorder:
-    """Stands in for the decoder's engine session and hands on what it was fed. (A large decoder is not loaded twice:
-    the statistics' own session computes its outputs, too.)"""
-
-    def __init__(self, model: onnx.ModelProto, take: Callable[[Feeds], None]) -> None:
-        self.inner = engine(model)
-        self.take = take
-
-    def run(self, names: list[str], feed: dict[str, Any]) -> list[np.ndarray]:
-        self.take(dict(feed))
-        return self.inner.run(names, feed)
 
 
 def engine(model: onnx.ModelProto) -> ort.InferenceSession:

@@ -39,14 +39,17 @@ def quantize_embeddings(model: onnx.ModelProto, *, by_rows: bool = False) -> Pas
             table = graph.set_constant(f"{source}_int8", whole)
             scales = graph.set_constant(f"{source}_scales", rounded.scales[0])
             separate += 1
-        turn = graph.only_reader(name) if axis == 1 else None
-        if turn is not None and turn.op_type == "Transpose" and attribute(turn, "perm") == [1, 0]:
-            graph.replace([gather, turn], _rows(graph, table, scales, gather.input[1], turn.output[0], by_rows))
+        turn, ids, old = graph.only_reader(name) if axis == 1 else None, gather.input[1], [gather]
+        perm = attribute(turn, "perm") if turn is not None and turn.op_type == "Transpose" else []
+        if turn is not None and perm == [1, 0]:
+            graph.replace([gather, turn], _rows(graph, table, scales, ids, turn.output[0], by_rows))
             continue
+        if turn is not None and by_rows and perm and perm == [*range(1, len(perm)), 0]:  # ids of several axes
+            old, name, axis, table = [gather, turn], turn.output[0], 0, _by_rows(graph, table)
         new = [
-            helper.make_node("Gather", [table, gather.input[1]], [f"{name}_int8"], name=f"{name}_gather", axis=axis),
+            helper.make_node("Gather", [table, ids], [f"{name}_int8"], name=f"{name}_gather", axis=axis),
             helper.make_node("Cast", [f"{name}_int8"], [f"{name}_steps"], name=f"{name}_cast", to=TensorProto.FLOAT),
-            helper.make_node("Gather", [scales, gather.input[1]], [f"{name}_scale"], name=f"{name}_scales", axis=0),
+            helper.make_node("Gather", [scales, ids], [f"{name}_scale"], name=f"{name}_scales", axis=0),
         ]
         scale = f"{name}_scale"
         if axis == 0:  # fetched [*ids, dim], scales [*ids]
@@ -54,23 +57,26 @@ def quantize_embeddings(model: onnx.ModelProto, *, by_rows: bool = False) -> Pas
             new.append(helper.make_node("Unsqueeze", [scale, minus], [f"{scale}s"], name=f"{name}_unsqueeze"))
             scale = f"{scale}s"
         new.append(helper.make_node("Mul", [f"{name}_steps", scale], [name], name=f"{name}_scaled"))
-        graph.replace([gather], new)
+        graph.replace(old, new)
     graph.prune()
     return PassResult(NAME, cost={"shared_with_output_layer": shared, "rounded": separate})
 
 
-def _rows(graph: Graph, table: str, scales: str, ids: str, out: str, by_rows: bool) -> list[onnx.NodeProto]:
-    """Float rows `ids` [n] of an int8 table [dim, vocab], in as few operations as there are.
+def _by_rows(graph: Graph, table: str) -> str:
+    """Store a table [dim, vocab] as [vocab, dim] under the name returned. The layer multiplying by it reads it through
+    a Transpose, which engines carry out once, when they load the graph."""
+    rows, columns = f"{table}_rows", f"{table}_columns"
+    graph.set_constant(rows, graph.constant(table).T)
+    graph.reroute(table, columns)
+    graph.graph.node.insert(0, helper.make_node("Transpose", [rows], [columns], name=columns, perm=[1, 0]))
+    return rows
 
-    by_rows: the table is stored as [vocab, dim], and the layer multiplying by it reads it through a Transpose, which
-    engines carry out once, when they load the graph.
-    """
+
+def _rows(graph: Graph, table: str, scales: str, ids: str, out: str, by_rows: bool) -> list[onnx.NodeProto]:
+    """Float rows `ids` [n] of an int8 table [dim, vocab], in as few operations as there are; by_rows as above."""
     fetched = f"{out}_int8"
     if by_rows:
-        rows, columns = f"{table}_rows", f"{table}_columns"
-        graph.set_constant(rows, graph.constant(table).T)
-        graph.reroute(table, columns)
-        graph.graph.node.insert(0, helper.make_node("Transpose", [rows], [columns], name=columns, perm=[1, 0]))
+        rows = _by_rows(graph, table)
         new = [helper.make_node("Gather", [rows, ids], [fetched], name=f"{out}_gather", axis=0)]
     else:
         new = [

@@ -20,6 +20,7 @@ from .external import SMALLEST, Maker, external_of, maker
 
 BESIDE = 1024  # bytes of a tensor that `split` leaves where it is
 ALIGNED = 64  # bytes
+DOMAIN = "com.microsoft"  # of ONNX Runtime's own operators
 
 
 @dataclass(frozen=True)
@@ -178,6 +179,12 @@ def attribute(node: onnx.NodeProto, name: str, default: Any = None) -> Any:
         if item.name == name:
             return onnx.helper.get_attribute_value(item)
     return default
+
+
+def use_domain(model: onnx.ModelProto) -> None:
+    """Say that a model has operators of ONNX Runtime's own."""
+    if not any(entry.domain == DOMAIN for entry in model.opset_import):
+        model.opset_import.append(onnx.helper.make_opsetid(DOMAIN, 1))
 
 
 def op_counts(model: onnx.ModelProto) -> dict[str, int]:

@@ -1,10 +1,10 @@
-"""Pass: int8 MatMuls whose activations are scaled row by row, for graphs larger than the CPU's caches.
+"""Pass: int8 MatMuls of graphs larger than the CPU's caches: activations by one scale where calibration saw rows alike,
+row by row where it did not.
 
 Language models have rows (often the first word's) whose activations are hundreds of times as large as all others': one
-scale for a whole tensor, calibrated or not, leaves the others nothing. Here each row is divided by its own largest
-value before it is quantized, and multiplied by it behind the product. Rows know nothing of each other, so that a photo
-gets the same caption in any batch, and nothing has to be calibrated. Four small operators more for a layer cost some
-percent of a step, which waits for the weights.
+scale for a whole tensor, calibrated or not, leaves the others nothing. There each row is divided by its own largest
+value before it is quantized, and multiplied by it behind the product: four small operators more for a layer, a tenth
+of a step. Either way rows know nothing of each other, so that a photo gets the same caption in any batch.
 """
 
 from __future__ import annotations
@@ -15,23 +15,30 @@ import numpy as np
 import onnx
 from onnx.helper import make_node
 
+from .gelu import is_gelu
 from .graph import Graph, PassResult, attribute
 from .rounding import round_weights
 from .statistics import Layer, Statistics, layers_of
-from .vision import is_gelu
 
 NAME = "int8_rows"
+ALIKE = 4  # one scale may make the steps of the quietest tenth of rows so many times as large as their own: two bits
 AXIS, STEP, MIDDLE = "rows/axis", "rows/step", "rows/middle"
 GELU_TOP, GELU_STEP, GELU_ZERO = "rows/gelu_top", "rows/gelu_step", "rows/gelu_zero"
 
 
-def quantize_rows(
-    model: onnx.ModelProto, statistics: Statistics | None = None, *, precision: Mapping[str, str] = {}
-) -> PassResult:
-    """Quantize MatMul and Gemm with constant weights in place: QDQ, s8 weights per channel, u8 activations per row.
+def row_statistics(model: onnx.ModelProto) -> Statistics:
+    """What `quantize_rows` asks of calibration, before the first run: `Statistics.add` them."""
+    inputs = [layer.input for layer in layers_of(Graph(model)) if layer.node.op_type != "Conv"]
+    return Statistics(model, [], [], peaks=list(dict.fromkeys(inputs)))
 
-    statistics: of this graph, to round weights by covariance; None rounds to nearest. precision: node name → "fp32"
-    for those that stay as they are. Weights keep clear of int16 saturation (see `rounding`).
+
+def quantize_rows(
+    model: onnx.ModelProto, known: Statistics | None = None, *, precision: Mapping[str, str] = {}
+) -> PassResult:
+    """Quantize MatMul and Gemm with constant weights in place: QDQ, s8 weights per channel, u8 activations.
+
+    known: `row_statistics` of this graph; None: every layer row by row. precision: node name → "fp32" for those that
+    stay as they are. Weights are rounded to nearest and keep clear of int16 saturation (see `rounding`).
     """
     graph = Graph(model)
     graph.set_constant(AXIS, np.array([-1]))
@@ -40,9 +47,10 @@ def quantize_rows(
     graph.set_constant(GELU_TOP, np.array(1.2, np.float32))
     graph.set_constant(GELU_STEP, np.array(1 / 222, np.float32))
     graph.set_constant(GELU_ZERO, np.array(33, np.uint8))  # 33 / 222 · 1.2 = 0.178
+    counts = {"layers": 0, "by_row": 0}
     new: dict[str, list[onnx.NodeProto]] = {}
     stored: dict[str, str] = {}  # weights → their DequantizeLinear's output
-    scaled: set[str] = set()
+    scaled: dict[str, bool] = {}  # activations → whether by one scale
     for layer in layers_of(graph):
         node = layer.node
         if node.op_type == "Conv" or precision.get(node.name) == "fp32":
@@ -52,24 +60,46 @@ def quantize_rows(
         nodes: list[onnx.NodeProto] = []
         pixels = _is_quantized(graph, layer.input)
         if layer.input not in scaled and not pixels:
-            scaled.add(layer.input)
-            nodes += _scale_gelu(layer.input) if is_gelu(graph, layer.input) else _scale(layer.input)
+            whole = _one_scale(graph, layer.input, known)
+            scaled[layer.input] = bool(whole)
+            rows = _scale_gelu(layer.input) if is_gelu(graph, layer.input) else _scale(layer.input)
+            nodes += whole or rows
         source = f"{node.input[1]}{'_turned' if attribute(node, 'transB', 0) else ''}"
         if source not in stored:
             stored[source] = f"{source}_real"
-            nodes.append(_store(graph, layer, statistics, source))
+            nodes.append(_store(graph, layer, source))
             if source == node.input[1]:  # a tied embedding's Gather reads it, too
                 graph.reroute(source, stored[source])
         if pixels:
             nodes.append(onnx.NodeProto.FromString(node.SerializeToString()))
             nodes[-1].input[1] = stored[source]
-        new[node.output[0]] = nodes if pixels else [*nodes, *_multiply(node, layer.input, stored[source])]
+        by_row = not scaled.get(layer.input, True)
+        counts["layers"] += 1
+        counts["by_row"] += by_row
+        new[node.output[0]] = nodes if pixels else [*nodes, *_multiply(node, layer.input, stored[source], by_row)]
     graph.set_nodes(each for node in model.graph.node for each in new.get(node.output[0], [node]))
     _weights_first(graph, set(stored.values()))
     graph.prune()
-    params = {"format": "QDQ", "activations": "uint8 per row", "weights": "int8 per channel"}
-    params["rounding"] = "nearest" if statistics is None else "covariance"
-    return PassResult(NAME, params, {"layers": len(new)})
+    runs = 0 if known is None else known.runs
+    params = {"format": "QDQ", "activations": "uint8", "weights": "int8 per channel", "calibration_runs": runs}
+    return PassResult(NAME, params, counts)
+
+
+def _one_scale(graph: Graph, name: str, known: Statistics | None) -> list[onnx.NodeProto]:
+    """[..., K] → uint8 steps by one calibrated scale, back as reals; nothing where rows are not alike."""
+    if known is None:
+        return []
+    low, high = known.range(name, method="minmax")
+    step = (high - low) / 255
+    if not 0 < step <= ALIKE * known.quietest(name) / 127:
+        return []
+    scale = graph.set_constant(f"{name}_step", np.float32(step))
+    zero = graph.set_constant(f"{name}_zero", np.uint8(round(-low / step)))
+    whole, real = f"{name}_whole", f"{name}_quantized"
+    return [
+        make_node("QuantizeLinear", [name, scale, zero], [whole], name=whole),
+        make_node("DequantizeLinear", [whole, scale, zero], [real], name=real),
+    ]
 
 
 def _scale(name: str) -> list[onnx.NodeProto]:
@@ -104,24 +134,23 @@ def _is_quantized(graph: Graph, name: str) -> bool:
     return node is not None and node.op_type == "DequantizeLinear" and node.name == "pixels_dequantize"
 
 
-def _store(graph: Graph, layer: Layer, statistics: Statistics | None, name: str) -> onnx.NodeProto:
+def _store(graph: Graph, layer: Layer, name: str) -> onnx.NodeProto:
     """Round a layer's weights, and read them as reals [K, N]."""
-    known = (None, None) if statistics is None else statistics.covariance(layer)
-    rounded = round_weights(layer.weights, *known)
+    rounded = round_weights(layer.weights, None, None)
     whole = graph.set_constant(f"{name}_int8", rounded.weights[0].T)
     scales = graph.set_constant(f"{name}_scales", rounded.scales[0])
     zeros = graph.set_constant(f"{name}_zeros", np.zeros(len(rounded.scales[0]), np.int8))
     return make_node("DequantizeLinear", [whole, scales, zeros], [f"{name}_real"], name=f"{name}_real", axis=1)
 
 
-def _multiply(node: onnx.NodeProto, rows: str, weights: str) -> list[onnx.NodeProto]:
+def _multiply(node: onnx.NodeProto, rows: str, weights: str, by_row: bool) -> list[onnx.NodeProto]:
     result = node.output[0]
     bias = node.input[2] if len(node.input) > 2 else ""
-    units, scaled = f"{result}_units", f"{result}_scaled" if bias else result
-    nodes = [
-        make_node("MatMul", [f"{rows}_quantized", weights], [units], name=node.name),
-        make_node("Mul", [units, f"{rows}_largest"], [scaled], name=scaled),
-    ]
+    scaled = f"{result}_scaled" if bias else result
+    product = f"{result}_units" if by_row else scaled
+    nodes = [make_node("MatMul", [f"{rows}_quantized", weights], [product], name=node.name)]
+    if by_row:
+        nodes.append(make_node("Mul", [product, f"{rows}_largest"], [scaled], name=scaled))
     return nodes + ([make_node("Add", [scaled, bias], [result], name=result)] if bias else [])
 
 

@@ -14,13 +14,12 @@ from typing import Any
 import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto
-from onnx.helper import make_node, make_opsetid, make_tensor_value_info
+from onnx.helper import make_node, make_tensor_value_info
 
 from ..runtime.errors import EdgecapError
-from .graph import Graph, PassResult, attribute
+from .graph import DOMAIN, Graph, PassResult, attribute, use_domain
 
 NAME = "kv_cache_in_place"
-DOMAIN = "com.microsoft"
 FILLED = "filled"  # the graph's new input, int32 []: the positions that hold keys and values when the run is done
 BEFORE, ROWS, LAST = "cache/before", "cache/rows", "cache/last"
 COS, SIN = "cache/cos", "cache/sin"
@@ -341,5 +340,4 @@ def _declare(model: onnx.ModelProto, session: dict[str, Any]) -> None:
     for value in (*model.graph.input, *model.graph.output):
         if value.name in names:
             value.type.tensor_type.shape.dim[2].dim_param = "capacity"
-    if not any(entry.domain == DOMAIN for entry in model.opset_import):
-        model.opset_import.append(make_opsetid(DOMAIN, 1))
+    use_domain(model)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import onnx
 
 from .artifact import Artifact, BuildOptions, Source, onnx_artifact
+from .calibration import Calibration
 from .embedding8 import quantize_embeddings
 from .graph import Graph, PassResult
 from .half import store_half
 from .int4_blocks import quantize_blocks
 from .int4_pack import pack, short_names
-from .int8_rows import quantize_rows
-from .int8_static import StaticOptions, calibrate, no_statistics, quantize_static
+from .int8_rows import quantize_rows, row_statistics
+from .int8_static import StaticOptions, no_statistics, quantize_static
 from .pixels import fold_pixels
 from .statistics import Statistics, layers_of
 from .vision import fuse_vision
@@ -23,6 +24,7 @@ HIGHER = {"int4": "int8", "int8": "fp32"}
 # Weights of this many bytes (as int8) are in no cache: a step then waits for memory, and half the bytes beat the
 # arithmetic of unpacking them at each step.
 STREAMED = 32_000_000
+LOOKED_AT = 16  # photos that tell whether a large graph's rows are alike
 
 
 def build_graphs(source: Source, precision: str) -> Artifact:
@@ -43,8 +45,9 @@ def quantize(source: Source, name: str, model: onnx.ModelProto, precision: str) 
     if precision == "fp32":
         return []
     raised, large = raised_layers(source.options, name, precision), _matrix_bytes(model) > STREAMED
-    if precision == "int8" and large:  # nothing to calibrate
-        return [quantize_rows(model, precision=raised), quantize_embeddings(model, by_rows=True)]
+    if precision == "int8" and large:
+        done = [quantize_rows(model, _rows_seen(source, name), precision=raised)]
+        return [*done, quantize_embeddings(model, by_rows=True)]
     known = statistics(source, name)
     if precision == "int8":
         options = StaticOptions(precision=raised)
@@ -56,15 +59,16 @@ def quantize(source: Source, name: str, model: onnx.ModelProto, precision: str) 
 
 
 def _encoder(source: Source, model: onnx.ModelProto, precision: str) -> list[PassResult]:
-    """A large one is never calibrated, which would take it seconds a frame, and has 8 bits where 4 are asked for: its
-    products have a thousand rows, which int8 kernels alone are fast for."""
+    """A large one has 8 bits where 4 are asked for: its products have a thousand rows, which int8 kernels alone are
+    fast for."""
     if precision == "fp32":
         return fuse_vision(model)
     done = [fold_pixels(model)]
     raised = raised_layers(source.options, "encoder", precision)
     if _matrix_bytes(model) > STREAMED:
         raised = {node: wanted for node, wanted in raised.items() if wanted == "fp32"}
-        return [*done, quantize_rows(model, precision=raised), *fuse_vision(model)]
+        rows = quantize_rows(model, _rows_seen(source, "encoder"), precision=raised)
+        return [*done, rows, *fuse_vision(model)]
     known, bits = statistics(source, "encoder"), {"int8": 8, "int4": 4}[precision]
     done.append(quantize_static(model, known, options=StaticOptions(bits=bits, precision=raised)))
     done += fuse_vision(model)
@@ -74,16 +78,38 @@ def _encoder(source: Source, model: onnx.ModelProto, precision: str) -> list[Pas
 def statistics(source: Source, name: str) -> Statistics:
     """What calibration says about the fp32 graph (the encoder's with pixels folded), measured once for a source."""
     if name not in source.statistics:
-        pair, calibration = source.onnx_trunk(), source.calibration
-        if name == "encoder":
-            fold_pixels(pair.encoder)
-            feeds = calibration.encoder_feeds()
-            known = calibrate(pair.encoder, feeds, progress=calibration.reporter(name, len(feeds)))
-        else:
-            known = no_statistics(pair.decoder)
-            calibration.play_decoder(pair, known, calibration.reporter(name, len(calibration.pixels)))
-        source.statistics[name] = known
+        source.statistics[name] = _seen(source, name, source.calibration, no_statistics)
     return source.statistics[name]
+
+
+def _rows_seen(source: Source, name: str) -> Statistics | None:
+    """What a few photos say about the rows of a large graph's layers; nothing of one whose weights lie outside: its
+    fp32 form would be written to files and read for each photo, for steps that wait for the weights anyhow."""
+    if source.onnx_trunk().external is not None:
+        return None
+    key = f"{name}/rows"
+    if key not in source.statistics:
+        source.statistics[key] = _seen(source, name, source.calibration.first(LOOKED_AT), row_statistics)
+    return source.statistics[key]
+
+
+def _seen(
+    source: Source, name: str, calibration: Calibration, start: Callable[[onnx.ModelProto], Statistics]
+) -> Statistics:
+    """What is seen of a graph's fp32 form on the calibration data, from what `start` makes of it on."""
+    pair = source.onnx_trunk()
+    if name == "decoder":
+        known = start(pair.decoder)
+        calibration.play_decoder(pair, known, calibration.reporter(name, len(calibration.pixels)))
+    else:
+        fold_pixels(pair.encoder)
+        known, feeds = start(pair.encoder), calibration.encoder_feeds()
+        report = calibration.reporter(name, len(feeds))
+        for each in feeds:
+            known.add(each)
+            report(known.runs)
+    known.close()
+    return known
 
 
 def raised_layers(options: BuildOptions, name: str, precision: str) -> Mapping[str, str]:

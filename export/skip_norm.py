@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import numpy as np
 from onnx import ModelProto, NodeProto
-from onnx.helper import make_node, make_opsetid
+from onnx.helper import make_node
 
-from .graph import Graph, PassResult, attribute
+from .graph import DOMAIN, Graph, PassResult, attribute, use_domain
 
 NAME = "residual_norms"
-DOMAIN = "com.microsoft"
 
 
 def fuse_residuals(model: ModelProto) -> PassResult:
@@ -43,8 +42,8 @@ def fuse_residuals(model: ModelProto) -> PassResult:
         )
     nodes = [new.get(node.output[0], node) for node in model.graph.node if node.output[0] not in gone]
     graph.set_nodes(nodes)
-    if new and not any(entry.domain == DOMAIN for entry in model.opset_import):
-        model.opset_import.append(make_opsetid(DOMAIN, 1))
+    if new:
+        use_domain(model)
     return PassResult(NAME, cost={"fused": len(new)})
 
 

@@ -1,8 +1,9 @@
-"""What calibration says about a graph: the range of each tensor and the covariance of each layer's inputs."""
+"""What calibration says about a graph: the range of each tensor, how loud its rows are, and the covariance of each
+layer's inputs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import TypeAlias
@@ -83,11 +84,22 @@ def layer_of(graph: Graph, node: onnx.NodeProto) -> Layer | None:
 
 
 class Statistics:
-    """Runs a graph on real inputs and collects, deterministically for one seed, what quantization needs."""
+    """Runs a graph on real inputs and collects, deterministically for one seed, what quantization needs.
 
-    def __init__(self, model: onnx.ModelProto, tensors: Iterable[str], layers: list[Layer], *, seed: int = 0) -> None:
+    tensors: get a range; layers: a covariance of their inputs; peaks: of these tensors, also each row's largest value.
+    """
+
+    def __init__(
+        self,
+        model: onnx.ModelProto,
+        tensors: Iterable[str],
+        layers: list[Layer],
+        *,
+        peaks: Sequence[str] = (),
+        seed: int = 0,
+    ) -> None:
         self.layers = layers
-        self.tensors = list(dict.fromkeys(tensors))
+        self.tensors = list(dict.fromkeys([*tensors, *peaks]))
         wanted = list(dict.fromkeys([*self.tensors, *(layer.input for layer in self.layers)]))
         probe = onnx.ModelProto()
         probe.CopyFrom(model)
@@ -100,12 +112,13 @@ class Statistics:
         options.intra_op_num_threads = 1
         # Optimizing would fuse away the tensors asked for.
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
-        self.session = load(probe, options)
+        self.session: ort.InferenceSession | None = load(probe, options)
         self.wanted = wanted
         self.seed, self.random = seed, np.random.default_rng(seed)
         self.samples: dict[str, list[np.ndarray]] = {name: [] for name in self.tensors}
         self.lows = dict.fromkeys(self.tensors, np.inf)
         self.highs = dict.fromkeys(self.tensors, -np.inf)
+        self.peaks: dict[str, list[np.ndarray]] = {name: [] for name in peaks}
         self.moments: dict[str, tuple[int, np.ndarray, np.ndarray]] = {}
         self.held: dict[str, list[np.ndarray]] = {layer.node.output[0]: [] for layer in layers}
         self.offsets: dict[str, np.ndarray] = {}
@@ -118,7 +131,8 @@ class Statistics:
         self.run([], feeds)
 
     def run(self, names: list[str], feeds: Feeds) -> list[np.ndarray]:
-        """The same, for the graph's outputs of these names."""
+        """The same, for the graph's outputs of these names; not behind `close`."""
+        assert self.session is not None
         asked = list(dict.fromkeys([*(name for name in self.wanted if name not in feeds), *names]))
         values = dict(zip(asked, self.session.run(asked, feeds), strict=True)) | feeds
         for name in self.tensors:
@@ -126,6 +140,8 @@ class Statistics:
             self.lows[name] = min(self.lows[name], float(flat.min()))
             self.highs[name] = max(self.highs[name], float(flat.max()))
             self.samples[name].append(flat[self.random.integers(0, flat.size, min(SAMPLES_PER_RUN, flat.size))])
+            if name in self.peaks:
+                self.peaks[name].append(np.abs(values[name]).max(-1).reshape(-1))
         for layer in self.layers:
             rows = self._rows(layer, values[layer.input])  # [G, P, K]
             key = layer.node.output[0]
@@ -136,6 +152,10 @@ class Statistics:
                 self._sum(key)
         self.runs += 1
         return [values[name] for name in names]
+
+    def close(self) -> None:
+        """No more runs: let go of the engine, which holds the graph's weights. What was seen stays."""
+        self.session = None
 
     def _sum(self, key: str) -> None:
         """Add what is held of a layer's inputs to its moments."""
@@ -197,6 +217,11 @@ class Statistics:
         if (name, method) not in self.ranges:
             self.ranges[name, method] = self._range(name, method)
         return self.ranges[name, method]
+
+    def quietest(self, name: str, share: float = 0.1) -> float:
+        """The largest value that this share of a tensor's rows (of `peaks`) does not go beyond; rows of zeros aside."""
+        peaks = np.concatenate(self.peaks[name])
+        return float(np.quantile(peaks[peaks > 0], share)) if peaks.any() else 0.0
 
     def _range(self, name: str, method: str) -> tuple[float, float]:
         low, high = min(self.lows[name], 0.0), max(self.highs[name], 0.0)

@@ -12,6 +12,7 @@ import torch
 from edgecap.export import onnx_quantized
 from edgecap.export.artifact import BuildOptions
 from edgecap.export.calibration import engine
+from edgecap.export.gelu import is_gelu
 from edgecap.export.graph import Graph, op_counts
 from edgecap.export.half import store_half
 from edgecap.export.int8_rows import quantize_rows
@@ -19,7 +20,7 @@ from edgecap.export.int8_static import StaticOptions, quantize_static
 from edgecap.export.onnx_quantized import quantize
 from edgecap.export.pixels import fold_pixels
 from edgecap.export.trunk import OPSET_PLAIN, trace
-from edgecap.export.vision import fuse_vision, is_gelu, tidy_vision
+from edgecap.export.vision import fuse_vision, tidy_vision
 from edgecap.train.models.framed import FrameGraph
 
 LAYERS, SIDE = 2, 64
@@ -112,7 +113,7 @@ def test_pixels_around_the_middle_change_nothing_but_rounding(module: FrameGraph
 
 def test_int8_rows_stay_close_and_know_nothing_of_the_batch(module: FrameGraph, graph: onnx.ModelProto) -> None:
     fold_pixels(graph)
-    assert quantize_rows(graph).cost == {"layers": 6 * LAYERS + 2}
+    assert quantize_rows(graph).cost == {"layers": 6 * LAYERS + 2, "by_row": 6 * LAYERS + 1}  # pixels are whole
     assert fuse_vision(graph)[1].cost == {"MultiHeadAttention": LAYERS, "FastGelu": LAYERS}
     index = Graph(graph)
     onnx.checker.check_model(graph)
@@ -142,14 +143,15 @@ def test_a_gelu_is_known_as_the_exporter_spells_it(graph: onnx.ModelProto) -> No
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
-def test_a_large_encoder_is_never_calibrated(
+def test_an_encoder_whose_weights_lie_outside_is_not_calibrated(
     graph: onnx.ModelProto, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(onnx_quantized, "STREAMED", 0)
-    source = SimpleNamespace(options=BuildOptions(keep=frozenset({"encoder:node_matmul:fp32"})))  # nothing to see
+    options = BuildOptions(keep=frozenset({"encoder:node_matmul:fp32"}))
+    source = SimpleNamespace(options=options, onnx_trunk=lambda: SimpleNamespace(external="files"))
     done = quantize(source, "encoder", graph, precision)
     assert [each.name for each in done] == ["pixels_as_quantized_input", "int8_rows", "tidy_vision", "fuse_vision"]
-    assert done[1].cost == {"layers": 6 * LAYERS + 1}
+    assert done[1].cost == {"layers": 6 * LAYERS + 1, "by_row": 6 * LAYERS + 1}
 
 
 def test_weights_in_fp16_leave_the_operators(module: FrameGraph, graph: onnx.ModelProto) -> None:
