@@ -13,7 +13,7 @@ from .gelu import fuse_gelus
 from .graph import PassResult, save, split, split_to
 from .kv_cache import share_cache
 from .merge import merge_projections
-from .products import fold_biases, unflatten_products
+from .products import fuse_products, unflatten_products
 from .skip_norm import fuse_residuals
 from .trunk import OPSET_ATTENTION, OnnxPair, to_onnx
 from .vision import fuse_vision
@@ -127,10 +127,10 @@ def written(pair: OnnxPair) -> tuple[dict[str, Any], dict[str, bytes | Path]]:
 def onnx_artifact(pair: OnnxPair) -> Artifact:
     """The graphs of a pair, for ONNX Runtime: as they are, but for a KV cache, which is written in place, and what its
     own fusions leave apart."""
-    encoder = [*fuse_vision(pair.encoder), *_changed(fold_biases(pair.encoder))]
+    encoder = [*fuse_vision(pair.encoder), *_changed(fuse_products(pair.encoder))]
     fused = [*_changed(fuse_residuals(pair.decoder)), *_changed(fuse_gelus(pair.decoder))]
     session, shared = share_cache(pair.decoder, pair.session)
-    decoder = [*fused, *shared, *_changed(fold_biases(pair.decoder))]
+    decoder = [*fused, *shared, *_changed(fuse_products(pair.decoder))]
     graphs, files = written(pair)
     models = (pair.encoder, pair.decoder)
     opset = max(entry.version for model in models for entry in model.opset_import if not entry.domain)

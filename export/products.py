@@ -81,48 +81,51 @@ def _width(graph: Graph, name: str) -> int | None:
     return None
 
 
-def fold_biases(model: ModelProto) -> PassResult:
-    """The Add of a bias behind a quantized MatMul → an input of MatMulIntegerToFloat, in place.
+def fuse_products(model: ModelProto) -> PassResult:
+    """Each quantized MatMul, with the Add of a bias behind it → MatMulIntegerToFloat, in place.
 
-    Of MatMuls of QDQ form: uint8 activations by one scale, int8 weights that are stored, one scale a column. ONNX
-    Runtime fuses these by itself, but leaves the Add.
+    Of MatMuls of QDQ form: uint8 activations by one scale, int8 weights by one for each column, symmetric. ONNX Runtime
+    fuses these by itself, but leaves the Add, and reads zeros of weights that are none: 5% of a step.
     """
     graph = Graph(model)
-    gone: set[str] = set()
     new: dict[str, NodeProto] = {}
+    gone: set[str] = set()
+    biases = 0
     for node in model.graph.node:
-        add = graph.only_reader(node.output[0]) if node.op_type == "MatMul" else None
-        found, sides = biased(graph, add), [graph.producer.get(name) for name in node.input]
-        if add is None or found is None or found[0] != node.output[0]:
+        sides = [graph.producer.get(name) for name in node.input] if node.op_type == "MatMul" else []
+        if not sides or not _one_scale(graph, sides[0]) or not _symmetric(graph, sides[1]):
             continue
-        rows, weights = sides if node.op_type == "MatMul" else (None, None)
-        if not _is_whole(graph, rows, np.uint8) or not _is_whole(graph, weights, np.int8):
-            continue
-        assert rows is not None and weights is not None
-        if graph.shape(found[1]) != graph.shape(weights.input[1]):
-            continue
-        (a, a_scale, a_zero), (b, b_scale, b_zero) = rows.input, weights.input
-        gone.add(node.output[0])
-        new[add.output[0]] = make_node(
-            "MatMulIntegerToFloat",
-            [a, b, a_scale, b_scale, a_zero, b_zero, found[1]],
-            [add.output[0]],
-            name=node.name,
-            domain=DOMAIN,
-        )
+        assert sides[0] is not None and sides[1] is not None
+        (a, a_scale, a_zero), (b, b_scale) = sides[0].input, sides[1].input[:2]
+        add, inputs, result = graph.only_reader(node.output[0]), [a, b, a_scale, b_scale, a_zero], node.output[0]
+        found = biased(graph, add)
+        if add is not None and found is not None and graph.shape(found[1]) == graph.shape(b_scale):
+            inputs, result = [*inputs, "", found[1]], add.output[0]
+            gone.add(node.output[0])
+            biases += 1
+        new[result] = make_node("MatMulIntegerToFloat", inputs, [result], name=node.name, domain=DOMAIN)
     graph.set_nodes(new.get(node.output[0], node) for node in model.graph.node if node.output[0] not in gone)
     graph.prune()
     if new:
         use_domain(model)
-    return PassResult("fold_biases", cost={"folded": len(new)})
+    return PassResult("fuse_products", cost={"products": len(new), "biases": biases})
 
 
-def _is_whole(graph: Graph, node: NodeProto | None, kind: type) -> bool:
-    """Whether a node reads steps of this kind: activations by one stored scale, or weights by one for each column."""
+def _one_scale(graph: Graph, node: NodeProto | None) -> bool:
+    """Whether a node reads uint8 activations by one stored scale."""
     if node is None or node.op_type != "DequantizeLinear" or len(node.input) < 3:
         return False
-    zero, scale = graph.constant(node.input[2]), graph.shape(node.input[1])
-    if zero is None or scale is None or zero.dtype != kind:
+    scale, zero = graph.shape(node.input[1]), graph.constant(node.input[2])
+    return scale is not None and prod(scale) == 1 and zero is not None and zero.dtype == np.uint8
+
+
+def _symmetric(graph: Graph, node: NodeProto | None) -> bool:
+    """Whether a node reads stored int8 weights [K, N], or their stored Transpose, by a scale for each column."""
+    if node is None or node.op_type != "DequantizeLinear" or attribute(node, "axis", 1) != 1:
         return False
-    stored = node.input[0] in graph.initializers
-    return stored and len(scale) == 1 and attribute(node, "axis", 1) == 1 if kind is np.int8 else prod(scale) == 1
+    scale, zero = graph.shape(node.input[1]), graph.constant(node.input[2]) if len(node.input) > 2 else None
+    turn = graph.producer.get(node.input[0])
+    stored = turn.input[0] if turn is not None and turn.op_type == "Transpose" else node.input[0]
+    if scale is None or len(scale) != 1 or graph.dtype(stored) != np.int8:
+        return False
+    return zero is None or not zero.any()

@@ -15,7 +15,7 @@ from edgecap.export.artifact import Source
 from edgecap.export.gelu import fuse_gelus
 from edgecap.export.graph import Graph, op_counts
 from edgecap.export.int8_rows import quantize_rows, row_statistics
-from edgecap.export.products import fold_biases, unflatten_products
+from edgecap.export.products import fuse_products, unflatten_products
 from edgecap.export.trunk import trace
 
 from . import nets
@@ -81,7 +81,7 @@ def test_one_scale_and_its_bias_are_one_operator(block: tuple[onnx.ModelProto, n
     for each in ROWS:
         known.add({"x": each[None]})
     assert quantize_rows(model, known).cost == {"layers": 2, "by_row": 0}
-    assert fold_biases(model).cost == {"folded": 2}
+    assert fuse_products(model).cost == {"products": 2, "biases": 2}
     onnx.checker.check_model(model)
     assert cosine(run(model, {"x": ROWS})[0].reshape(-1, 32), wanted.reshape(-1, 32)) > 0.9995
     engine(model, save=tmp_path / "a")
@@ -106,7 +106,7 @@ def test_rows_that_are_not_alike_keep_scales_of_their_own(block: tuple[onnx.Mode
     known = row_statistics(model)
     known.add({"x": ROWS})
     assert quantize_rows(model, known).cost == {"layers": 2, "by_row": 1}
-    assert fold_biases(model).cost == {"folded": 1}
+    assert fuse_products(model).cost == {"products": 2, "biases": 1}
     rows = [run(model, {"x": ROWS})[0][:, place] for place in (0, 4)]
     assert min(cosine(ours, wanted[:, place]) for ours, place in zip(rows, (0, 4), strict=True)) > 0.9995
 
