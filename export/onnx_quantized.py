@@ -17,6 +17,7 @@ from .int8_rows import quantize_rows, row_statistics
 from .int8_static import StaticOptions, no_statistics, quantize_static
 from .pixels import fold_pixels
 from .statistics import Statistics, layers_of
+from .trunk import OnnxPair
 from .vision import fuse_vision
 
 PARTS = ("encoder", "decoder")
@@ -78,26 +79,25 @@ def _encoder(source: Source, model: onnx.ModelProto, precision: str) -> list[Pas
 def statistics(source: Source, name: str) -> Statistics:
     """What calibration says about the fp32 graph (the encoder's with pixels folded), measured once for a source."""
     if name not in source.statistics:
-        source.statistics[name] = _seen(source, name, source.calibration, no_statistics)
+        source.statistics[name] = _seen(source.onnx_trunk(), name, source.calibration, no_statistics)
     return source.statistics[name]
 
 
 def _rows_seen(source: Source, name: str) -> Statistics | None:
     """What a few photos say about the rows of a large graph's layers; nothing of one whose weights lie outside: its
     fp32 form would be written to files and read for each photo, for steps that wait for the weights anyhow."""
-    if source.onnx_trunk().external is not None:
-        return None
     key = f"{name}/rows"
     if key not in source.statistics:
-        source.statistics[key] = _seen(source, name, source.calibration.first(LOOKED_AT), row_statistics)
+        pair = source.onnx_trunk()
+        few = None if pair.external is not None else source.calibration.first(LOOKED_AT)
+        source.statistics[key] = None if few is None else _seen(pair, name, few, row_statistics)
     return source.statistics[key]
 
 
 def _seen(
-    source: Source, name: str, calibration: Calibration, start: Callable[[onnx.ModelProto], Statistics]
+    pair: OnnxPair, name: str, calibration: Calibration, start: Callable[[onnx.ModelProto], Statistics]
 ) -> Statistics:
-    """What is seen of a graph's fp32 form on the calibration data, from what `start` makes of it on."""
-    pair = source.onnx_trunk()
+    """What is seen of one of the fp32 graphs on the calibration data, from what `start` makes of it on."""
     if name == "decoder":
         known = start(pair.decoder)
         calibration.play_decoder(pair, known, calibration.reporter(name, len(calibration.pixels)))

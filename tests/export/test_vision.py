@@ -148,7 +148,8 @@ def test_an_encoder_whose_weights_lie_outside_is_not_calibrated(
 ) -> None:
     monkeypatch.setattr(onnx_quantized, "STREAMED", 0)
     options = BuildOptions(keep=frozenset({"encoder:node_matmul:fp32"}))
-    source = SimpleNamespace(options=options, onnx_trunk=lambda: SimpleNamespace(external="files"))
+    pair = SimpleNamespace(external="files")
+    source = SimpleNamespace(options=options, statistics={}, onnx_trunk=lambda: pair)
     done = quantize(source, "encoder", graph, precision)
     assert [each.name for each in done] == ["pixels_as_quantized_input", "int8_rows", "tidy_vision", "fuse_vision"]
     assert done[1].cost == {"layers": 6 * LAYERS + 1, "by_row": 6 * LAYERS + 1}
