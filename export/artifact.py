@@ -125,12 +125,8 @@ def written(pair: OnnxPair) -> tuple[dict[str, Any], dict[str, bytes | Path]]:
 
 
 def onnx_artifact(pair: OnnxPair) -> Artifact:
-    """The graphs of a pair, for ONNX Runtime: as they are, but for a KV cache, which is written in place, and what its
-    own fusions leave apart."""
-    encoder = [*fuse_vision(pair.encoder), *_changed(fuse_products(pair.encoder))]
-    fused = [*_changed(fuse_residuals(pair.decoder)), *_changed(fuse_gelus(pair.decoder))]
-    session, shared = share_cache(pair.decoder, pair.session)
-    decoder = [*fused, *shared, *_changed(fuse_products(pair.decoder))]
+    """The graphs of a pair, for ONNX Runtime, see `fuse`."""
+    session, passes = fuse(pair)
     graphs, files = written(pair)
     models = (pair.encoder, pair.decoder)
     opset = max(entry.version for model in models for entry in model.opset_import if not entry.domain)
@@ -139,12 +135,21 @@ def onnx_artifact(pair: OnnxPair) -> Artifact:
         graphs=graphs,
         session=session,
         requires={"onnxruntime": MIN_ENGINE.get(opset, MIN_ENGINE[OPSET_ATTENTION])},
-        passes=[
-            *pair.passes,
-            *(result.on("encoder") for result in encoder),
-            *(result.on("decoder") for result in decoder),
-        ],
+        passes=[*pair.passes, *passes],
     )
+
+
+def fuse(pair: OnnxPair) -> tuple[dict[str, Any], list[PassResult]]:
+    """Give both graphs, in place, the operators of ONNX Runtime that its own fusions leave apart, and a decoder a KV
+    cache that is written in place: the session's roles, and what was done."""
+    encoder = [*fuse_vision(pair.encoder), *_changed(fuse_products(pair.encoder))]
+    fused = [*_changed(fuse_residuals(pair.decoder)), *_changed(fuse_gelus(pair.decoder))]
+    session, shared = share_cache(pair.decoder, pair.session)
+    decoder = [*fused, *shared, *_changed(fuse_products(pair.decoder))]
+    return session, [
+        *(result.on("encoder") for result in encoder),
+        *(result.on("decoder") for result in decoder),
+    ]
 
 
 def _changed(result: PassResult) -> list[PassResult]:

@@ -21,7 +21,7 @@ from ..devices.profile import KINDS, Profile, get_profile
 from ..runtime.backends.onnx import OnnxModel
 from ..runtime.errors import UsageError
 from ..runtime.progress import Progress, silent
-from .artifact import BuildOptions
+from .artifact import BuildOptions, fuse
 from .calibration import engine
 from .kv_cache import share_cache
 from .onnx_quantized import PARTS, quantize
@@ -184,7 +184,7 @@ def _models(source: Source, progress: Callable[[str, int, int], None]) -> dict[s
             model = getattr(pair, part)
             quantize(source, part, model, precision)
             models[part][precision] = model
-        share_cache(pair.decoder, pair.session)  # as it is shipped
+        fuse(pair)  # as it is shipped
     progress("build graphs", len(PRECISIONS), len(PRECISIONS))
     return models
 
