@@ -21,6 +21,7 @@ WEIGHTS, CONFIG = ADAPTER, ADAPTER.with_name("adapter_config.json")  # what peft
 NAME = "default"  # the adapter's name inside the model, which peft leaves out of files
 OURS, THEIRS = "decoder.lm.", "base_model.model."
 ALL = "all-linear"
+BLOCK = 64  # weights of NF4 that share a scale
 
 
 def add_adapters(model: CaptionModel, settings: Lora, *, seed: int = 0) -> None:
@@ -96,12 +97,18 @@ def _targets(wanted: str, layers: dict[str, nn.Module]) -> list[str]:
 
 
 def _quantize(lm: nn.Module, layers: dict[str, nn.Module]) -> None:
-    """Replace linear layers by 4-bit NF4 ones with doubly quantized scales."""
+    """Replace linear layers by 4-bit NF4 ones with doubly quantized scales.
+
+    Those whose rows are no whole blocks stay as they are: on CPUs with AVX-512 bitsandbytes (0.50) reads their blocks
+    at the wrong rows. (Language models' widths are multiples of 64.)
+    """
     import bitsandbytes as bnb
 
     for name, layer in layers.items():
         weight: Tensor = layer.weight if isinstance(layer, nn.Linear) else layer.weight.T  # type: ignore[assignment]
         rows, columns = weight.shape
+        if columns % BLOCK:
+            continue
         small = bnb.nn.Linear4bit(columns, rows, bias=layer.bias is not None, quant_type="nf4")
         small.weight = bnb.nn.Params4bit(
             weight.detach().contiguous(), requires_grad=False, quant_type="nf4", module=small

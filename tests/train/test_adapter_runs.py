@@ -34,7 +34,7 @@ from edgecap.train.teachers.captions import generate
 from edgecap.train.teachers.words import WordTeacher
 
 from .adapter_parts import KINDS, LORA, adapter_recipe, base_recipe, needs_4_bits, save_base
-from .tiny import tiny_recipe
+from .tiny import DECODERS, tiny_recipe
 from .vlms import save_vlm
 
 
@@ -299,8 +299,9 @@ def test_the_commands(runs: dict[str, tuple[Path, Path]], tmp_path: Path) -> Non
 
 
 @needs_4_bits
-def test_a_4_bit_run_merges_into_full_precision(tmp_path: Path, runs: dict[str, tuple[Path, Path]]) -> None:
-    base, _ = runs["llama"]
+def test_a_4_bit_run_merges_into_full_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(DECODERS, "llama", {**DECODERS["llama"], "dim": 64, "ffn": 128})  # whole blocks
+    base = save_base(tmp_path / "base", "llama")
     run, metrics = train(adapter_recipe("llama", bits=4), tmp_path / "qlora", init=base)
     assert metrics["history"][-1]["loss"] < metrics["history"][1]["loss"]
     out, told = merge_adapter(run)

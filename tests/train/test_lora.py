@@ -19,7 +19,7 @@ from edgecap.train.state import ADAPTER, model_tensors
 from edgecap.train.weights import write_weights
 
 from .adapter_parts import KINDS, LORA, needs_4_bits
-from .tiny import SIZE, tiny_model
+from .tiny import DECODERS, SIZE, tiny_model
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -142,10 +142,11 @@ def test_missing_extras_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs_4_bits
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_frozen_weights_lie_in_4_bits(kind: str) -> None:
+def test_the_frozen_weights_lie_in_4_bits(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against NF4's own definition (arXiv:2305.14314): blocks of 64, scaled by their largest, 16 levels."""
     import bitsandbytes as bnb
 
+    monkeypatch.setitem(DECODERS, kind, {**DECODERS[kind], "dim": 64, "ffn": 128})
     model, base = adapted(kind, bits=4)
     layers = {name: m for name, m in model.decoder.lm.named_modules() if isinstance(m, bnb.nn.Linear4bit)}
     assert len(layers) == len(lora.linear_layers(base.decoder.lm))
@@ -167,8 +168,24 @@ def test_the_frozen_weights_lie_in_4_bits(kind: str) -> None:
 
 
 @needs_4_bits
-def test_adapters_on_4_bits_learn_after_a_validation() -> None:
+def test_rows_that_are_no_whole_blocks_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    import bitsandbytes as bnb
+
+    monkeypatch.setitem(DECODERS, "llama", {**DECODERS["llama"], "dim": 64, "ffn": 96})
+    model, _ = adapted("llama", bits=4)
+    widths = {isinstance(m, bnb.nn.Linear4bit): m.in_features for m in model.decoder.lm.modules() if is_base(m)}
+    assert widths == {True: 64, False: 96}
+
+
+def is_base(module: torch.nn.Module) -> bool:
+    """A linear layer that is no part of an adapter."""
+    return isinstance(module, torch.nn.Linear) and module.in_features >= 64 and module.out_features >= 64
+
+
+@needs_4_bits
+def test_adapters_on_4_bits_learn_after_a_validation(monkeypatch: pytest.MonkeyPatch) -> None:
     """Captioning must not turn the weights into a form that gradients do not pass."""
+    monkeypatch.setitem(DECODERS, "llama", {**DECODERS["llama"], "dim": 64, "ffn": 128})
     model, _ = adapted("llama", bits=4)
     before = logits(model)
     for _ in range(2):
