@@ -62,8 +62,8 @@ def quantize_rows(
         if layer.input not in scaled and not pixels:
             whole = _one_scale(graph, layer.input, known)
             scaled[layer.input] = bool(whole)
-            rows = _scale_gelu(layer.input) if is_gelu(graph, layer.input) else _scale(layer.input)
-            nodes += whole or rows
+            by_rows = _scale_gelu if is_gelu(graph, layer.input) else _scale
+            nodes += whole or by_rows(layer.input)
         source = f"{node.input[1]}{'_turned' if attribute(node, 'transB', 0) else ''}"
         if source not in stored:
             stored[source] = f"{source}_real"

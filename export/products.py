@@ -85,7 +85,7 @@ def fuse_products(model: ModelProto) -> PassResult:
     """Each quantized MatMul, with the Add of a bias behind it → MatMulIntegerToFloat, in place.
 
     Of MatMuls of QDQ form: uint8 activations by one scale, int8 weights by one for each column, symmetric. ONNX Runtime
-    fuses these by itself, but leaves the Add, and reads zeros of weights that are none: 5% of a step.
+    fuses these by itself, but leaves the Add, and reads zeros of weights that have none: 5% of one row's time.
     """
     graph = Graph(model)
     new: dict[str, NodeProto] = {}
