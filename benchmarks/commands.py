@@ -180,7 +180,7 @@ class InSections(click.Command):
     "--slow-limit",
     type=click.IntRange(1),
     metavar="N",
-    help="Where no row of a group captions a photo in a second, caption only N of them.",
+    help="In a group whose median row takes over half a second for a caption, caption only N photos.",
 )
 @click.option("--threads", type=click.IntRange(1, 1024), default=1, show_default=True, help="Of each subject.")
 @click.option(

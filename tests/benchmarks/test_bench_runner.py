@@ -348,6 +348,12 @@ def test_a_group_of_slow_captioners_is_timed_by_one_photo_a_round(monkeypatch: p
     assert {once for _, _, once in asked} == {False} and [row["timed_by"] for row in usual] == ["parts"] * 2
 
 
+@pytest.mark.parametrize(("seconds", "slow"), [((0.1, 0.6, 0.7), True), ((0.1, 0.2, 9.0), False), ((), False)])
+def test_a_group_is_slow_by_its_median_row(seconds: tuple[float, ...], slow: bool) -> None:
+    rows = [Row(fake(str(k)), peak={"caption_s": each}) for k, each in enumerate(seconds)]
+    assert suite._slow([*rows, Row(fake("failed"), error="load: broken")], QUICK) is slow
+
+
 def test_whether_a_group_is_slow_is_decided_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The one fast row fails at load, after the group's photos were settled: the others are timed as it was settled."""
     start = suite._start
