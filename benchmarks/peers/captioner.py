@@ -226,6 +226,7 @@ def run(peer: Any, make: Callable[[argparse.Namespace], None]) -> None:
 
 def prepare(peer: type[CaptionerPeer], task: Task, given: argparse.Namespace) -> None:
     """Fill a peer's folder. Raises EdgecapError where it cannot be."""
+    peer.require()
     for module in peer.making:
         if util.find_spec(module) is None:
             raise UsageError(f"preparing {peer.kind} needs {module}: install edgecap[export] for {sys.executable}")
