@@ -17,6 +17,7 @@ from ..runtime.errors import UsageError
 from ..runtime.progress import Progress, silent
 from .device import Device
 from .limits import larger, limits
+from .operators import add_operators
 from .peers.prepare import prepare_peers
 from .quality import Photo, split_photos
 from .reach import reach
@@ -176,6 +177,9 @@ def measure(
             if both:
                 with noting(problems, "how near the rows come to the limits"):
                     add_roofline(subjects, measured["rows"], both, photos[0].path, stage_times, settings.timeout)
+            if device.profile.kind == "local":
+                with noting(problems, "where the time goes, by operator"):
+                    add_operators(subjects, measured["rows"], photos[0].path, settings)
     except KeyboardInterrupt:  # the rows are kept
         measured["stopped"] = INTERRUPTED
     given = settings.to_dict()

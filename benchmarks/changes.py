@@ -9,7 +9,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from .report import LABELS
+from .wording import LABELS
 
 SHOWN = ("encode", "next_token", "end_to_end", "cold_start")
 

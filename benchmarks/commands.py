@@ -115,8 +115,9 @@ def compare_records(before: Path, after: Path, slower: float | None, force: bool
 def show_record(path: Path, report: Path | None, markdown: str | None) -> None:
     """`edgecap bench --show`: a record's tables again, or what it is to be written as."""
     from . import record as records
-    from .report import show, write_text
+    from .report import show
     from .report_html import html, require_jinja
+    from .wording import write_text
 
     if report:
         require_jinja()
@@ -134,8 +135,8 @@ def show_record(path: Path, report: Path | None, markdown: str | None) -> None:
 
 def put_markdown(record: Mapping[str, Any], file: str) -> None:
     """The small table of a record to a file, or to stdout."""
-    from .report import write_text
     from .report_markdown import markdown
+    from .wording import write_text
 
     if file == "-":
         click.echo(markdown(record), nl=False)
@@ -294,9 +295,10 @@ def bench(
     from .bench import bench as run_bench
     from .changes import show_since
     from .compare import since_last, why_none
-    from .report import show, write_text
+    from .report import show
     from .report_html import html, require_jinja
     from .suite import Settings
+    from .wording import write_text
 
     if embed_photos and not report:
         raise click.UsageError("--embed-photos goes with --report")

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from difflib import SequenceMatcher
 from importlib.resources import files
 from typing import Any
 
 from ..runtime.errors import need
 from . import changes as told
+from .operators import CAPTIONS, SHOWN, shares
 from .plots import Point, pareto
 from .quality import WORTHLESS, Photo, worthless
-from .report import (
+from .wording import (
     LABELS,
     Row,
+    behind_lines,
+    busy,
     clock_line,
     grouped,
     lead,
@@ -79,6 +82,7 @@ def html(
         "rate": rate_text,
         "ratio": ratio_text,
         "times": times_text,
+        "shares": shares,
     }
     template = environment.from_string((folder / "report.html.jinja").read_text(encoding="utf-8"))
     rows = record["rows"]
@@ -90,7 +94,7 @@ def html(
         photos_said=photos_text(record),
         problems=problem_lines(record),
         protocol=protocol(record),
-        notes=[*native_lines(rows), *weight_lines(rows), *slow_lines(record)],
+        notes=[*native_lines(rows), *weight_lines(rows), *slow_lines(record), *behind_lines(record)],
         groups=[[line(row, group) for row in group] for group in groups],
         models=[model(group) for group in groups],
         failed=[row for row in rows if row["status"] not in ("ok", "refused")],
@@ -103,6 +107,9 @@ def html(
         clock=clock_line(record["device"]),
         near=[row for row in rows if row.get("near")],
         over=any((row["near"]["decoder"] or {"share": 0})["share"] > 1 for row in rows if row.get("near")),
+        operators=[row for row in rows if row.get("operators")],
+        shown=SHOWN,
+        operators_of=CAPTIONS,
         changes=changes and changed(changes),
         alone=alone,
         captions=captions(groups, photos or {}),
@@ -131,9 +138,8 @@ def headline(record: Mapping[str, Any], groups: Sequence[Sequence[Row]]) -> dict
     bundle of each leads its best peer by; and whether the machine was busy. beam: of all rows, None where they differ.
     """
     ours = [row for row in _there(record["rows"]) if row["kind"] == "bundle"]
-    cpu, load = record["device"]["cpu"], record["device"].get("load")
     beams = {row["decoding"].get("beam", 1) for row in ok(record["rows"])}
-    found: dict[str, Any] = {"fastest": None, "best": None, "busy": None, "leads": []}
+    found: dict[str, Any] = {"fastest": None, "best": None, "busy": busy(record["device"]), "leads": []}
     found["beam"] = beams.pop() if len(beams) == 1 else None
     if len(groups) > 1:
         both = ((group[0], lead(group[0], group)) for group in groups)
@@ -142,8 +148,6 @@ def headline(record: Mapping[str, Any], groups: Sequence[Sequence[Row]]) -> dict
         found["fastest"] = min(ours, key=lambda row: _whole(row)["p50"])
         judged = [row for row in ours if row["quality"]]
         found["best"] = max(judged, key=lambda row: row["quality"]["cider"], default=None)
-    if load is not None and record["device"].get("times") != "emulated" and cpu["cores"] and load > cpu["cores"] / 2:
-        found["busy"] = f"{load:.1f}"
     return found
 
 
@@ -219,8 +223,21 @@ def protocol(record: Mapping[str, Any]) -> str:
     )
 
 
+AREAS: dict[str, Callable[[Row], int | None]] = {
+    "the size on disk": lambda row: (row["bytes"] or {}).get("total"),
+    "the peak of its memory": lambda row: (row["memory"] or {}).get("peak_rss"),
+}
+
+
 def plots(rows: Sequence[Row]) -> dict[str, Any] | None:
-    """The plot of latency and CIDEr, wide and for a phone; None without two rows."""
+    """The plot of latency and CIDEr, wide and for a phone; None without two rows. Areas are bytes on disk, or memory
+    where some row is no file of its own (torch's, which read a checkpoint).
+    """
+    shown = [row for row in _there(rows) if row["quality"] and not worthless(row["quality"])]
+    what, size = next(
+        ((name, of) for name, of in AREAS.items() if all(map(of, shown))),
+        next(iter(AREAS.items())),
+    )
     points = [
         Point(
             name=row["name"],
@@ -228,11 +245,10 @@ def plots(rows: Sequence[Row]) -> dict[str, Any] | None:
             y=row["quality"]["cider"],
             low=row["quality"]["cider_interval"]["low"],
             high=row["quality"]["cider_interval"]["high"],
-            size=(row["bytes"] or {}).get("total"),
+            size=size(row),
             peer=row["kind"] != "bundle",
         )
-        for row in _there(rows)
-        if row["quality"] and not worthless(row["quality"])
+        for row in shown
     ]
     if len(points) < 2:
         return None
@@ -245,6 +261,7 @@ def plots(rows: Sequence[Row]) -> dict[str, Any] | None:
         "numbered": numbered,
         "left_out": any(row["quality"] and worthless(row["quality"]) for row in _there(rows)),
         "largest": max((point.size or 0 for point in points), default=0),
+        "area": what,
         "peers": any(point.peer for point in points),
     }
 

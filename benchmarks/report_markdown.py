@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from .quality import WORTHLESS, worthless
-from .report import (
+from .wording import (
     Row,
+    behind_lines,
     clock_line,
     grouped,
     lead,
@@ -43,10 +44,8 @@ def markdown(record: Mapping[str, Any]) -> str:
     names = ["model", "run by", *heads, *(["× the best peer (95%)"] if compared else [])]
     lines = [_line(names), "| --- | --- |" + " ---: |" * (len(names) - 2)]
     for group in groups:
-        bundles = [row for row in group if row["kind"] == "bundle"]
-        peers = sorted((row for row in group if row["kind"] != "bundle"), key=_whole)
-        for i, row in enumerate([*bundles, *peers]):
-            cells = ["" if i else _text(model(group)), _runner(row), *(cell(row) for cell in heads.values())]
+        for i, row in enumerate(group):
+            cells = ["" if i else _text(model(group)), _runner(row, group), *(cell(row) for cell in heads.values())]
             lines.append(_line([*cells, *([_lead(row, group)] if compared else [])]))
     return "\n".join([*lines, "", *_notes(record, heads)]) + "\n"
 
@@ -64,16 +63,19 @@ def _median(row: Row, stage: str) -> float | None:
     return ((row["latency"] or {}).get(stage) or {}).get("p50")
 
 
-def _whole(row: Row) -> float:
-    return _median(row, "end_to_end") or float("inf")
-
-
-def _runner(row: Row) -> str:
+def _runner(row: Row, group: Sequence[Row]) -> str:
+    """A bundle by its target, and its name where another of its group has that, too; a peer by its kind."""
     if row["kind"] == "bundle":
-        return f"**{_text(row['name'])}**"
+        same = [other for other in group if other["kind"] == "bundle" and _target(other) == _target(row)]
+        return f"**edgecap** {_target(row)}" + (f" ({_text(row['name'])})" if len(same) > 1 else "")
     return (
         f"`{row['kind'].translate({ord(c): None for c in '|`'})}` {_text(row['facts'].get('precision') or '')}".strip()
     )
+
+
+def _target(row: Row) -> str:
+    facts = row["facts"]
+    return _text(facts.get("target") or row["name"]) + (", pruned" if facts.get("pruned_from") else "")
 
 
 def _cider(row: Row) -> str:
@@ -110,6 +112,8 @@ def _notes(record: Mapping[str, Any], heads: Mapping[str, Any]) -> Iterator[str]
         yield f"{line[0].upper()}{line[1:]}."
     if line := clock_line(record["device"]):
         yield f"{line[0].upper()}{line[1:]}."
+    for line in behind_lines(record):
+        yield f"{_text(line)}."
     if "CIDEr (95%)" in heads and any(_cider(row) == "–" for row in record["rows"] if row["quality"]):
         yield f"CIDEr –: below {WORTHLESS}, as of weights that nobody trained; their times count all the same."
     if failed := [row for row in record["rows"] if row["status"] != "ok"]:

@@ -1,25 +1,17 @@
 """How much work a bundle's graphs are, so that its times can be held against the machine's own limits.
 
-ONNX Runtime is asked: one caption with its profiler on tells the operators that it really runs, folded and fused, and
-the shapes that they get. Run as a script it answers one request of a line, {"op": "work", "path", "photo"}.
+ONNX Runtime is asked: its profile of one caption tells the operators that it really runs, and the shapes that they get.
 """
 
 from __future__ import annotations
 
-import json
-import sys
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .runner import Worker, WorkerFailed, python_module
-
-if TYPE_CHECKING:
-    from .subjects import Subject
-
-COMMAND = tuple(python_module("edgecap.benchmarks.roofline"))
+from .profiler import profile
+from .subjects import Subject
 
 # Where an operator has its weights (Conv) or its keys (attention); products of matrices need no such place.
 _WEIGHTS = {"Conv": 1, "FusedConv": 1, "ConvInteger": 1, "QLinearConv": 3}
@@ -29,17 +21,21 @@ _PRODUCTS |= {"DynamicQuantizeMatMul", "QLinearMatMul", "MatMulNBits"}
 _TABLES = ("Gather", "GroupQueryAttention", "RotaryEmbedding")  # embeddings, and sines of every position
 _INT8 = {"ConvInteger", "QLinearConv", "QGemm", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul"}
 _INT8 |= {"QLinearMatMul", "MatMulNBits"}  # of the last, the weights are 4 bits, the products 8
+SHORT = {"beam": 1, "min_length": 0, "max_length": 3}  # a step is there, and no step is another work
 
 
-def bundle_work(path: Path, photo: str, *, timeout: float = 300.0) -> dict[str, int] | None:
+def work_of(subject: Subject, photo: str, *, timeout: float = 300.0) -> dict[str, int] | None:
     """What captioning the photo takes: "decoder_bytes" of weights that every token reads, "encoder_fp32" and
-    "encoder_int8", multiplications and additions. None where ONNX Runtime does not run the bundle.
+    "encoder_int8", multiplications and additions. None where ONNX Runtime does not run it.
     """
-    try:
-        with Worker(COMMAND) as worker:
-            return worker.ask("work", path=str(path), photo=photo, timeout=timeout)["work"]
-    except WorkerFailed:
+    parts = profile(subject, photo, captions=1, decoding=SHORT, timeout=timeout, shapes=True)
+    if parts is None:
         return None
+    work = {"decoder_bytes": weights_read(parts["decoder"]), "encoder_fp32": 0, "encoder_int8": 0}
+    for node in parts["encoder"]:
+        kind = "int8" if node["op_name"] in _INT8 else "fp32"
+        work[f"encoder_{kind}"] += operations(node)
+    return work
 
 
 def share_of_limits(
@@ -70,58 +66,19 @@ def add_roofline(
     times: Callable[[Mapping[str, Any]], tuple[float | None, float | None]],
     timeout: float = 300.0,
 ) -> None:
-    """Give every row its "near": of bundles that ran in ONNX Runtime, part by part, by `share_of_limits`; else None.
+    """Give every row its "near": of what ran in ONNX Runtime, a bundle or the plain peer, part by part, by
+    `share_of_limits`; else None.
 
-    times: a row's seconds of the encoder and of a further token. Each bundle is looked at once, here.
+    times: a row's seconds of the encoder and of a further token. Each graph is looked at once, here.
     """
     known: dict[Path, dict[str, int] | None] = {}
     for subject, row in zip(subjects, rows, strict=True):
         row["near"] = None
-        if subject.kind == "bundle" and row["error"] is None and any(parts := times(row)):
+        if row["error"] is None and any(parts := times(row)):
             if subject.path not in known:
-                known[subject.path] = bundle_work(subject.path, photo, timeout=timeout)
+                known[subject.path] = work_of(subject, photo, timeout=timeout)
             if work := known[subject.path]:
                 row["near"] = share_of_limits(work, limits, encode=parts[0], token=parts[1])
-
-
-# --- in the worker ---
-
-
-def profiled(path: str, photo: str) -> dict[str, int]:
-    """`bundle_work` in this process. Raises EdgecapError for a bundle of another engine."""
-    from ..runtime import Captioner
-    from ..runtime.backends import onnx as engine
-    from ..runtime.errors import UsageError
-
-    plain = engine.session_options
-    with tempfile.TemporaryDirectory(prefix="edgecap-work-") as folder:
-
-        def options(threads: int | None) -> Any:
-            import onnxruntime as ort
-
-            found = plain(threads)
-            found.enable_profiling, found.profile_file_prefix = True, f"{folder}/profile"
-            found.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED  # shapes stay the field's
-            found.add_session_config_entry("session.disable_prepacking", "1")  # packed weights have no shape
-            return found
-
-        engine.session_options = options
-        captioner = Captioner.load(path, threads=1, verify="sizes")
-        model = getattr(captioner._model, "inner", captioner._model)  # of one whose photos are framed
-        if not isinstance(model, engine.OnnxModel):
-            raise UsageError(f"{path} is not run by ONNX Runtime")
-        captioner(photo, beam=1, max_length=3)
-        encoder, decoder = (_nodes(session.end_profiling()) for session in (model.encoder, model.decoder))
-    work = {"decoder_bytes": weights_read(decoder), "encoder_fp32": 0, "encoder_int8": 0}
-    for node in encoder:
-        kind = "int8" if node["op_name"] in _INT8 else "fp32"
-        work[f"encoder_{kind}"] += operations(node)
-    return work
-
-
-def _nodes(profile: str) -> list[dict[str, Any]]:
-    events = json.loads(Path(profile).read_text(encoding="utf-8"))
-    return [event["args"] for event in events if event.get("cat") == "Node" and "op_name" in event.get("args", {})]
 
 
 def weights_read(nodes: Iterable[Mapping[str, Any]]) -> int:
@@ -147,16 +104,3 @@ def operations(node: Mapping[str, Any]) -> int:
 
 def _shapes(entries: Sequence[Mapping[str, Sequence[int]]]) -> list[tuple[int, ...]]:
     return [tuple(shape) for entry in entries for shape in entry.values()]
-
-
-def main() -> None:
-    request = json.loads(sys.stdin.readline())
-    try:
-        answer: dict[str, Any] = {"ok": True, "work": profiled(request["path"], request["photo"])}
-    except Exception as error:  # whatever it is, who asked must hear the reason
-        answer = {"ok": False, "error": f"{type(error).__name__}: {error}"}
-    print(json.dumps(answer), flush=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -272,7 +272,6 @@ def main(
       python -m edgecap.benchmarks.soak runs/a-int8.edgecap
       python -m edgecap.benchmarks.soak runs/a-int8.edgecap --captions 100000 --json
     """
-    rss()
     files: list[Photo] = list(sorted(photos.glob("*.jp*g"))[:PHOTOS]) if photos else list(draw_photos())
     if len(files) < 3:
         raise click.ClickException(f"{photos} has fewer than 3 JPEG files")
@@ -284,6 +283,7 @@ def main(
 
     warm = max(captions // 2, 1) if warm_up is None else warm_up
     try:
+        rss()  # refused before anything is loaded
         with Captioner.load(bundle, threads=engine_threads) as captioner:
             broken = break_photos(whole)
             found = soak(captioner, files, broken, captions=captions, threads=threads, warm_up=warm, progress=show)

@@ -29,10 +29,10 @@ from .peers.prepare import PREPARED
 from .peers.vlm import TASK, Peer, Task, new_task
 from .quality import Photo
 from .record import check_writable, write
-from .report import limits_line, megabytes, problem_lines, rate_text, ratio_text
 from .runner import WorkerFailed, python_module, run_script
 from .subjects import Subject, bundle_subject, peer_subject, unique_names
 from .suite import INTERRUPTED, Settings, noting
+from .wording import limits_line, megabytes, problem_lines, rate_text, ratio_text
 
 KINDS = tuple(kind for kind, peer in PEERS.items() if peer.vlm)
 SOURCE = {kind: peer.source for kind, peer in PEERS.items() if peer.source}  # made from that one's, by its interpreter

@@ -8,6 +8,7 @@ Requests and answers are JSON lines on stdin and stdout:
   {"op": "caption", "photos": [file, …]}         → {"captions": [{"text", "logprob", "tokens"}, …]}
   {"op": "forced", "photo": file, "ids": [id, …] or null, "logits": file}  → {"ids", "text"}; see BundleEngine.forced
   {"op": "pass", "photo": file, "logits": file}  → {"run": {stage: seconds, "tokens": n, "ids"}}; see `watched`
+  {"op": "profile", …}                           → {"files": [file, …]}; see profiler.profiled
 logprob is null where an engine does not tell it. Each answer has "ok" (false comes with "error", one line) and
 "peak_rss" in bytes. The process ends with its input.
 """
@@ -203,6 +204,10 @@ def answer(state: dict[str, Engine], load: Loader, request: dict[str, Any]) -> d
         return {"captions": [state["engine"].caption(photo) for photo in request["photos"]]}
     if op == "forced":
         return state["engine"].forced(request["photo"], request["ids"], request["logits"])
+    if op == "profile":
+        from .profiler import profiled
+
+        return {"files": profiled(load, request)}
     if op == "pass":
         return {"run": watched(state["engine"], request["photo"], request.get("logits"))}
     raise ValueError(f"unknown request {op!r}")

@@ -44,6 +44,7 @@ def made_up_row(name: str = "tiny", *, factor: float = 1.0, seed: int = 0, **mor
             "decoder": {"bytes": 2_800_000, "gb_s": 3.0, "share": 0.12},
             "encoder": {"fp32_gop": 0.0, "int8_gop": 0.64, "share": 0.4},
         },
+        "operators": {"encoder": {"Conv": 2e-3, "Add": 2e-4}, "decoder": {"MatMul": 4e-4, "Gemm": 1e-4}},
         "speedup": {},
         "times_encode": {},
         "memory": {"peak_rss": 90_000_000, "over_idle": 70_000_000},

@@ -16,8 +16,10 @@ from rich.console import Console
 
 from edgecap.benchmarks import record as records
 from edgecap.benchmarks.bench import bench
-from edgecap.benchmarks.report import interval_text, milliseconds, ratio_text, render
+from edgecap.benchmarks.operators import shares
+from edgecap.benchmarks.report import render
 from edgecap.benchmarks.suite import Settings
+from edgecap.benchmarks.wording import interval_text, milliseconds, ratio_text
 from edgecap.cli import cli
 
 from .lineage import DATA, QUICK
@@ -55,6 +57,7 @@ ROW = {
         "decoder": {"bytes": int, "gb_s": float, "share": float},
         "encoder": {"fp32_gop": float, "int8_gop": float, "share": float},
     },
+    "operators": {"encoder": dict, "decoder": dict},
     "latency": {"load": STATS, **dict.fromkeys(STAGES, STATS), "tokens_per_caption": float, "tokens_per_s": float},
     "speedup": dict,
     "times_encode": {"decode": RATIO, "picture_to_text": RATIO},
@@ -195,6 +198,14 @@ def test_every_round_s_medians_are_kept(record: dict[str, Any]) -> None:
     latency = record["rows"][0]["latency"]["encode"]
     assert all(latency["min"] <= median <= latency["p99"] * 2 for median in rounds["encode"])
     assert record["rows"][2]["rounds"] is record["rows"][2]["near"] is None
+
+
+def test_a_row_s_operators_add_up_to_less_than_it_takes(record: dict[str, Any]) -> None:
+    operators, latency = record["rows"][0]["operators"], record["rows"][0]["latency"]
+    assert {"MatMul", "Gemm", "FusedMatMul"} & operators["decoder"].keys() and operators["encoder"]
+    assert 0 < sum(operators["decoder"].values()) < 5 * latency["next_token"]["p50"]
+    assert record["rows"][2]["operators"] is None
+    assert shares({"MatMul": 0.7, "Add": 0.29, "Cast": 0.01}) == "MatMul 70%, Add 29%"
 
 
 def test_a_row_is_held_against_the_machine_s_limits(record: dict[str, Any]) -> None:

@@ -11,8 +11,8 @@ import pytest
 
 from edgecap.benchmarks import limits as module
 from edgecap.benchmarks.limits import FLOAT, INT8, INT32, LIMITS, UINT8, larger, limits, product_graph, varint
-from edgecap.benchmarks.report import limits_line
 from edgecap.benchmarks.runner import Worker
+from edgecap.benchmarks.wording import limits_line
 
 from .records import made_up_record
 

@@ -25,7 +25,7 @@ def ahead(ratio: float) -> dict[str, Any]:
 @pytest.fixture
 def record() -> dict[str, Any]:
     speed = {"torch big": ahead(4.0), "ort big": ahead(1.25)}
-    bundle = made_up_row("big|int8", speedup=speed, facts={"model": "moda"})
+    bundle = made_up_row("big|int8", speedup=speed, facts={"model": "moda", "target": "onnx-int8"})
     slow = made_up_row("torch big", kind="torch", factor=4, peer_of=["big|int8"], facts={"precision": "fp32"})
     fast = made_up_row("ort big", kind="onnxruntime", factor=1.25, peer_of=["big|int8"], facts={"precision": "int8"})
     other = made_up_row("alone", group=1)
@@ -44,10 +44,10 @@ def test_bundles_stand_beside_the_peer_that_they_are_least_ahead_of(record: dict
     head, rows = cells(lines[0]), [cells(line) for line in lines[2:6]]
     assert head[:4] == ["model", "run by", "MB", "peak MB"] and len({len(row) for row in [head, *rows]}) == 1
     assert [row[:2] for row in rows] == [
-        ["moda", "**big¦int8**"],
+        ["moda", "**edgecap** onnx-int8"],
         ["", "`onnxruntime` int8"],
         ["", "`torch` fp32"],
-        ["alone", "**alone**"],
+        ["alone", "**edgecap** onnx-int8"],
     ]
     assert [row[-1] for row in rows] == ["**1.25** (1.15 to 1.35)", "", "", "–"]
     first = record["rows"][0]
@@ -57,6 +57,26 @@ def test_bundles_stand_beside_the_peer_that_they_are_least_ahead_of(record: dict
     below = "\n".join(lines[6:])
     assert "Test CPU, 1 thread, 12 photos of scenes (test)" in below and "nobody trained" in below
     assert "Did not run" in below and "gguf big" in below
+
+
+def test_a_bundle_behind_its_peer_says_where_its_time_goes(record: dict[str, Any]) -> None:
+    bundle, _, peer = record["rows"][:3]
+    assert "is behind" not in markdown(record)
+    bundle["speedup"]["ort big"] = ahead(0.9)
+    peer["operators"] = {"encoder": {}, "decoder": {"MatMulInteger": 9.0, "Reshape": 1.0}}
+    said = (
+        "is behind ort big; a step of its decoder is MatMul 80%, Gemm 20%; of the peer's MatMulInteger 90%, Reshape 10%"
+    )
+    assert said in markdown(record)
+
+
+def test_bundles_of_one_group_are_told_apart(record: dict[str, Any]) -> None:
+    whole = record["rows"][0]
+    pruned = made_up_row("words", facts={"model": "moda", "target": "onnx-int8", "pruned_from": "f" * 64})
+    beams = [made_up_row(f"other beam {n}", group=1, facts={"model": "gru", "target": "onnx-int4"}) for n in (1, 3)]
+    names = [cells(line)[1] for line in markdown(made_up_record(whole, pruned, *beams)).splitlines()[2:6]]
+    assert names[:2] == ["**edgecap** onnx-int8", "**edgecap** onnx-int8, pruned"]
+    assert names[2:] == [f"**edgecap** onnx-int4 (other beam {n})" for n in (1, 3)]
 
 
 def test_without_peers_or_times_there_are_no_columns_of_them(record: dict[str, Any]) -> None:

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from edgecap.benchmarks.roofline import bundle_work, operations, share_of_limits, weights_read
+from edgecap.benchmarks.roofline import operations, share_of_limits, weights_read, work_of
+from edgecap.benchmarks.subjects import bundle_subject, peer_subject
 from edgecap.runtime import Bundle
 
 from ..runtime.graphs import write_gru_bundle
@@ -56,7 +57,7 @@ def test_a_bundle_s_work_is_that_of_its_graphs(tmp_path: Path) -> None:
     write_gru_bundle(tmp_path / "x.edgecap")
     bundle = Bundle.open(tmp_path / "x.edgecap")
     Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(tmp_path / "x.png")
-    work = bundle_work(bundle.path, str(tmp_path / "x.png"))
+    work = work_of(bundle_subject(bundle.path)[0], str(tmp_path / "x.png"))
     assert work is not None and work["encoder_int8"] == 0
     encoder, decoder = (onnx.load(bundle.file(f"{name}.onnx")).graph for name in ("encoder", "decoder"))
     sizes = {tensor.name: np.prod(tensor.dims) for tensor in encoder.initializer}
@@ -67,8 +68,10 @@ def test_a_bundle_s_work_is_that_of_its_graphs(tmp_path: Path) -> None:
     assert weights <= work["decoder_bytes"] <= weights + 200  # and a few shapes
 
 
-def test_a_bundle_that_onnx_runtime_does_not_run_has_no_known_work(tmp_path: Path) -> None:
-    assert bundle_work(tmp_path / "nowhere.edgecap", "x.png") is None
+def test_what_onnx_runtime_does_not_run_has_no_known_work(tmp_path: Path) -> None:
+    write_gru_bundle(tmp_path / "x.edgecap")
+    assert work_of(bundle_subject(tmp_path / "x.edgecap")[0], str(tmp_path / "no.png")) is None
+    assert work_of(peer_subject(f"torch:{tmp_path}", {}), "x.png") is None
 
 
 def test_nearness_is_the_least_time_over_the_measured_one() -> None:
