@@ -19,7 +19,6 @@ from edgecap.benchmarks.compare import compare, since_last, why_none
 from edgecap.benchmarks.latency import speedup
 from edgecap.benchmarks.plots import Point, frontier, pareto
 from edgecap.benchmarks.quality import Photo
-from edgecap.benchmarks.report import grouped, rate_text, write_text
 from edgecap.benchmarks.report_html import (
     against_peers,
     captions,
@@ -33,6 +32,7 @@ from edgecap.benchmarks.report_html import (
     thumbnail,
 )
 from edgecap.benchmarks.report_markdown import markdown
+from edgecap.benchmarks.wording import grouped, rate_text, write_text
 from edgecap.cli import cli
 from edgecap.runtime.errors import MissingExtra, UsageError
 
