@@ -101,8 +101,9 @@ def _notes(record: Mapping[str, Any], heads: Mapping[str, Any]) -> Iterator[str]
     threads = settings["threads"]
     packages = [name for name in ("edgecap", "onnxruntime") if record["versions"].get(name)]
     versions = ", ".join(f"{name} {record['versions'][name]}" for name in packages)
+    flags = f" ({', '.join(cpu['flags'])})" if cpu["flags"] else ""
     yield (
-        f"{cpu['model']}, {threads} thread{'s' * (threads != 1)}, {photos_text(record)} of "
+        f"{cpu['model']}{flags}, {threads} thread{'s' * (threads != 1)}, {photos_text(record)} of "
         f"{_text(data['spec'].partition(':')[0])} ({_text(data['split'])}), {settings['rounds']} interleaved rounds, "
         f"medians; {versions}; {record['created'][:10]}."
     )
@@ -116,8 +117,13 @@ def _notes(record: Mapping[str, Any], heads: Mapping[str, Any]) -> Iterator[str]
         yield f"{_text(line)}."
     if "CIDEr (95%)" in heads and any(_cider(row) == "–" for row in record["rows"] if row["quality"]):
         yield f"CIDEr –: below {WORTHLESS}, as of weights that nobody trained; their times count all the same."
-    if failed := [row for row in record["rows"] if row["status"] != "ok"]:
-        names = ", ".join(_text(row["name"]) for row in failed)
-        yield f"Did not run, each for the reason in its row of the record: {names}."
+    left: dict[str, list[str]] = {}
+    for row in record["rows"]:
+        if row["status"] != "ok":
+            peer = row["kind"] != "bundle" and row["name"].startswith(f"{row['kind']} ")
+            left.setdefault(row["kind"] if peer else "", []).append(row["name"].removeprefix(f"{row['kind']} "))
+    if left:
+        kinds = (f"{kind} ({', '.join(names)})" if kind else ", ".join(names) for kind, names in left.items())
+        yield f"Did not run, each for the reason in its row of the record: {_text('; '.join(kinds))}."
     for line in problem_lines(record):
         yield f"{_text(line[0].upper() + line[1:])}."

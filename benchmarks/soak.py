@@ -138,7 +138,7 @@ def answer(captioner: Captioner, job: Job) -> Answer:
         if job.kind in ("stream", "left"):
             stream = captioner.stream(job.photos[0], beam=1)
             if job.kind == "left":
-                return ("left", next(stream))
+                return ("left", next(stream, None))  # none of an empty caption
             return ("".join(stream), told(stream.caption))
         return told(captioner(job.photos[0], beam=3 if job.kind == "beam" else 1))
     except EdgecapError as error:

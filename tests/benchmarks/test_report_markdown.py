@@ -32,7 +32,9 @@ def record() -> dict[str, Any]:
     refused = made_up_row("gguf big", kind="llama_cpp", status="refused", error="none", peer_of=["big|int8"], **NOTHING)
     worthless = {"mean": 0.001, "low": 0.0, "high": 0.002, "level": 0.95}
     slow["quality"] |= {"cider": 0.001, "cider_interval": worthless}
-    return made_up_record(bundle, slow, fast, other, refused)
+    kind = {"kind": "onnxruntime_genai", "status": "refused", "error": "none", "peer_of": ["big|int8"]}
+    many = (made_up_row(f"onnxruntime_genai {name}", **kind, **NOTHING) for name in ("big", "small"))
+    return made_up_record(bundle, slow, fast, other, refused, *many)
 
 
 def cells(line: str) -> list[str]:
@@ -55,8 +57,8 @@ def test_bundles_stand_beside_the_peer_that_they_are_least_ahead_of(record: dict
     assert rows[0][head.index("CIDEr (95%)")].startswith(f"{first['quality']['cider']:.3f} (")
     assert rows[2][head.index("CIDEr (95%)")] == "–"
     below = "\n".join(lines[6:])
-    assert "Test CPU, 1 thread, 12 photos of scenes (test)" in below and "nobody trained" in below
-    assert "Did not run" in below and "gguf big" in below
+    assert "Test CPU (avx2), 1 thread, 12 photos of scenes (test)" in below and "nobody trained" in below
+    assert "its row of the record: gguf big; onnxruntime\\_genai (big, small)." in below
 
 
 def test_a_bundle_behind_its_peer_says_where_its_time_goes(record: dict[str, Any]) -> None:
