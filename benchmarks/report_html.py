@@ -225,7 +225,7 @@ def protocol(record: Mapping[str, Any]) -> str:
 
 AREAS: dict[str, Callable[[Row], int | None]] = {
     "the size on disk": lambda row: (row["bytes"] or {}).get("total"),
-    "the peak of its memory": lambda row: (row["memory"] or {}).get("peak_rss"),
+    "the peak of memory": lambda row: (row["memory"] or {}).get("peak_rss"),
 }
 
 
