@@ -116,14 +116,13 @@ class Browser(Device):
             click.echo("its page is not secure or not isolated: 1 thread", err=True)
 
     def _serve_bundle(self, folder: Path, base: str) -> tuple[str, dict[str, int]]:
-        from ..runtime.bundle import MANIFEST, Bundle
+        from ..runtime.bundle import Bundle
 
-        bundle = Bundle.open(folder, verify="sizes")
-        sizes = {name: entry["bytes"] for name, entry in bundle.manifest["files"].items()}
-        sizes[MANIFEST] = (folder / MANIFEST).stat().st_size
-        for name in sizes:
-            self.server.add(base + name, folder / name, "bundle")
-        return base, {base + name: size for name, size in sizes.items()}
+        sizes = {}
+        for name, found in webfiles.bundle_files(Bundle.open(folder, verify="sizes")):
+            self.server.add(base + name, found, "bundle")
+            sizes[base + name] = len(found) if isinstance(found, bytes) else found.stat().st_size
+        return base, sizes
 
     def _announce(self) -> None:
         def say(line: str) -> None:
@@ -249,9 +248,11 @@ class Browser(Device):
         }
 
     def weight(self, subject: Subject) -> dict[str, int]:
-        """Bytes that the page fetched to caption with a bundle, as they went over the wire (gzip)."""
-        bundle = sum(self.server.sent.get(path, 0) for path in self._bundles[subject.path][1])
-        return {"runtime": self.server.weight("runtime"), "bundle": bundle}
+        """Bytes that the page fetched to caption with a bundle, as they went over the wire: by gzip, but for the
+        "as_is" of them (large files, see devices/browser.py).
+        """
+        runtime, bundle = self.server.weight("runtime"), self.server.weight("bundle", self._bundles[subject.path][0])
+        return {"runtime": runtime[0], "bundle": bundle[0], "as_is": runtime[1] + bundle[1]}
 
     def photo(self, file: str) -> str:
         return self._photos[file]

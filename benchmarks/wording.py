@@ -238,4 +238,5 @@ def weight_lines(rows: Iterable[Mapping[str, Any]]) -> Iterator[str]:
     for row in rows:
         if weight := row["facts"].get("page_weight"):
             runtime, bundle = (megabytes(weight[part]) for part in ("runtime", "bundle"))
-            yield f"{row['name']}: a page of {runtime} MB and {bundle} MB of bundle, compressed by gzip"
+            as_is = f"{megabytes(weight['as_is'])} MB of it as it is, the rest " if weight.get("as_is") else ""
+            yield f"{row['name']}: a page of {runtime} MB and {bundle} MB of bundle, {as_is}compressed by gzip"

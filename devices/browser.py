@@ -100,6 +100,7 @@ class Server(ThreadingHTTPServer):
         self.token = secrets.token_urlsafe(16)
         self._files: dict[str, Served] = {}
         self.sent: dict[str, int] = {}  # path → bytes of the file as it went over the wire
+        self.as_is: set[str] = set()  # paths of those that went without gzip
         self._open: Counter[str] = Counter()  # connections by the address that they come from
         self._strangers: dict[socket.socket, float] = {}  # connections → when they are closed
         self._counting = threading.Lock()
@@ -130,9 +131,12 @@ class Server(ThreadingHTTPServer):
     def find(self, path: str) -> Served | None:
         return self._files.get(path)
 
-    def weight(self, part: str) -> int:
-        """Bytes of a part's files that were fetched, each once, as they went over the wire."""
-        return sum(size for path, size in list(self.sent.items()) if self._files[path].part == part)
+    def weight(self, part: str, below: str = "") -> tuple[int, int]:
+        """Bytes of a part's files below a path that were fetched, each once, as they went over the wire; and how many
+        of these went without gzip.
+        """
+        fetched = [path for path in list(self.sent) if path.startswith(below) and self._files[path].part == part]
+        return sum(self.sent[p] for p in fetched), sum(self.sent[p] for p in fetched if p in self.as_is)
 
     # --- connections: the handshake is made in the connection's own thread, so that nobody can hold up the others ---
 
@@ -276,6 +280,8 @@ class _Handler(BaseHTTPRequestHandler):
         more = {"Cache-Control": "private, max-age=3600"} | ({"Content-Encoding": "gzip"} if packed else {})
         with body:
             self.server.sent[name] = size = body.seek(0, os.SEEK_END)
+            if packed is None:
+                self.server.as_is.add(name)
             body.seek(0)
             self._head(200, size, found.type, more)
             while piece := body.read(PIECE):

@@ -12,10 +12,10 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from ..runtime.bundle import MANIFEST, Bundle, folder_beside, swap
+from ..runtime.bundle import Bundle, folder_beside, swap
 from ..runtime.errors import EdgecapError, UsageError
 from .browser import ISOLATED, TYPES
-from .webfiles import PACKAGE, ort_files, package_files
+from .webfiles import PACKAGE, bundle_files, ort_files, package_files
 
 DEMO = PACKAGE / "demo"
 FILES = "files.json"  # path and SHA-256 of every other file: what the service worker keeps
@@ -88,16 +88,8 @@ def _files(bundle: Bundle) -> Iterator[tuple[str, str, bytes]]:
         yield "page", path, file.read_bytes()
     for path, file in ort_files(webgpu=False):
         yield "engine", path, file.read_bytes()
-    manifest, text = bundle.manifest, bundle.path.joinpath(MANIFEST).read_bytes()
-    if fused := manifest["graphs"].get("fused"):  # pages run the two graphs: the bundle they get says no more
-        left = {fused["file"], fused.get("weights")}
-        graphs = {name: graph for name, graph in manifest["graphs"].items() if name != "fused"}
-        files = {name: entry for name, entry in manifest["files"].items() if name not in left}
-        manifest = {**manifest, "graphs": graphs, "files": files}
-        text = (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode()
-    yield "bundle", f"bundle/{MANIFEST}", text
-    for name in manifest["files"]:
-        yield "bundle", f"bundle/{name}", bundle.read(name)
+    for name, found in bundle_files(bundle):
+        yield "bundle", f"bundle/{name}", found if isinstance(found, bytes) else bundle.read(name)
 
 
 class _Handler(SimpleHTTPRequestHandler):

@@ -1,4 +1,4 @@
-"""Which files a page in a browser needs besides a bundle: itself, the runtime's package, and ONNX Runtime's own."""
+"""Which files a page in a browser needs: itself, the runtime's package, ONNX Runtime's own, and a bundle's."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..runtime.errors import EdgecapError, UsageError
+
+if TYPE_CHECKING:
+    from ..runtime.bundle import Bundle
 
 PAGE = Path(__file__).resolve().parent / "page"
 PACKAGE = Path(__file__).resolve().parent.parent / "runtime" / "web"
@@ -55,6 +59,25 @@ def ort_files(*, webgpu: bool) -> Iterator[tuple[str, Path]]:
         raise UsageError(f"{folder} lacks {script} or its .wasm: install onnxruntime-web again (1.23 or later)")
     for file in (script, f"{name}.mjs", f"{name}.wasm"):
         yield f"ort/{file}", folder / file
+
+
+def bundle_files(bundle: Bundle) -> Iterator[tuple[str, bytes | Path]]:
+    """A bundle as a page gets it: (name, file), bundle.json as its text.
+
+    Pages run the two graphs, so that a fused one stays behind, and the bundle.json that they get says no more of it.
+    """
+    from ..runtime.bundle import MANIFEST  # and NumPy, which the list of devices does without
+
+    manifest, text = bundle.manifest, bundle.path.joinpath(MANIFEST).read_bytes()
+    if fused := manifest["graphs"].get("fused"):
+        left = {fused["file"], fused.get("weights")}
+        graphs = {name: graph for name, graph in manifest["graphs"].items() if name != "fused"}
+        files = {name: entry for name, entry in manifest["files"].items() if name not in left}
+        manifest = {**manifest, "graphs": graphs, "files": files}
+        text = (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode()
+    yield MANIFEST, text
+    for name in manifest["files"]:
+        yield name, bundle.file(name)
 
 
 def lacking() -> str | None:

@@ -22,16 +22,17 @@ from edgecap.benchmarks import browser as browsers
 from edgecap.benchmarks.bench import bench
 from edgecap.benchmarks.browser import Browser, Options, png
 from edgecap.benchmarks.browser_answers import browser_name, checked, device_facts
-from edgecap.benchmarks.report import render
+from edgecap.benchmarks.report import render, weight_lines
 from edgecap.benchmarks.runner import WorkerFailed
 from edgecap.benchmarks.subjects import bundle_subject
 from edgecap.benchmarks.suite import Settings
 from edgecap.cli import cli
 from edgecap.devices import browser as servers
 from edgecap.devices import get_profile, webfiles
+from edgecap.runtime import Bundle
 from edgecap.runtime.errors import EdgecapError, UsageError
 
-from ..runtime.graphs import photo, write_gru_bundle
+from ..runtime.graphs import photo, write_fused_bundle, write_gru_bundle
 
 DATA = "scenes:train=1,val=1,test=3,size=32"
 QUICK = Settings(rounds=3, min_runs=3, min_seconds=0, warmup=1, cold_starts=1, limit_seconds=0, timeout=20)
@@ -146,6 +147,10 @@ def test_a_page_s_figures_become_a_record(web: None, bundle: Path, play: Any, ca
     assert there["facts"]["threads"] == 1
     weight = there["facts"]["page_weight"]
     assert weight["bundle"] == sum(len(data) for path, data in pages[0].files.items() if path.startswith("bundles/"))
+    assert weight["as_is"] == weight["bundle"] + weight["runtime"], "urllib takes no gzip"
+    assert "MB of it as it is, the rest compressed by gzip" in "".join(weight_lines([there]))
+    packed = there | {"facts": {"page_weight": {"runtime": 3_000_000, "bundle": 5_000_000, "as_is": 0}}}
+    assert list(weight_lines([packed])) == ["tiny: a page of 3.0 MB and 5.0 MB of bundle, compressed by gzip"]
     assert here["name"] == "tiny native" and here["speedup"]["tiny"]["end_to_end"]["ratio"] > 0
     assert there["against_native"]["photos"] == 3 and not there["against_native"]["ok"], "it says the same of each"
     json.dumps(record, allow_nan=False)
@@ -161,6 +166,21 @@ def test_a_page_s_figures_become_a_record(web: None, bundle: Path, play: Any, ca
     ]
     said = capsys.readouterr().err
     assert "Plain HTTP: 1 thread, no WebGPU" in said and "Waiting up to 20 s" in said
+
+
+def test_a_fused_graph_is_not_sent(web: None, bundle: Path, play: Any, tmp_path: Path) -> None:
+    """Before, a phone fetched it, too, and the page's weight had it."""
+    both = write_fused_bundle(tmp_path / "both" / "tiny.edgecap", lineage={"data": DATA, "passes": []})
+    pages = play(good)
+    (row,) = bench([both.path], device="browser", settings=QUICK, browser=Options(http=True, wait=20))["rows"]
+    assert row["status"] == "ok", row["error"]
+    sent = {Path(path).name: data for path, data in pages[0].files.items() if path.startswith("bundles/")}
+    assert set(sent) == {"bundle.json", *both.manifest["files"]} - {"fused.onnx"}
+    assert row["facts"]["page_weight"]["bundle"] == sum(map(len, sent.values()))
+    (tmp_path / "sent").mkdir()
+    for name, data in sent.items():
+        (tmp_path / "sent" / name).write_bytes(data)
+    assert Bundle.open(tmp_path / "sent").manifest == Bundle.open(bundle).manifest, "nothing is missing that it lists"
 
 
 def test_slow_captioners_are_timed_there_by_one_caption_a_photo(web: None, bundle: Path, play: Any) -> None:

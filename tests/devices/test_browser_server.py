@@ -64,7 +64,7 @@ def test_files_come_with_the_headers_that_threads_need(server: Server) -> None:
     assert headers["X-Content-Type-Options"] == "nosniff" and "unsafe-inline" not in headers["Content-Security-Policy"]
     status, body, headers = ask(server, "GET", "a.js", Accept_Encoding="gzip, br")
     assert headers["Content-Encoding"] == "gzip" and len(body) < 100
-    assert server.weight("runtime") == len(b"<!doctype html>") + len(body)
+    assert server.weight("runtime") == (len(b"<!doctype html>") + len(body), len(b"<!doctype html>"))
     assert ask(server, "GET", "photos/0.png", Accept_Encoding="gzip")[1] == b"png"
     assert ask(server, "GET", "broken.png")[0] == 500
 
@@ -91,7 +91,21 @@ def test_a_large_file_comes_in_pieces_and_takes_its_time(
             assert more, "it was cut"
             got += more
         assert got[begin:] == data
-    assert server.weight("bundle") == len(data)
+    assert server.weight("bundle") == (len(data), len(data))
+
+
+def test_what_is_too_large_for_gzip_is_counted_as_it_is(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(browser, "MAX_COMPRESSED", 1000)
+    sizes = {}
+    for name in ("0/small", "0/large", "1/large"):
+        (tmp_path / name[2:]).write_bytes(b"x" * (1000 if name == "0/small" else 1001))
+        server.add(name, tmp_path / name[2:], "bundle")
+        sizes[name] = len(ask(server, "GET", name, Accept_Encoding="gzip")[1])
+    assert sizes["0/small"] < 100 and sizes["0/large"] == sizes["1/large"] == 1001
+    assert server.weight("bundle", "0/") == (sizes["0/small"] + 1001, 1001)
+    assert server.weight("bundle", "1/") == (1001, 1001) and server.weight("photo") == (0, 0)
 
 
 def test_who_opens_the_page_here_is_alone() -> None:

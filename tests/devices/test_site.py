@@ -18,7 +18,7 @@ from edgecap.devices import site
 from edgecap.devices.webfiles import lacking
 from edgecap.runtime import Bundle, UsageError
 
-from ..runtime.graphs import write_gru_bundle
+from ..runtime.graphs import write_fused_bundle, write_gru_bundle
 from ..runtime.test_cli import edgecap
 
 
@@ -108,9 +108,8 @@ def test_nothing_of_anybody_elses_is_replaced(
 
 
 def test_a_fused_graph_stays_behind(engine: None, bundle: Bundle, tmp_path: Path) -> None:
-    graphs = {**bundle.manifest["graphs"], "fused": {"file": "fused.onnx"}}
-    files = {**bundle.manifest["files"], "fused.onnx": {"bytes": 9, "sha256": "0" * 64}}
-    with_fused = Bundle(bundle.path, {**bundle.manifest, "graphs": graphs, "files": files})
+    with_fused = write_fused_bundle(tmp_path / "fused.edgecap", seed=3)
+    assert with_fused.manifest["files"]["fused.onnx"]["bytes"] > 1000
     plain, fused = site.write_site(bundle, tmp_path / "a")[-1], site.write_site(with_fused, tmp_path / "b")[-1]
     shipped = Bundle.open(tmp_path / "b" / "bundle")  # nothing is missing that it lists
     assert shipped.manifest == bundle.manifest and shipped.bytes == fused.bytes

@@ -244,3 +244,25 @@ def write_gru_bundle(out: Path, seed: int = 0, **changes: Any) -> Bundle:
     files["golden.npy"] = buffer.getvalue()
     golden = {**complete["golden"], "token_ids": list(best.token_ids)}
     return write_bundle(out, {**complete, "golden": golden}, files)
+
+
+def write_fused_bundle(path: Path, seed: int = 0, **changes: Any) -> Bundle:
+    """The same with the whole captioner as one more graph, which `edgecap export --fused` makes."""
+    from edgecap.export.fused import describe, fuse
+    from edgecap.export.trunk import OnnxPair
+    from edgecap.runtime import Preprocess
+    from edgecap.runtime.tokenizer import Tokenizer
+
+    bundle = write_gru_bundle(path, seed, **changes)
+    found = bundle.manifest
+    files = {name: bundle.read(name) for name in found["files"]}
+    encoder, decoder = (onnx.load_from_string(files[f"{part}.onnx"]) for part in ("encoder", "decoder"))
+    model = fuse(
+        OnnxPair(encoder, decoder, found["session"], []),
+        tokens=found["tokens"],
+        preprocess=Preprocess(**found["preprocess"]),
+        tokenizer=Tokenizer.load(files["tokenizer.json"]),
+        decoding=found["decoding"],
+    )
+    files["fused.onnx"] = model.SerializeToString()
+    return write_bundle(path, found | {"graphs": found["graphs"] | {"fused": describe(model)}}, files)
