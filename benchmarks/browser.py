@@ -223,6 +223,7 @@ class Browser(Device):
 
     def done(self, record: dict[str, Any]) -> None:
         """Show the results on the device itself."""
+        super().done(record)
         self.channel.end(result(record))
 
     def close(self) -> None:

@@ -68,7 +68,14 @@ class Device:
         return None
 
     def done(self, record: Mapping[str, Any]) -> None:
-        """Tell whoever watches the device what came out."""
+        """Tell whoever watches the device what came out; here, of rows that the profile's memory could not hold."""
+        limit = self.profile.memory_mb
+        for row in record["rows"] if limit else ():
+            if (peak := (row["memory"] or {}).get("peak_rss")) and peak > limit * 2**20:
+                import click  # which is not on a device behind ssh, where this file is imported, too
+
+                said = f"{row['name']} held {peak / 2**20:,.0f} MiB at its peak"
+                click.echo(f"{said}, and {self.profile.name} has {limit:,} MiB by its profile", err=True)
 
     def check(
         self, subjects: Sequence[Subject], photos: Sequence[Photo], threads: int, timeout: float, progress: Progress

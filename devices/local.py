@@ -71,6 +71,11 @@ def parse_cpuinfo(text: str) -> tuple[str | None, tuple[str, ...]]:
     return model, flags
 
 
+def isa_name(machine: str) -> str:
+    """An instruction set as `platform.machine()` has it, by the one name that Linux gives it."""
+    return {"amd64": "x86_64", "arm64": "aarch64"}.get(machine.lower(), machine)
+
+
 def _read(path: str) -> str | None:
     try:
         return Path(path).read_text(encoding="utf-8", errors="replace").strip("\0\n ")
@@ -119,7 +124,7 @@ def cpu_facts() -> CpuFacts:
     memory = _memory_bytes()
     return CpuFacts(
         model=model or platform.processor() or "unknown",
-        isa={"amd64": "x86_64", "arm64": "aarch64"}.get(platform.machine().lower(), platform.machine()),
+        isa=isa_name(platform.machine()),
         flags=flags,
         cores=len(affinity(0)) if affinity else os.cpu_count() or 1,
         memory_mb=memory // 2**20 if memory else None,

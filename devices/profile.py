@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import shutil
 import tomllib
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime.errors import EdgecapError, UsageError
+from .local import isa_name
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,11 @@ class Kind:
     label: str
     how: str
     missing: Callable[[Profile], str | None] = lambda profile: None
+
+
+def _local_lacks(profile: Profile) -> str | None:
+    found = isa_name(platform.machine())
+    return None if profile.is_isa(found) else f"its isa is {profile.isa}, and this machine is {found}"
 
 
 def _ssh_lacks(profile: Profile) -> str | None:
@@ -43,7 +50,7 @@ def _browser_lacks(profile: Profile) -> str | None:
 
 
 KINDS = {
-    "local": Kind("this machine", "edgecap bench --device NAME"),
+    "local": Kind("this machine", "edgecap bench --device NAME", _local_lacks),
     "ssh": Kind("over ssh", "edgecap bench --device NAME --host USER@ADDRESS", _ssh_lacks),
     "browser": Kind("a web page opened there", "edgecap bench --device NAME", _browser_lacks),
     "emulated-arm64": Kind("emulated here by qemu", "edgecap bench --device NAME", _emulation_lacks),
@@ -74,6 +81,10 @@ class Profile:
     @property
     def reachable(self) -> bool:
         return self.missing is None
+
+    def is_isa(self, found: str) -> bool:
+        """Whether a machine of this ISA can be the device."""
+        return self.isa == "native" or isa_name(self.isa) == isa_name(found)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"targets": list(self.targets)}

@@ -48,6 +48,7 @@ class Host:
         if profile.host.startswith("-"):
             raise UsageError(f"a host cannot begin with a dash: {profile.host!r}")
         self.name, self._config, self._cache = profile.host, profile.ssh_config, profile.cache
+        self._profile = profile
         self._folder = tempfile.mkdtemp(prefix="edgecap-ssh-")  # short: a socket's path is 104 characters at most
         self.python = profile.python
 
@@ -138,11 +139,19 @@ class Host:
         return answer
 
     def probe(self) -> dict[str, Any]:
-        """See agent.probe. Raises EdgecapError in one line where edgecap cannot run on the device."""
+        """See agent.probe. Raises EdgecapError in one line where edgecap cannot run on the device, UsageError where it
+        is not the profile's: its figures would bear another device's name.
+        """
         self.find_python()
         found = self.call("probe")
         if tuple(map(int, found["python"].split("."))) < OLDEST:
             raise EdgecapError(f"{self.name}: {self.python} is Python {found['python']}; 3.11 or newer is needed")
+        isa, profile = found["machine"], self._profile
+        if not profile.is_isa(isa) and (profile.python or found.get("bits") != 32):  # else `platform` says it better
+            raise UsageError(
+                f"{self.name} is {isa}, and device {profile.name} is {profile.isa}: measure it by a profile of its "
+                "own, --device my/board.toml"
+            )
         return found
 
     def platform(self, found: Mapping[str, Any]) -> Platform:

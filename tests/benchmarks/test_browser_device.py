@@ -22,6 +22,7 @@ from edgecap.benchmarks import browser as browsers
 from edgecap.benchmarks.bench import bench
 from edgecap.benchmarks.browser import Browser, Options, png
 from edgecap.benchmarks.browser_answers import browser_name, checked, device_facts
+from edgecap.benchmarks.device import Device
 from edgecap.benchmarks.report import render, weight_lines
 from edgecap.benchmarks.runner import WorkerFailed
 from edgecap.benchmarks.subjects import bundle_subject
@@ -166,6 +167,15 @@ def test_a_page_s_figures_become_a_record(web: None, bundle: Path, play: Any, ca
     ]
     said = capsys.readouterr().err
     assert "Plain HTTP: 1 thread, no WebGPU" in said and "Waiting up to 20 s" in said
+
+
+def test_rows_that_the_profile_s_memory_cannot_hold_are_told(capsys: Any) -> None:
+    held = {"large": {"peak_rss": 1025 * 2**20}, "small": {"peak_rss": 1024 * 2**20}, "odd": {"peak_rss": None}}
+    rows = [{"name": name, "memory": memory} for name, memory in [*held.items(), ("failed", None)]]
+    Device(get_profile("browser")).done({"rows": rows})
+    assert capsys.readouterr().err == "large held 1,025 MiB at its peak, and browser has 1,024 MiB by its profile\n"
+    Device(get_profile("cpu")).done({"rows": rows})
+    assert capsys.readouterr().err == "", "this machine is asked, and has no such number"
 
 
 def test_a_fused_graph_is_not_sent(web: None, bundle: Path, play: Any, tmp_path: Path) -> None:

@@ -82,6 +82,16 @@ def test_unknown_and_unreachable_devices(tmp_path: Path) -> None:
             assert "\n" not in profile.missing and not profile.reachable
 
 
+def test_a_local_profile_of_another_isa_is_not_this_machine() -> None:
+    here, other = ("x86_64", "arm64") if cpu_facts().isa == "x86_64" else (cpu_facts().isa, "amd64")
+    for isa in ("native", here):
+        require_reachable(Profile("x", "local", isa, ("onnx-int8",)))
+    with pytest.raises(UsageError, match=rf"x \(this machine\): its isa is {other}, and this machine is {here}"):
+        require_reachable(Profile("x", "local", other, ("onnx-int8",)))
+    pi = get_profile("raspberry-pi-5")
+    assert pi.is_isa("aarch64") and pi.is_isa("arm64") and not pi.is_isa("x86_64")
+
+
 def test_a_profile_of_ones_own_names_its_host(tmp_path: Path) -> None:
     text = 'name = "shed"\nkind = "ssh"\nisa = "aarch64"\ntargets = ["onnx-int8"]\nhost = "pi@shed.local"\n'
     (tmp_path / "shed.toml").write_text(text)

@@ -206,6 +206,7 @@ def test_a_worker_there_ends_with_its_connection_and_within_its_memory(board: Pr
         ({"host": "-oProxyCommand=x"}, "a host cannot begin with a dash"),
         ({"python": "/no/such/python"}, "board: /no/such/python does not work there: .*(not found|No such file)"),
         ({"cache": "/proc/none"}, "board: No such file or directory: /proc/none"),
+        ({"isa": "riscv64"}, r"board is \w+, and device board is riscv64: .* its own, --device my/board.toml"),
     ],
 )
 def test_what_is_wrong_is_one_line(board: Profile, change: dict[str, str], said: str) -> None:
