@@ -7,9 +7,9 @@ let options = {};
 async function load({ at, bundle, ort: files, threads, decoding, webgpu }) {
   const begin = performance.now();
   const base = new URL("./", self.location.href);
-  const [ort, { Captioner }] = await Promise.all([
+  const [ort, { Captioner, DECODING }] = await Promise.all([
     import(new URL(files.script, base).href),
-    import(new URL("edgecap/index.js", base).href),
+    import(new URL("edgecap/captioner.js", base).href),
   ]);
   const imported = performance.now();
   const used = self.crossOriginIsolated ? Math.max(1, Math.min(threads, navigator.hardwareConcurrency ?? 1)) : 1;
@@ -23,15 +23,7 @@ async function load({ at, bundle, ort: files, threads, decoding, webgpu }) {
     executionProviders: webgpu ? ["webgpu"] : ["wasm"],
     fetch: fromBlobs(base, bundle),
   });
-  options = Object.fromEntries(
-    Object.entries({
-      beam: decoding.beam,
-      maxLength: decoding.max_length,
-      minLength: decoding.min_length,
-      lengthPenalty: decoding.length_penalty,
-      noRepeatNgram: decoding.no_repeat_ngram,
-    }).filter(([, value]) => value !== undefined),
-  );
+  options = Object.fromEntries(Object.entries(DECODING).map(([option, name]) => [option, decoding[name]]));
   const loaded = performance.now();
   return {
     facts: {

@@ -13,7 +13,7 @@ import { View } from "./view.js";
 /** @typedef {import("./framed.js").Framed} Framed */
 
 /** Options of `caption` → names in bundle.json's "decoding". */
-const DECODING = {
+export const DECODING = {
   beam: "beam",
   maxLength: "max_length",
   minLength: "min_length",

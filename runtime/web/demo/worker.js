@@ -3,7 +3,7 @@
 // @ts-ignore: both lie there once the site is written
 import * as ort from "./ort/ort.wasm.min.mjs";
 // @ts-ignore
-import { Captioner } from "./edgecap/index.js";
+import { Captioner, UsageError } from "./edgecap/index.js";
 
 /** @type {Promise<import("../index.js").Captioner> | undefined} */
 let captioner;
@@ -39,7 +39,7 @@ const requests = {
       precision,
       measured,
       data: lineage?.data,
-      budgets: budgets(loaded.manifest),
+      budgets: budgets(await loading),
       bytes: loaded.bytes,
       engine,
       sha256: loaded.sha256,
@@ -62,15 +62,18 @@ const requests = {
   },
 };
 
-/** How much a SmolVLM may see: names, and options of a call. @param {any} manifest @returns {[string, any][]} */
-function budgets({ frames, graphs }) {
-  if (!frames) return [];
-  const [pixels] = Object.values(graphs.encoder.inputs);
-  const oneSide = pixels.shape.slice(1, 3).some((/** @type {any} */ side) => typeof side === "number");
-  const fits = (/** @type {number} */ side) =>
-    side <= frames.native && side % (frames.patch * frames.scale) === 0 && !(oneSide && side !== frames.side);
-  const whole = [256, 384, 512].filter(fits).map((side) => [`${side} px`, { imageSize: side, tiles: false }]);
-  return /** @type {any} */ (frames.split ? [...whole, ["tiles", { tiles: true }]] : whole);
+/** How much a SmolVLM may see, as far as it takes that: names, and options of a call. @param {any} captioner */
+function budgets(captioner) {
+  const whole = [256, 384, 512].map((side) => [`${side} px`, { imageSize: side, tiles: false }]);
+  return [...whole, ["tiles", { tiles: true }]].filter(([, options]) => {
+    try {
+      captioner.settings(options);
+      return true;
+    } catch (error) {
+      if (error instanceof UsageError) return false;
+      throw error;
+    }
+  });
 }
 
 self.addEventListener("message", async ({ data: { id, request, given } }) => {
