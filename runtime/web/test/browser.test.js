@@ -57,8 +57,12 @@ let plain;
 before(async () => {
   if (skip) return;
   const { chromium: launcher } = await import("playwright-core");
-  const args = ["--no-sandbox", "--disable-dev-shm-usage", "--host-resolver-rules=MAP edgecap.test 127.0.0.1"];
-  browser = await launcher.launch({ executablePath: program, args });
+  const camera = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]; // one that shows a drawing
+  const rules = "--host-resolver-rules=MAP edgecap.test 127.0.0.1";
+  browser = await launcher.launch({
+    executablePath: program,
+    args: ["--no-sandbox", "--disable-dev-shm-usage", rules, ...camera],
+  });
   [isolated, plain] = await Promise.all([serve(ISOLATED), serve({})]);
 });
 after(async () => {
@@ -70,7 +74,7 @@ after(async () => {
 });
 
 /** Run in the page: captions of a bundle's photos. @param {any} given */
-async function inPage({ name, sizes, searches, threads, most = Infinity }) {
+async function inPage({ name, sizes, searches, threads }) {
   const load = (/** @type {string} */ path) => import(path);
   const ort = await load("/site/ort/ort.wasm.min.mjs");
   const { Captioner } = await load("/site/edgecap/index.js");
@@ -81,9 +85,7 @@ async function inPage({ name, sizes, searches, threads, most = Infinity }) {
   for (const [width, height] of sizes) {
     const data = bytes.subarray(at, (at += width * height * 3));
     const each = [];
-    for (const options of found.length < most ? searches : searches.slice(0, 1)) {
-      each.push(await captioner.caption({ data, width, height }, options));
-    }
+    for (const options of searches) each.push(await captioner.caption({ data, width, height }, options));
     found.push(each);
   }
   const { ok, sameTokens } = await captioner.verify();
@@ -93,18 +95,18 @@ async function inPage({ name, sizes, searches, threads, most = Infinity }) {
 }
 
 for (const [name, within] of /** @type {const} */ ([
-  ["gru", 1e-4],
-  ["in_place", 1e-3], // random attention: WebAssembly's sums differ from x86's
-  ["concatenated", 1e-3],
-  ["framed", 1e-3],
-  ["budget", 1e-3],
+  ["gru", 2e-4], // WebAssembly sums in another order than x86
+  ["in_place", 5e-4], // and random attention makes more of it
+  ["concatenated", 5e-4],
+  ["framed", 5e-4],
+  ["budget", 5e-4],
 ])) {
   test(`Chromium says what Python says: ${name}`, { skip }, async () => {
     const { sizes, searches } = json("captions.json")[name];
     const page = await browser.newPage();
     await page.goto(`http://localhost:${port(isolated)}/`);
     const options = searches.map((/** @type {any} */ each) => camel(each.options));
-    const got = await page.evaluate(inPage, { name, sizes, searches: options, threads: 1, most: 12 });
+    const got = await page.evaluate(inPage, { name, sizes, searches: options, threads: 1 });
     assert.ok(got.ok && got.isolated && got.secure && got.engine.startsWith("onnxruntime-web"));
     assert.equal(got.found.length, sizes.length);
     for (const [photo, each] of got.found.entries()) {
@@ -194,6 +196,43 @@ test("the demo page captions a file, and goes on without its server", { skip }, 
   assert.ok(await page.evaluate(() => crossOriginIsolated));
   assert.deepEqual(problems, []);
   await context.close();
+});
+
+test("the demo page captions what the camera sees, and lets go of it", { skip }, async () => {
+  const page = await browser.newPage();
+  const problems = /** @type {string[]} */ ([]);
+  page.on("pageerror", (error) => problems.push(String(error)));
+  await page.goto(`http://localhost:${port(isolated)}/site/?bundle=/gru.edgecap&threads=1`);
+  await page.waitForFunction(() => document.getElementById("status")?.textContent === "Ready");
+  const states = () =>
+    page.evaluate(() => {
+      const { srcObject } = /** @type {HTMLVideoElement} */ (document.getElementById("video"));
+      return /** @type {MediaStream} */ (srcObject).getTracks().map((track) => track.readyState);
+    });
+  await page.click("#camera");
+  await page.waitForSelector("#shot:not([hidden])");
+  assert.ok(await page.isVisible("#video"));
+  assert.deepEqual(await states(), ["live"]);
+  const expected = await page.evaluate(async () => {
+    const video = /** @type {HTMLVideoElement} */ (document.getElementById("video"));
+    video.pause(); // at this frame, which the package captions, too
+    const load = (/** @type {string} */ path) => import(path);
+    const [ort, { Captioner }] = await Promise.all([
+      load("/site/ort/ort.wasm.min.mjs"),
+      load("/site/edgecap/index.js"),
+    ]);
+    const captioner = await Captioner.load("/gru.edgecap", { ort, threads: 1 });
+    return [video.videoWidth > 0, (await captioner.caption(video)).text];
+  });
+  await page.click("#shot");
+  await page.waitForSelector("#figures:not([hidden])", { timeout: 20_000 });
+  assert.deepEqual([true, await page.textContent("#caption")], expected);
+  await page.click("#camera");
+  await page.waitForSelector("#shot", { state: "hidden" });
+  assert.deepEqual(await states(), ["ended"]);
+  assert.equal(await page.textContent("#problem"), "");
+  assert.deepEqual(problems, []);
+  await page.close();
 });
 
 test("the demo page lets a SmolVLM see more or less", { skip }, async () => {
