@@ -150,7 +150,7 @@ def test_only_what_is_missing_is_sent(board: Profile, bundle: Path, tmp_path: Pa
 def test_edgecap_itself_is_shipped_to_a_device_without_it(
     board: Profile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its own wheel, to the system's Python; what it imports besides takes too long to send in a test."""
+    """Its own wheel, to the system's Python; what it imports besides is the next test's."""
     monkeypatch.setattr(remote, "wheel_set", lambda cache, platform: [])
     try:
         with reach(replace(board, python="", cache=str(tmp_path / "cache dir"))) as device:
@@ -163,6 +163,32 @@ def test_edgecap_itself_is_shipped_to_a_device_without_it(
     assert facts["versions"]["edgecap"] == edgecap.__version__ and facts["pinned"]
     (site,) = (tmp_path / "cache dir" / "sites").iterdir()
     assert (site / "edgecap" / "benchmarks" / "relay.py").is_file() and not list(site.glob("*.whl"))
+
+
+@needs
+def test_a_device_that_has_nothing_gets_all_that_a_bench_needs(
+    board: Profile, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Real wheels by pip, to the system's own Python: what a worker imports and nobody sent would end it."""
+    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(tmp_path), "tokenizers"]
+    if subprocess.run(pip, capture_output=True).returncode:
+        pytest.skip("pip finds no packages here: wheels for devices are not tested")
+    monkeypatch.setenv("EDGECAP_CACHE", str(tmp_path / "here"))
+    own = Path(board.ssh_config).with_name("board.toml").read_text().splitlines()
+    kept = [line for line in own if not line.startswith(("name", "python", "cache"))]
+    (tmp_path / "bare.toml").write_text("\n".join([*kept, 'name = "bare"', f'cache = "{tmp_path}/there"']))
+    try:
+        found = bench([bundle], device=str(tmp_path / "bare.toml"), settings=QUICK)
+    except EdgecapError as error:
+        if "no Python 3.11" in error.message:
+            pytest.skip(error.message)
+        raise
+    (row,) = found["rows"]
+    assert row["status"] == "ok" and not found["problems"], row["error"]
+    assert found["versions"] | {"python": ""} == package_versions() | {"python": ""}
+    sites = [{path.name for path in site.iterdir()} for site in (tmp_path / "there" / "sites").iterdir()]
+    for package in ("edgecap", "numpy", "PIL", "onnxruntime", "tokenizers"):
+        assert sum(package in site for site in sites) == 1, package
 
 
 @needs
