@@ -86,12 +86,13 @@ def test_tokens_are_python_s_through_loopback(tmp_path: Path, monkeypatch: pytes
         assert device._hello["secure"] and device._hello["isolated"]
         for beam in (1, 3):
             worker = device.start(replace(subject, decoding={**subject.decoding, "beam": beam}), 2)
-            facts = worker.ask("load", timeout=60, **subject.load_request(2) | {"decoding": {"beam": beam}})["facts"]
+            decoding = {"beam": beam, "max_length": 5, "deadline_ms": 1e8}
+            facts = worker.ask("load", timeout=60, **subject.load_request(2) | {"decoding": decoding})["facts"]
             assert facts["threads"] == min(2, cpu_facts().cores) and facts["engine"] == "wasm"
             assert facts["page_weight"]["bundle"] > 1000 and facts["page_weight"]["runtime"] > 10**6
             found = worker.ask("caption", photos=files, timeout=60)
             with Captioner.load(bundle) as captioner:
-                expected = captioner(files, beam=beam)
+                expected = captioner(files, **decoding)
             assert [c["ids"] for c in found["captions"]] == [list(c.token_ids) for c in expected]
             assert [c["text"] for c in found["captions"]] == [c.text for c in expected]
             assert [c["logprob"] for c in found["captions"]] == pytest.approx([c.logprob for c in expected], abs=1e-4)

@@ -239,6 +239,7 @@ def test_what_is_wrong_is_one_line(board: Profile, change: dict[str, str], said:
     with pytest.raises(EdgecapError, match=said) as caught, Ssh(replace(board, **change)) as device:
         device.prepare([], [], QUIET)
     assert "\n" not in caught.value.message
+    assert caught.value.exit_code == 2 or "isa" not in change
 
 
 @needs
