@@ -70,7 +70,9 @@ class Device:
     def done(self, record: Mapping[str, Any]) -> None:
         """Tell whoever watches the device what came out; here, of rows that the profile's memory could not hold."""
         limit = self.profile.memory_mb
-        for row in record["rows"] if limit else ():
+        if limit is None:
+            return
+        for row in record["rows"]:
             if (peak := (row["memory"] or {}).get("peak_rss")) and peak > limit * 2**20:
                 import click  # which is not on a device behind ssh, where this file is imported, too
 
