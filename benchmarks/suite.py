@@ -48,7 +48,6 @@ class Settings:
     memory_photos: int = 8
     limit_seconds: float = 0.4  # for each of the machine's limits, before and after all else; 0 leaves them out
     timeout: float = 300.0  # for a worker's answer; more where it takes many slow captions (Row.patience)
-    passes: bool = False  # where a caption takes seconds: one caption a photo tells all of its times
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -69,7 +68,7 @@ class Row:
     runs: list[list[dict[str, float]]] = field(default_factory=list)  # [rounds][photos of the round]
     captions: list[dict[str, Any]] = field(default_factory=list)  # in the photos' order
     timed_by: str | None = None  # "parts": every photo in parts, whole, and as a picture; "once": one caption a photo,
-    # one photo a round, told all; "pass": the same, of settings.passes
+    # one photo a round, told all
 
     @contextmanager
     def trying(self, what: str) -> Iterator[None]:
@@ -249,7 +248,7 @@ def _rounds(
     slow: captions take long, and one photo a round has to do (see worker.time_once).
     """
     warmup = 1 if slow else settings.warmup
-    how = {"passes": True} if settings.passes else {"once": True} if slow else {}
+    how = {"once": True} if slow else {}
 
     def take(start: int, count: int, few: int) -> list[str]:
         return [photos[(start + k % few) % len(photos)].path for k in range(count)]
@@ -262,7 +261,7 @@ def _rounds(
     counts: dict[int, int] = {}
     for i, worker in workers.items():
         row = rows[i]
-        row.timed_by = "pass" if settings.passes else "once" if slow else "parts"
+        row.timed_by = "once" if slow else "parts"
         with row.trying("warm-up"):
             warm = time(row, worker, take(0, warmup, warmup))
             seconds = max(1e-6, middle(run["end_to_end"] for run in warm))

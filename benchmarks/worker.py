@@ -3,11 +3,10 @@
 Requests and answers are JSON lines on stdin and stdout:
   {"op": "load", "path", "threads", "decoding"}  → {"import_s", "load_s", "facts"}
   {"op": "time", "photos": [file, …]}            → {"runs": [{stage: seconds, "tokens": n}, …]}
-  {"op": "time", "photos": …, "passes": true}    → {"runs": [run of a "pass", …]}
   {"op": "time", "photos": …, "once": true}      → the same as without it, of one caption a photo; see time_once
   {"op": "caption", "photos": [file, …]}         → {"captions": [{"text", "logprob", "tokens"}, …]}
   {"op": "forced", "photo": file, "ids": [id, …] or null, "logits": file}  → {"ids", "text"}; see BundleEngine.forced
-  {"op": "pass", "photo": file, "logits": file}  → {"run": {stage: seconds, "tokens": n, "ids"}}; see `watched`
+  {"op": "pass", "photo": file, "logits": file}  → {"run": {stage: seconds, "tokens": n, "ids"}}; see `with_logits`
   {"op": "profile", …}                           → {"files": [file, …]}; see profiler.profiled
 logprob is null where an engine does not tell it. Each answer has "ok" (false comes with "error", one line) and
 "peak_rss" in bytes. The process ends with its input.
@@ -30,7 +29,8 @@ if TYPE_CHECKING:
 
 
 class Engine(Protocol):
-    """A loaded captioner, cut where the bench holds its clock."""
+    """A loaded captioner, cut where the bench holds its clock. One that searches by itself has, instead of session and
+    decode, `run(pixels, marks)`, which marks what it can and returns the ids."""
 
     facts: dict[str, Any]  # what the record says about it: versions, and how it was loaded
 
@@ -53,52 +53,79 @@ class Engine(Protocol):
 Loader = Callable[[dict[str, Any]], Engine]
 
 
-class Clock:
-    """A Session that notes when each part of another one was done."""
+class Marks:
+    """The stopwatch of one caption: when its picture was encoded and the logits of each token were there, and these
+    logits where they are wanted and can be had."""
 
-    def __init__(self, session: Any) -> None:
-        self.session = session
+    def __init__(self, *, keep: bool = False) -> None:
         self.encoded: float | None = None
-        self.first = 0.0
-        self.steps = 0
+        self.tokens: list[float] = []
+        self.keep = keep
+        self.logits: list[np.ndarray] = []
+
+    def encode(self) -> None:
+        """The picture's embeddings are there. Some engines ask for them again at every step: only the first counts."""
+        if not self.tokens:
+            self.encoded = perf_counter()
+
+    def token(self, logits: Any = None) -> None:
+        """Logits [vocabulary] that the token is taken from."""
+        self.tokens.append(perf_counter())
+        if self.keep and logits is not None:
+            import numpy as np
+
+            self.logits.append(np.array(logits, np.float32).reshape(-1))
+
+
+class Marking:
+    """A Session that marks when each part of another one was done."""
+
+    def __init__(self, session: Any, marks: Marks) -> None:
+        self.session, self.marks = session, marks
 
     def start(self, pixels: np.ndarray, prompt_ids: np.ndarray | None = None) -> np.ndarray:
         if hasattr(self.session, "encode"):  # start, where the session has its halves
             self.session.encode(pixels)
-            self.encoded = perf_counter()
+            self.marks.encode()
             logits = self.session.prefill(prompt_ids)
         else:
             logits = self.session.start(pixels, prompt_ids)
-        self.first = perf_counter()
+        self.marks.token(logits)
         return logits
 
     def step(self, ids: np.ndarray, parents: np.ndarray) -> np.ndarray:
-        self.steps += 1
-        return self.session.step(ids, parents)
+        logits = self.session.step(ids, parents)
+        self.marks.token(logits)
+        return logits
 
 
-def time_stages(engine: Engine, photo: str) -> dict[str, float]:
-    """Seconds of each part of captioning one photo, and the caption's tokens; parts that do not apply are left out.
-
-    An engine that searches by itself has no session to watch: its own `stages` tells.
+def watched(engine: Any, photo: str, marks: Marks) -> tuple[dict[str, float], Sequence[int]]:
+    """Caption one photo: the seconds of each part with the number of tokens, and their ids. Parts that nobody saw are
+    left out, all of them where the graph itself resizes.
     """
-    if hasattr(engine, "stages"):
-        return with_ttft(engine.stages(photo))
     begin = perf_counter()
     pixels = engine.pixels(photo)
     ready = perf_counter()
     if pixels is None:
-        return {}
-    clock = Clock(engine.session())
-    found = engine.decode(clock, pixels)
+        return {}, ()
+    if hasattr(engine, "run"):
+        ids = engine.run(pixels, marks)
+    else:
+        ids = engine.decode(Marking(engine.session(), marks), pixels).token_ids
     end = perf_counter()
-    run = {"preprocess": ready - begin, "first_token": clock.first - (clock.encoded or ready)}
-    if clock.encoded is not None:
-        run["encode"] = clock.encoded - ready
-        run["decode"] = end - clock.encoded
-    if clock.steps:
-        run["next_token"] = (end - clock.first) / clock.steps
-    return with_ttft(run | {"tokens": len(found.token_ids)})
+    if not marks.tokens:
+        raise RuntimeError("nobody saw its tokens")
+    first, further = marks.tokens[0], len(marks.tokens) - 1
+    run = {"preprocess": ready - begin, "first_token": first - (marks.encoded or ready), "tokens": len(ids)}
+    if marks.encoded is not None:
+        run |= {"encode": marks.encoded - ready, "decode": end - marks.encoded}
+    if further:
+        run["next_token"] = (end - first) / further
+    return with_ttft(run), ids
+
+
+def time_stages(engine: Engine, photo: str) -> dict[str, float]:
+    return watched(engine, photo, Marks())[0]
 
 
 def with_ttft(run: dict[str, float]) -> dict[str, float]:
@@ -143,49 +170,19 @@ def time_once(engine: Engine, photo: str) -> dict[str, float]:
     return run | {"end_to_end": perf_counter() - begin} if run else time_whole(engine, photo)
 
 
-class Marks:
-    """When one caption's tokens were there, and the logits of each where they are wanted and can be had."""
-
-    def __init__(self, *, keep: bool = False) -> None:
-        self.encoded: float | None = None
-        self.tokens: list[float] = []
-        self.keep = keep
-        self.logits: list[np.ndarray] = []
-
-    def encode(self) -> None:
-        """The picture's embeddings are there. Some engines ask for them again at every step: only the first counts."""
-        if not self.tokens:
-            self.encoded = perf_counter()
-
-    def token(self, logits: Any = None) -> None:
-        """Logits [vocabulary] that the token is taken from."""
-        self.tokens.append(perf_counter())
-        if self.keep and logits is not None:
-            import numpy as np
-
-            self.logits.append(np.array(logits, np.float32).reshape(-1))
-
-
-def watched(engine: Any, photo: str, logits: str | None) -> dict[str, Any]:
-    """One caption, from file to text, for engines that `mark` it: TTFT, each further token and all of it, in seconds.
+def with_logits(engine: Engine, photo: str, logits: str | None) -> dict[str, Any]:
+    """What one caption's parts took, and its "ids".
 
     logits: an .npy file to write those of every token to, float32 [tokens, vocabulary]; nothing is written where the
     engine does not show them.
     """
     marks = Marks(keep=logits is not None)
-    begin = perf_counter()
-    ids = engine.mark(photo, marks)
-    whole = perf_counter() - begin
-    if not marks.tokens:
-        raise RuntimeError("nobody saw its tokens")
+    run, ids = watched(engine, photo, marks)
     if marks.logits:
         import numpy as np
 
         np.save(str(logits), np.stack(marks.logits))
-    steps = len(marks.tokens) - 1
-    further = {"next_token": (marks.tokens[-1] - marks.tokens[0]) / steps} if steps else {}
-    run = {"ttft": marks.tokens[0] - begin, **further, "end_to_end": whole}
-    return run | {"tokens": len(ids), "ids": [int(i) for i in ids]}
+    return run | {"ids": [int(i) for i in ids]}
 
 
 def answer(state: dict[str, Engine], load: Loader, request: dict[str, Any]) -> dict[str, Any]:
@@ -194,8 +191,6 @@ def answer(state: dict[str, Engine], load: Loader, request: dict[str, Any]) -> d
     if op == "load":
         engine = state["engine"] = load(request)
         return {"facts": engine.facts}
-    if op == "time" and request.get("passes"):
-        return {"runs": [watched(state["engine"], photo, None) for photo in request["photos"]]}
     if op == "time" and request.get("once"):
         return {"runs": [time_once(state["engine"], photo) for photo in request["photos"]]}
     if op == "time":
@@ -209,7 +204,7 @@ def answer(state: dict[str, Engine], load: Loader, request: dict[str, Any]) -> d
 
         return {"files": profiled(load, request)}
     if op == "pass":
-        return {"run": watched(state["engine"], request["photo"], request.get("logits"))}
+        return {"run": with_logits(state["engine"], request["photo"], request.get("logits"))}
     raise ValueError(f"unknown request {op!r}")
 
 
@@ -284,46 +279,6 @@ class BundleEngine:
         pixels = self._captioner.view().load(photo)
         np.save(logits, teacher_forced(self._captioner, pixels, own if ids is None else list(ids)))
         return {"ids": own, "text": caption.text}
-
-    def mark(self, photo: str, marks: Marks) -> Sequence[int]:
-        """The ids of a caption made by the call that an app makes, its session's calls marked."""
-        captioner = self._captioner
-        model = captioner._model
-        captioner._model = MarkingModel(model, marks)
-        try:
-            return captioner(photo, **self._decoding).token_ids
-        finally:
-            captioner._model = model
-
-
-class MarkingModel:
-    """A model whose sessions mark their tokens."""
-
-    def __init__(self, model: Any, marks: Marks) -> None:
-        self._model, self._marks = model, marks
-
-    def session(self, *given: Any) -> Any:
-        return Marking(self._model.session(*given), self._marks)
-
-
-class Marking:
-    """A Session of one photo that marks every token's logits; in all else the one that it holds."""
-
-    def __init__(self, session: Any, marks: Marks) -> None:
-        self._session, self._marks = session, marks
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._session, name)
-
-    def start(self, *given: Any, **named: Any) -> np.ndarray:
-        logits = self._session.start(*given, **named)
-        self._marks.token(logits)
-        return logits
-
-    def step(self, *given: Any, **named: Any) -> np.ndarray:
-        logits = self._session.step(*given, **named)
-        self._marks.token(logits)
-        return logits
 
 
 class FusedEngine:

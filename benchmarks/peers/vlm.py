@@ -169,32 +169,13 @@ class Peer:
         size = (self.task.size, self.task.size)
         return picture if picture.size == size else picture.resize(size, Resampling.LANCZOS)
 
+    def pixels(self, photo: str | Image) -> Any:
+        """What `run` takes; the engine's own image processing counts as preprocessing where it is a step of its own."""
+        return self.prepare(self.square(photo))
+
     def caption(self, photo: str | Image) -> dict[str, Any]:
-        ids = self.run(self.prepare(self.square(photo)), Marks())
+        ids = self.run(self.pixels(photo), Marks())
         return {"text": self.words(ids), "logprob": None, "tokens": len(ids), "token_ids": ids}
-
-    def mark(self, photo: str, marks: Marks) -> list[int]:
-        ids = self.run(self.prepare(self.square(photo)), marks)
-        self.words(ids)
-        return ids
-
-    def stages(self, photo: str) -> dict[str, float]:
-        """Seconds of each part of captioning one photo, and its tokens; the engine's own image processing counts as
-        preprocessing where it is a step of its own."""
-        begin = perf_counter()
-        inputs = self.prepare(self.square(photo))
-        ready = perf_counter()
-        marks = Marks()
-        ids = self.run(inputs, marks)
-        end = perf_counter()
-        first = marks.tokens[0]
-        run = {"preprocess": ready - begin, "first_token": first - (marks.encoded or ready), "tokens": len(ids)}
-        if marks.encoded is not None:
-            run["encode"] = marks.encoded - ready
-            run["decode"] = end - marks.encoded
-        if len(marks.tokens) > 1:
-            run["next_token"] = (end - first) / (len(marks.tokens) - 1)
-        return run
 
 
 def version(package: str) -> str:
@@ -244,7 +225,7 @@ def main(peer: type[Peer], *, other: type | None = None) -> None:
             held = Path(request["path"], "captioner.json").is_file()
             return other(request) if other is not None and held else peer(request)
 
-        serve(cast("Loader", load))  # time_stages needs no session of a peer that has stages
+        serve(cast("Loader", load))  # the bench needs no session of a peer that has `run`
         return
     if sys.argv[1:] == [INSTALLED]:
         installed(peer.require)

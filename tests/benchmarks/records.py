@@ -84,7 +84,7 @@ def made_up_record(*rows: dict[str, Any], created: str = "2026-01-02T03:04:05+00
         | {"tokenizers": "0.22"},
         "settings": {"threads": 1, "rounds": 20, "min_runs": 30, "min_seconds": 2.0, "warmup": 5, "cold_starts": 5}
         | {"start_seconds": 10.0, "slow_seconds": 1.0}
-        | {"memory_photos": 8, "limit_seconds": 0.4, "timeout": 300.0, "passes": False, "omp_wait_policy": "passive"},
+        | {"memory_photos": 8, "limit_seconds": 0.4, "timeout": 300.0, "omp_wait_policy": "passive"},
         "data": {"spec": "scenes:test=12", "fingerprint": "f" * 64, "split": "test", "photos": 12},
         "limits": {"read_gb_s": 25.0, "fp32_gflops": 90.0, "int8_gops": 190.0},
         "reference": {"imports": ["numpy", "onnxruntime"], "error": None, "seconds": 0.25, "peak_rss": 60_000_000}

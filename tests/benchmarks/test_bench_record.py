@@ -101,7 +101,6 @@ RECORD = {
         "memory_photos": int,
         "limit_seconds": float,
         "timeout": (int, float),
-        "passes": bool,
         "omp_wait_policy": str,
     },
     "data": {"spec": str, "fingerprint": str, "split": str, "photos": int},

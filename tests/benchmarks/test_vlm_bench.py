@@ -1,4 +1,4 @@
-"""SmolVLM side by side: one pass of each row a round; a row that fails says why, and the others go on."""
+"""SmolVLM side by side: one caption of each row a round; a row that fails says why, and the others go on."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from edgecap.benchmarks import vlm
+from edgecap.benchmarks.latency import STAGES
 from edgecap.benchmarks.peers.vlm import Task, new_task
 from edgecap.benchmarks.record import dumps, parse
 from edgecap.benchmarks.report import show
@@ -55,7 +56,8 @@ def test_rows_of_one_run(bundle: Path, photo: Path, tmp_path: Path) -> None:
     assert times["ttft"]["p50"] + 4 * times["next_token"]["p50"] <= times["end_to_end"]["p50"]
     assert times["ttft"]["runs"] == 2 and times["tokens_per_s"] > 0 and not first["quality"]
     assert second["logits"]["min_cosine"] == pytest.approx(1) and second["logits"]["positions"] == TOKENS
-    assert set(second["speedup"][first["name"]]) == {"ttft", "next_token", "end_to_end"}
+    assert set(second["speedup"][first["name"]]) == set(STAGES) - {"picture_to_text"}
+    assert [row["timed_by"] for row in record["rows"]] == ["once", "once", None]
     assert first["bytes"]["total"] > 0 and first["cold_start"]["seconds"] > 0 and first["memory"]["peak_rss"]
     assert third["error"] == "cold start: could not be made: no such engine here"
     assert parse(dumps(record)) == record
@@ -81,7 +83,7 @@ def test_the_command(bundle: Path, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "r.json").read_text())
-    assert record["settings"]["rounds"] == 2 and record["settings"]["passes"] is True
+    assert record["settings"]["rounds"] == 2
     assert record["rows"][0]["decoding"]["min_length"] == record["rows"][0]["decoding"]["max_length"] == 3
     assert "| small |" in done.stdout and "limits with 1 thread" in done.stdout
     done = subprocess.run([*command[:4], str(tmp_path / "no")], capture_output=True, text=True)
@@ -116,11 +118,14 @@ def test_a_peer_that_cannot_be_made_says_why_in_its_row(tmp_path: Path) -> None:
 
 def test_nothing_is_measured_of_an_engine_that_nobody_saw() -> None:
     class Blind:
-        def mark(self, photo: str, marks: Marks) -> list[int]:
+        def pixels(self, photo: str) -> str:
+            return photo
+
+        def run(self, pixels: str, marks: Marks) -> list[int]:
             return [1]
 
     with pytest.raises(RuntimeError, match="nobody saw"):
-        watched(Blind(), "p.png", None)
+        watched(Blind(), "p.png", Marks())
 
 
 def test_one_round_is_none() -> None:
