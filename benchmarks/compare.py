@@ -27,8 +27,9 @@ def compare(a: Record, b: Record, *, limit: float = 0.0, stages: Sequence[str] =
 
     A row has a "reason" to fail if in one of the `stages` the better end of its ratio's interval (time in b over time
     in a) is above 1 + limit and Mann and Whitney's test finds b slower too; also if `b` has not measured what `a` had,
-    or decodes otherwise. "failed": that a bundle has one; peers are there to see what else changed. Raises UsageError
-    where the records are not of one device, number of threads and data, unless `force`, or no row is in both.
+    either has fewer than FEWEST rounds of it, or `b` decodes otherwise. "failed": that a bundle has one; peers are there
+    to see what else changed. Raises UsageError where the records are not of one device, number of threads and data,
+    unless `force`, or no row is in both.
     """
     unlike = differences(a, b)
     if unlike and not force:
@@ -171,8 +172,9 @@ def _row(a: Record, b: Record | None, limit: float, stages: Sequence[str], same_
     for stage in TIMED:
         one, two = _samples(a, stage), _samples(b, stage)
         if min(len(one), len(two)) < FEWEST:
-            if stage in stages and len(one) != len(two) and len(one) >= FEWEST:
-                slower.append(f"{stage} has {len(two)} rounds, too few to tell")
+            if stage in stages and one:
+                rounds = f"{len(one)} rounds" if len(one) == len(two) else f"{len(one)} rounds → {len(two)}"
+                slower.append(f"{stage} has {rounds}, {FEWEST} are needed")
             continue
         change = found["stages"][stage] = slowdown(one, two)
         change["slower"] = change["low"] > 1 + limit and change["p"] < SIGNIFICANT

@@ -116,6 +116,18 @@ def test_records_without_medians_of_rounds_cannot_pass() -> None:
     assert found["failed"] and "no times of end_to_end" in found["rows"][0]["reason"]
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [(4, 4, "end_to_end has 4 rounds, 5 are needed"), (20, 4, "end_to_end has 20 rounds → 4, 5 are needed")],
+)
+def test_too_few_rounds_are_the_reason(before: int, after: int, said: str) -> None:
+    rows = [made_up_row(seed=seed) for seed in (1, 2)]
+    for row, count in zip(rows, (before, after), strict=True):
+        row["rounds"] = {stage: times[:count] for stage, times in row["rounds"].items()}
+    found = compare(*map(made_up_record, rows))
+    assert found["failed"] and found["rows"][0]["reason"] == said
+
+
 def test_bytes_memory_and_cider_are_compared_too() -> None:
     row = against(1.0, bytes={"total": 6_000_000, "graphs": 1})["rows"][0]
     assert row["bytes"]["ratio"] == 1.2 and row["peak_rss"]["ratio"] == 1 and row["same_bundle"] is False
