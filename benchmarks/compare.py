@@ -27,9 +27,9 @@ def compare(a: Record, b: Record, *, limit: float = 0.0, stages: Sequence[str] =
 
     A row has a "reason" to fail if in one of the `stages` the better end of its ratio's interval (time in b over time
     in a) is above 1 + limit and Mann and Whitney's test finds b slower too; also if `b` has not measured what `a` had,
-    either has fewer than FEWEST rounds of it, or `b` decodes otherwise. "failed": that a bundle has one; peers are there
-    to see what else changed. Raises UsageError where the records are not of one device, number of threads and data,
-    unless `force`, or no row is in both.
+    either has fewer than FEWEST rounds, or `b` decodes otherwise. "failed": that a bundle has one; peers are there to
+    see what else changed. Raises UsageError where the records are not of one device, number of threads and data, unless
+    `force`, or no row is in both.
     """
     unlike = differences(a, b)
     if unlike and not force:

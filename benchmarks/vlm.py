@@ -81,7 +81,8 @@ def run(
     subjects: Sequence[Subject], photo: Path, *, threads: int = 1, rounds: int = 10, starts: int = 3
 ) -> dict[str, Any]:
     """The record of `edgecap bench` for one photo; all rows are compared with the first, token by token: "tokens",
-    "same_tokens" and "logits" (see agreement). Raises UsageError without subjects, or for fewer than two rounds.
+    "same_tokens" and "logits" (see agreement). Raises UsageError without subjects or picture, or for fewer than two
+    rounds.
 
     starts: fresh processes after a first one, whose time does not count: it may still read from disk.
     """
@@ -99,7 +100,11 @@ def run(
         memory_photos=1,
         timeout=TIMEOUT,
     )
-    about = {"spec": f"picture:{photo.name}", "fingerprint": sha256(photo.read_bytes()).hexdigest()}
+    try:
+        fingerprint = sha256(photo.read_bytes()).hexdigest()
+    except OSError as error:
+        raise UsageError(f"the picture {photo} cannot be read: {error.strerror}") from None
+    about = {"spec": f"picture:{photo.name}", "fingerprint": fingerprint}
     with Local() as device:
         photos = [Photo(photo.name, str(photo), ())]
         record = measure(device, unique_names(subjects), photos, settings, about | {"split": "picture", "photos": 1})
@@ -263,7 +268,10 @@ def main() -> None:
         print("stopped before anything was finished: nothing is written", file=sys.stderr)
         sys.exit(130)
     except EdgecapError as error:
-        sys.exit(error.message)
+        print(error.message, file=sys.stderr)
+        sys.exit(error.exit_code)
+    except OSError as error:  # as `edgecap` does
+        sys.exit(" ".join(str(error).split()))
     if record["stopped"]:
         sys.exit(130)
     if record["problems"]:

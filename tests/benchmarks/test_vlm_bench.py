@@ -86,8 +86,12 @@ def test_the_command(bundle: Path, tmp_path: Path) -> None:
     assert record["settings"]["rounds"] == 2
     assert record["rows"][0]["decoding"]["min_length"] == record["rows"][0]["decoding"]["max_length"] == 3
     assert "| small |" in done.stdout and "limits with 1 thread" in done.stdout
-    done = subprocess.run([*command[:4], str(tmp_path / "no")], capture_output=True, text=True)
-    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and "there is no such bundle" in done.stderr
+    for more, said in (
+        (["no"], "there is no such bundle"),
+        ([str(bundle), "--picture", "no.png"], "the picture no.png cannot be read: No such file"),
+    ):
+        done = subprocess.run([*command[:4], *more], capture_output=True, text=True)
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and said in done.stderr
 
 
 @pytest.mark.parametrize(
