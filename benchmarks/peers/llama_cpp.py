@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...runtime.errors import EdgecapError, UsageError
-from .llama_text import feed, opened
+from .llama_text import built_with, feed, opened
 from .vlm import Marks, Peer, Task, copy_words, main, positions, words_by
 
 if TYPE_CHECKING:
@@ -61,6 +61,10 @@ class LlamaCppPeer(Peer):
     needs = ("numpy", "tokenizers", "llama_cpp")
     packages = ("llama-cpp-python", "numpy", "tokenizers")
     precisions = ("q8_0", "q4_0", "f16")
+
+    def __init__(self, request: dict[str, Any]) -> None:
+        super().__init__(request)
+        self.facts["build"] = built_with(self.lib)
 
     @classmethod
     def make(cls, task: Task, folder: Path) -> None:

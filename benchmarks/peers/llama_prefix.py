@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...runtime.errors import EdgecapError, UsageError
 from .captioner import CaptionerPeer, Task, read
-from .llama_text import feed, opened
+from .llama_text import built_with, feed, opened
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,6 +32,7 @@ class LlamaPrefixPeer(CaptionerPeer):
             raise UsageError(f"the peer llama_cpp runs with beam 1 only, not {request['decoding']['beam']}")
         self.longest = request["decoding"].get("max_length", 24)
         super().__init__(request)
+        self.facts["build"] = built_with(self.lib)
 
     @classmethod
     def make(cls, task: Task, folder: Path) -> dict[str, Any]:

@@ -27,6 +27,11 @@ def opened(file: bytes) -> tuple[Any, Any, Any]:
     return lib, quiet, model
 
 
+def built_with(lib: Any) -> str:
+    """What the engine was compiled to use: how fast it is hangs on that."""
+    return " ".join(lib.llama_print_system_info().decode().strip(" |").split())
+
+
 def feed(lib: Any, context: Any, given: np.ndarray, place: int) -> int:
     """Tokens [T] or embeddings [T, dim] from a position on; logits of the last. The next position."""
     import numpy as np

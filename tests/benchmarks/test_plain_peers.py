@@ -131,6 +131,7 @@ def test_it_captions(world: World, peer: type[CaptionerPeer], precision: str, re
     facts = engine.facts
     assert facts["precision"] == precision and facts["sha256"] == world.loaded.sha256 and facts["weights"]
     assert 0 < facts["bytes"]["graphs"] < facts["bytes"]["total"]
+    assert ("CPU : " in facts.get("build", "")) == (peer is LlamaPrefixPeer)
     for run in time_photos(engine, world.photos[:1]):
         assert set(run) == {*STAGES, "tokens"}
 

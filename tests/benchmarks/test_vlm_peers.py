@@ -213,6 +213,7 @@ def captions(kind: str, folder: Path, photos: list[str], image_tokens: int = 4) 
     with Worker(subject.command) as worker:
         facts = worker.ask("load", timeout=600, **subject.load_request(1))["facts"]
         assert facts["image_tokens"] == image_tokens and facts["bytes"]["graphs"] and facts["load_s"] > 0
+        assert ("CPU : " in facts.get("build", "")) == (kind == "llama_cpp")
         runs = worker.ask("time", photos=photos[:1], timeout=600)["runs"]
         unseen = {"encode", "decode"} if kind == "onnxruntime_genai" else set()
         assert set(runs[0]) == {*STAGES, "tokens"} - unseen and all(value > 0 for value in runs[0].values()), runs
