@@ -41,9 +41,12 @@ def choose(
     Raises EdgecapError.
     """
     found = [bundle_subject(path, beam=beam) for path in bundles or [newest_bundle(runs)] for beam in beams or [None]]
-    subjects = [way for subject, _ in found for way in ways(subject, several_beams=len(set(beams)) > 1)]
+    subjects = [subject for subject, _ in found]
+    if len(set(beams)) > 1:
+        subjects = [replace(each, name=f"{each.name} beam {each.decoding['beam']}") for each in subjects]
     subjects += [peer_subject(spec, subjects[0].decoding) for spec in peers]
-    return unique_names(subjects), next((origin for _, origin in found if origin), None)
+    both = [way for subject in unique_names(subjects) for way in ways(subject)]
+    return unique_names(both), next((origin for _, origin in found if origin), None)
 
 
 def bench(

@@ -68,7 +68,8 @@ def bundle_subject(path: Path, *, beam: int | None = None) -> tuple[Subject, Ori
         "target": manifest.get("target"),
         "precision": manifest.get("precision"),
         "created_with": dict(manifest.get("created_with", {})),
-        "fused": "fused" in manifest.get("graphs", {}),
+        "graphs": sorted(manifest.get("graphs", {})),
+        "run_by": "graphs",
         "model": lineage.get("checkpoint", {}).get("recipe", {}).get("name"),
         "checkpoint_sha256": lineage.get("checkpoint", {}).get("sha256"),
         "pruned_from": next(iter(prunings), None),
@@ -81,12 +82,12 @@ def bundle_subject(path: Path, *, beam: int | None = None) -> tuple[Subject, Ori
     return subject, Origin(lineage["data"], skip_bad) if lineage.get("data") else None
 
 
-def ways(subject: Subject, *, several_beams: bool) -> list[Subject]:
-    """The subject, and the same run by its one-graph form where it has one; their names say what tells them apart."""
-    name = subject.name + (f" beam {subject.decoding.get('beam', 1)}" if several_beams else "")
-    subject = replace(subject, name=name)
-    fused = [replace(subject, name=f"{name} fused", fused=True)] if subject.facts.get("fused") else []
-    return [subject, *fused]
+def ways(subject: Subject) -> list[Subject]:
+    """The subject, and the same run by its one-graph form where it has one: "of" the subject's name."""
+    if "fused" not in subject.facts.get("graphs", ()):
+        return [subject]
+    facts = {**subject.facts, "run_by": "fused", "of": subject.name}
+    return [subject, replace(subject, name=f"{subject.name} fused", facts=facts, fused=True)]
 
 
 def graph_bytes(manifest: Mapping[str, Any]) -> int:

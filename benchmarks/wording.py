@@ -134,7 +134,7 @@ def peers_of(row: Row, group: Iterable[Row]) -> list[Row]:
     """The peers of a group that a bundle is held against: those put beside it (the same search), and those that were
     given by hand. Of a bundle's one-graph form they are the bundle's.
     """
-    names = {row["name"], row["name"].removesuffix(" fused")}
+    names = {row["name"], row["facts"].get("of")}
     return [p for p in group if p["kind"] != "bundle" and (not p.get("peer_of") or names.intersection(p["peer_of"]))]
 
 

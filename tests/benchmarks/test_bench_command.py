@@ -16,7 +16,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from edgecap.benchmarks.bench import bench, choose
-from edgecap.benchmarks.subjects import Origin, Subject, newest_bundle, unique_names
+from edgecap.benchmarks.subjects import Origin, Subject, newest_bundle, unique_names, ways
 from edgecap.cli import cli
 from edgecap.runtime.errors import EdgecapError, UsageError
 
@@ -60,6 +60,15 @@ def test_the_same_bundle_twice_has_two_names(folder: Path) -> None:
     path = folder / "runs" / "first.edgecap"
     subjects, _ = choose([path, path], [])
     assert [subject.name for subject in subjects] == ["first", "first #2"]
+
+
+def test_a_bundle_with_a_fused_graph_is_a_second_row_that_says_so(folder: Path) -> None:
+    (plain,), _ = choose([folder / "runs" / "first.edgecap"], [])
+    assert ways(plain) == [plain] and plain.facts["run_by"] == "graphs"
+    subject = replace(plain, facts={**plain.facts, "graphs": ["decoder", "encoder", "fused"]})
+    first, second = ways(subject)
+    assert first == subject and (second.name, second.fused) == ("first fused", True)
+    assert (second.facts["run_by"], second.facts["of"]) == ("fused", "first")
 
 
 def test_names_that_occur_twice_are_told_apart(tmp_path: Path) -> None:

@@ -289,10 +289,10 @@ def test_a_bundle_is_held_against_its_own_peers_alone() -> None:
         made_up_row("torch a", kind="torch", factor=0.5, peer_of=["a beam 1"], facts=facts),
         made_up_row("torch a beam 3", kind="torch", factor=4.0, peer_of=["a beam 3"], facts=facts),
         made_up_row("by hand", kind="openvino", factor=8.0, peer_of=[], facts=facts),
-        made_up_row("a beam 3 fused", factor=2.0),
+        made_up_row("a, in one", factor=2.0, facts={"run_by": "fused", "of": "a beam 3"}),
     )
     table = against_peers(grouped(rows))
-    assert table is not None and table["ours"] == ["a beam 1", "a beam 3", "a beam 3 fused"]
+    assert table is not None and table["ours"] == ["a beam 1", "a beam 3", "a, in one"]
     ratios = {name: [cell and round(cell["ratio"], 1) for cell in cells] for name, cells in table["peers"].items()}
     assert ratios == {"torch fp32": [0.5, 2.0, 2.0], "openvino fp32": [8.0, 4.0, 4.0]}
     other = made_up_row("other", group=1)
