@@ -106,7 +106,7 @@ class Local(Device):
         return self.process(subject.command, threads)
 
     def process(self, command: Sequence[str], threads: int) -> Worker:
-        limit = self._limits() if self._limits else None
+        limit = self._confine() if self._confine else None
         return Worker(command, threads=threads, cores=choose_cores(threads), limit=limit)
 
     def imports(self, modules: Sequence[str], threads: int) -> Running:
@@ -120,11 +120,11 @@ class Local(Device):
         return read_clock()
 
     @cached_property
-    def _limits(self) -> Callable[[], MemoryLimit] | None:
+    def _confine(self) -> Callable[[], MemoryLimit] | None:
         return memory_limits(self.memory_limit) if self.memory_limit else None
 
     def facts(self, threads: int) -> dict[str, Any]:
-        limit = {"bytes": self.memory_limit, "enforced_by": self._limits().enforced_by} if self._limits else None
+        limit = {"bytes": self.memory_limit, "enforced_by": self._confine().enforced_by} if self._confine else None
         return {
             "cpu": cpu_facts().to_dict(),
             "load": self._load,

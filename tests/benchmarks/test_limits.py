@@ -10,7 +10,7 @@ import onnxruntime as ort
 import pytest
 
 from edgecap.benchmarks import limits as module
-from edgecap.benchmarks.limits import FLOAT, INT8, INT32, LIMITS, UINT8, larger, limits, product_graph, varint
+from edgecap.benchmarks.limits import FLOAT, INT8, INT32, UINT8, larger, limits, product_graph, varint
 from edgecap.benchmarks.runner import Worker
 from edgecap.benchmarks.wording import limits_line
 
@@ -64,10 +64,6 @@ def test_the_graph_written_by_hand_is_a_product(
     onnx.checker.check_model(graph, full_check=True)
     (found,) = ort.InferenceSession(graph, providers=["CPUExecutionProvider"]).run(None, {"x": rows})
     assert np.array_equal(found, rows.astype(np.int64) @ weights.astype(np.int64))
-
-
-def test_limits_are_of_the_functions_named() -> None:
-    assert {name: function.__name__ for name, function in LIMITS.items()} == {name: name for name in LIMITS}
 
 
 def test_limits_are_of_the_device() -> None:
