@@ -15,7 +15,8 @@ from edgecap.benchmarks.worker import serve
 
 
 class Fake:
-    """mode "OP:HOW": what happens (die, oom, garbage, hang, error) the second time OP (pixels, caption) is called."""
+    """mode "OP:HOW": what happens (die, oom, garbage, flood, hang, slow, error) the second time that OP (pixels,
+    caption) is called, and from then on."""
 
     def __init__(self, request: dict[str, Any]) -> None:
         self.facts = {"import_s": 0.1, "load_s": 0.2, "versions": {"fake": "1"}}
@@ -46,6 +47,8 @@ class Fake:
             os._exit(0)
         if how == "hang":
             time.sleep(600)
+        if how == "slow":
+            time.sleep(0.1)
         if how == "error":
             raise RuntimeError("two\nlines of reason")
 

@@ -16,7 +16,7 @@ import numpy as np
 import psutil
 import pytest
 
-from edgecap.benchmarks import suite
+from edgecap.benchmarks.device import Local
 from edgecap.benchmarks.latency import STAGES
 from edgecap.benchmarks.parity import _summary
 from edgecap.benchmarks.quality import Photo
@@ -348,24 +348,36 @@ def test_a_group_of_slow_captioners_is_timed_by_one_photo_a_round(monkeypatch: p
     assert {once for _, _, once in asked} == {False} and [row["timed_by"] for row in usual] == ["parts"] * 2
 
 
-@pytest.mark.parametrize(("seconds", "slow"), [((0.1, 0.6, 0.7), True), ((0.1, 0.2, 9.0), False), ((), False)])
-def test_a_group_is_slow_by_its_median_row(seconds: tuple[float, ...], slow: bool) -> None:
-    rows = [Row(fake(str(k)), peak={"caption_s": each}) for k, each in enumerate(seconds)]
-    assert suite._slow([*rows, Row(fake("failed"), error="load: broken")], QUICK) is slow
+HALVES = replace(QUICK, rounds=2, min_runs=2, warmup=1, cold_starts=0, slow_seconds=0.07)  # what is slow takes 0.1 s
 
 
-def test_whether_a_group_is_slow_is_decided_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("modes", "timed_by"),
+    [
+        (("ok", "caption:slow", "caption:slow"), "once"),
+        (("ok", "ok", "caption:slow"), "parts"),
+        (("load:error", "load:error", "caption:slow"), "once"),  # those that failed do not count
+    ],
+)
+def test_a_group_is_slow_by_its_median_row(modes: tuple[str, ...], timed_by: str) -> None:
+    rows = bench(*(fake(str(k), mode) for k, mode in enumerate(modes)), settings=HALVES)
+    assert {row["timed_by"] for row in rows if row["status"] == "ok"} == {timed_by}
+
+
+def test_whether_a_group_is_slow_is_decided_once() -> None:
     """The one fast row fails at load, after the group's photos were settled: the others are timed as it was settled."""
-    start = suite._start
 
-    def second(device: Any, rows: list[Row], *more: Any) -> dict[int, Running]:
-        workers = start(device, rows, *more)
-        rows[0].error = "load: broken"
-        return {1: workers[1]}
+    class Breaks(Local):
+        started: ClassVar[list[str]] = []
 
-    monkeypatch.setattr(suite, "_start", second)
-    monkeypatch.setattr(suite, "_slow", lambda rows, settings: len(suite.alive(rows)) < 2)
-    _, good = bench(fake("fast"), fake("slow"), settings=replace(QUICK, slow_photos=2))
+        def start(self, subject: Subject, threads: int) -> Running:
+            again = subject.name in self.started
+            self.started.append(subject.name)
+            return super().start(fake("fast", "load:error") if again and subject.name == "fast" else subject, threads)
+
+    subjects, settings = [fake("fast"), fake("slow", "caption:slow")], replace(HALVES, slow_photos=2)
+    bad, good = run(subjects, PHOTOS, settings, lambda *_: None, Breaks())["rows"]
+    assert bad["error"].startswith("load: ")
     assert good["timed_by"] == "parts" and len(good["captions"]) == len(PHOTOS)
 
 
