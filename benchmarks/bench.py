@@ -18,7 +18,7 @@ from ..runtime.progress import Progress, silent
 from .device import Device
 from .limits import larger, limits
 from .operators import add_operators
-from .peers.prepare import prepare_peers
+from .prepare_peers import prepare_peers
 from .quality import Photo, split_photos
 from .reach import reach
 from .record import build
@@ -77,7 +77,7 @@ def bench(
     default the whole split (20 under emulation). beams: replace what the bundles say, each bundle once with each.
     pictures: filled with every photo, small, as a data: URI by its id.
     all_peers: put one of every kind beside each bundle, made from its weights, which `checkpoints` may name (see
-    peers/prepare.py).
+    prepare_peers.py).
     Raises EdgecapError for anything that cannot be measured as asked; a subject that fails while it is measured is a
     row that says so. A KeyboardInterrupt after the first group is finished gives the record so far ("stopped").
     """

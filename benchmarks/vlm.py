@@ -14,7 +14,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from hashlib import sha256
-from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,24 +24,18 @@ from ..runtime.errors import EdgecapError, UsageError
 from .bench import measure
 from .device import Device, Local
 from .peers import PEERS
-from .peers.prepare import PREPARED
-from .peers.vlm import TASK, Peer, Task, new_task
+from .peers.vlm import TASK, Task, new_task
+from .prepare_peers import PREPARED
 from .quality import Photo
 from .record import check_writable, write
 from .runner import WorkerFailed, python_module, run_script
-from .subjects import Subject, bundle_subject, peer_subject, unique_names
+from .subjects import Subject, bundle_subject, peer_python, peer_subject, unique_names
 from .suite import INTERRUPTED, Settings, noting
 from .wording import limits_line, megabytes, problem_lines, rate_text, ratio_text
 
 KINDS = tuple(kind for kind, peer in PEERS.items() if peer.vlm)
 SOURCE = {kind: peer.source for kind, peer in PEERS.items() if peer.source}  # made from that one's, by its interpreter
 TIMEOUT = 900.0  # seconds for one answer
-
-
-def peer_class(kind: str) -> type[Peer]:
-    """The class of a kind of peer; its engine is not imported."""
-    module = import_module(PEERS[kind].module)
-    return next(v for v in vars(module).values() if isinstance(v, type) and v.__dict__.get("kind") == kind)
 
 
 def make(model: Path, folder: Path, *, size: int = 512, kinds: Sequence[str] = KINDS) -> list[Path]:
@@ -53,12 +46,12 @@ def make(model: Path, folder: Path, *, size: int = 512, kinds: Sequence[str] = K
     made = []
     for kind in kinds:
         source = SOURCE.get(kind)
-        for precision in peer_class(source or kind).precisions:
+        for precision in PEERS[source or kind].names:
             task = new_task(kind, model, precision, size)
             place = folder / f"{kind}-{precision}"
             place.mkdir(parents=True, exist_ok=True)
             start = folder / f"{source}-{precision}" if source else model
-            python = peer_subject(f"{source or kind}:{folder}", {}).command[0]
+            python = peer_python(source or kind)
             command = [*python_module(PEERS[kind].module, python), str(start), str(place), "--size", str(size)]
             command += [] if source else ["--precision", precision]
             if reason := run_script(command, timeout=PREPARED):

@@ -45,6 +45,16 @@ def test_rooms_import_leftwards_only(room: str) -> None:
                 assert first in [*allowed, "__version__"], f"{path} imports {first}; {room} may use {allowed}"
 
 
+def test_peers_scripts_are_run_and_not_imported() -> None:
+    places = (ROOT / "benchmarks" / "peers").glob("*.py")
+    scripts = {path.stem for path in places if 'if __name__ == "__main__"' in path.read_text(encoding="utf-8")}
+    assert "llama_cpp" in scripts and "vlm" not in scripts
+    for path in (path for room in ROOMS for path in modules(room)):
+        for _, name in imports(path):
+            _, _, inside = f".{name}.".partition(".peers.")
+            assert inside.split(".")[0] not in scripts, f"{path} imports {name}: run it as a process"
+
+
 @pytest.mark.parametrize("room", ["runtime", "devices", "benchmarks"])
 def test_the_light_rooms_name_no_heavy_package(room: str) -> None:
     for path in modules(room):

@@ -2,7 +2,7 @@
 
 A peer's script runs as a process (`python -m …`), never by import, and may need anything; it calls
 `edgecap.benchmarks.worker.serve` with an engine of its own. EDGECAP_PEER_<KIND>_PYTHON names the interpreter where that
-is another environment's. prepare.py alone is no script: it finds and makes what they load.
+is another environment's. ../prepare_peers.py finds and makes what they load.
 """
 
 from __future__ import annotations
@@ -86,10 +86,10 @@ def no_optimum_onnx(model: Model) -> str | None:
 class Peer:
     """How `--peer KIND:ARGUMENT` is written, what it is, and the module that is its worker.
 
-    refuses: why it cannot run a model, None where it can. precisions: bits of its weights → its own name for them.
-    reads_checkpoint: a checkpoint of edgecap is its argument, and nothing is prepared. source: the kind that it is made
-    from, by that one's interpreter. graphs: it is made of plain ONNX graphs, onnxruntime's in fp32. vlm: its script
-    makes a folder of a SmolVLM's directory (vlm.py).
+    refuses: why it cannot run a model, None where it can. precisions: bits of its weights → its own name for them;
+    also: more such names, for no bundle. reads_checkpoint: a checkpoint of edgecap is its argument, and nothing is
+    prepared. source: the kind that it is made from, by that one's interpreter. graphs: it is made of plain ONNX graphs,
+    onnxruntime's in fp32. vlm: its script makes a folder of a SmolVLM's directory (vlm.py).
     """
 
     module: str
@@ -101,6 +101,12 @@ class Peer:
     source: str = ""
     graphs: bool = False
     vlm: bool = False
+    also: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of all its precisions."""
+        return (*self.precisions.values(), *self.also)
 
     def bits(self, wanted: int) -> int:
         """The number of bits for a bundle of so many: as many, or the next more, or the most that it has."""
@@ -127,6 +133,7 @@ PEERS: dict[str, Peer] = {
         smolvlm("transformers"),
         FP32,
         vlm=True,
+        also=("bf16",),
     ),
     "optimum_onnx": Peer(f"{HERE}.optimum_onnx", "FOLDER", "nothing so far: it exports none", no_optimum_onnx, FP32),
     "optimum_intel": Peer(

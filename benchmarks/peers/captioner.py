@@ -94,7 +94,7 @@ def checked(place: Path, about: dict[str, Any]) -> Any:
 
 
 @dataclass
-class Task:
+class Preparation:
     """What a folder is prepared of: weights in the precision asked for, and the folder of their plain ONNX graphs."""
 
     place: Path
@@ -165,7 +165,7 @@ class CaptionerPeer:
                 raise UsageError(f"{module} is not installed for {sys.executable}: install it, or name another {name}")
 
     @classmethod
-    def make(cls, task: Task, folder: Path) -> dict[str, Any]:
+    def make(cls, task: Preparation, folder: Path) -> dict[str, Any]:
         """Write what `load` reads; what else it is to know of it, and "weights": what was done to those, in words."""
         raise NotImplementedError
 
@@ -206,7 +206,7 @@ def main(peer: type[CaptionerPeer]) -> None:
     """Serve the bench, tell whether the engine is installed, or prepare a folder."""
 
     def make(given: argparse.Namespace) -> None:
-        prepare(peer, Task(given.weights, about(given.bundle, peer.kind, given.precision), given.graphs), given)
+        prepare(peer, Preparation(given.weights, about(given.bundle, peer.kind, given.precision), given.graphs), given)
 
     run(peer, make)
 
@@ -224,7 +224,7 @@ def run(peer: Any, make: Callable[[argparse.Namespace], None]) -> None:
             sys.exit(error.message)
 
 
-def prepare(peer: type[CaptionerPeer], task: Task, given: argparse.Namespace) -> None:
+def prepare(peer: type[CaptionerPeer], task: Preparation, given: argparse.Namespace) -> None:
     """Fill a peer's folder. Raises EdgecapError where it cannot be."""
     peer.require()
     for module in peer.making:

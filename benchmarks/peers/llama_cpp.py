@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...runtime.errors import EdgecapError, UsageError
 from .llama_text import built_with, feed, opened
-from .vlm import Marks, Peer, Task, copy_words, main, positions, words_by
+from .vlm import Marks, Task, VlmPeer, copy_words, main, positions, words_by
 
 if TYPE_CHECKING:
     import numpy as np
@@ -56,11 +56,10 @@ FRAME = {
 EXACT = ("v.patch_embd.weight", POSITIONS)  # llama.cpp wants these in float32
 
 
-class LlamaCppPeer(Peer):
+class LlamaCppPeer(VlmPeer):
     kind = "llama_cpp"
     needs = ("numpy", "tokenizers", "llama_cpp")
     packages = ("llama-cpp-python", "numpy", "tokenizers")
-    precisions = ("q8_0", "q4_0", "f16")
 
     def __init__(self, request: dict[str, Any]) -> None:
         super().__init__(request)
@@ -167,14 +166,14 @@ class LlamaCppPeer(Peer):
         return words_by(self.tokenizer, ids)
 
 
-def weights(model: Path) -> Iterator[tuple[str, np.ndarray]]:
+def tensors(model: Path) -> Iterator[tuple[str, np.ndarray]]:
     """Every tensor of the directory in float32."""
     from safetensors import safe_open
 
     for file in sorted(model.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():
-                yield name, tensors.get_tensor(name).float().numpy()
+        with safe_open(file, framework="pt") as held:
+            for name in held.keys():
+                yield name, held.get_tensor(name).float().numpy()
 
 
 def add(writer: Any, name: str, tensor: np.ndarray, precision: str) -> None:
@@ -224,7 +223,7 @@ def write_text(model: Path, config: dict[str, Any], file: Path, precision: str) 
     for i in range(text["num_hidden_layers"]):
         for ours, theirs in LAYER.items():
             names[f"model.text_model.layers.{i}.{theirs}.weight"] = f"blk.{i}.{ours}.weight"
-    for name, tensor in weights(model):
+    for name, tensor in tensors(model):
         if name not in names:
             continue
         found = names.pop(name)
@@ -291,7 +290,7 @@ def write_mmproj(model: Path, config: dict[str, Any], file: Path, precision: str
         for ours, theirs in FRAME_LAYER.items():
             for part in ("weight", "bias"):
                 names[f"model.vision_model.encoder.layers.{i}.{theirs}.{part}"] = f"v.blk.{i}.{ours}.{part}"
-    for name, tensor in weights(model):
+    for name, tensor in tensors(model):
         if name in names:
             if (found := names.pop(name)) == POSITIONS:
                 tensor = tensor[positions(frame, size)[0]]

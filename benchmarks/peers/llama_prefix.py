@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...runtime.errors import EdgecapError, UsageError
-from .captioner import CaptionerPeer, Task, read
+from .captioner import CaptionerPeer, Preparation, read
 from .llama_text import built_with, feed, opened
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class LlamaPrefixPeer(CaptionerPeer):
         self.facts["build"] = built_with(self.lib)
 
     @classmethod
-    def make(cls, task: Task, folder: Path) -> dict[str, Any]:
+    def make(cls, task: Preparation, folder: Path) -> dict[str, Any]:
         import shutil
 
         from ...export.gguf_decoder import write_decoder

@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from ...runtime.errors import UsageError
-from .vlm import Marks, Peer, Task, copy_words, main, positions, words_by
+from .vlm import Marks, Task, VlmPeer, copy_words, main, positions, words_by
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -27,11 +27,10 @@ BUILDER = "onnxruntime_genai.models.builder"
 QUANTIZED = ["block_size=32", "accuracy_level=4"]  # activations are rounded to 8 bits, too
 
 
-class OnnxRuntimeGenAIPeer(Peer):
+class OnnxRuntimeGenAIPeer(VlmPeer):
     kind = "onnxruntime_genai"
     needs = ("numpy", "tokenizers", "onnxruntime_genai")
     packages = ("onnxruntime-genai", "onnxruntime", "numpy", "tokenizers")
-    precisions = ("int8", "int4", "fp32")
 
     @classmethod
     def make(cls, task: Task, folder: Path) -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .captioner import CaptionerPeer, Task, main, read
+from .captioner import CaptionerPeer, Preparation, main, read
 
 WORDS = {
     "fp32": "float32",
@@ -22,7 +22,7 @@ class OnnxRuntimePeer(CaptionerPeer):
     making = ("torch", "transformers", "onnx", "onnxscript")
 
     @classmethod
-    def make(cls, task: Task, folder: Path) -> dict[str, Any]:
+    def make(cls, task: Preparation, folder: Path) -> dict[str, Any]:
         from .graphs import DECODER, ENCODER, dynamic_int8, export, four_bits
 
         if task.precision == "fp32":

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...runtime.errors import UsageError
-from .vlm import IMAGE, Marks, Peer, Task, copy_words, main, positions
+from .vlm import IMAGE, Marks, Task, VlmPeer, copy_words, main, positions
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -23,11 +23,10 @@ VISION = "openvino_vision_embeddings_model.xml"
 GRAPHS = ("openvino_language_model", "openvino_text_embeddings_model")
 
 
-class OpenVinoGenAIPeer(Peer):
+class OpenVinoGenAIPeer(VlmPeer):
     kind = "openvino_genai"
     needs = ("numpy", "openvino", "openvino_genai")
     packages = ("openvino-genai", "openvino", "openvino-tokenizers")
-    precisions = ("as exported",)
 
     @classmethod
     def make(cls, task: Task, folder: Path) -> Task:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .captioner import CaptionerPeer, Task, main, read
+from .captioner import CaptionerPeer, Preparation, main, read
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,7 +39,7 @@ class OpenVinoPeer(CaptionerPeer):
     making = ("nncf",)
 
     @classmethod
-    def make(cls, task: Task, folder: Path) -> dict[str, Any]:
+    def make(cls, task: Preparation, folder: Path) -> dict[str, Any]:
         import openvino as ov
 
         plain = task.plain()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...runtime.errors import UsageError
 from .transformers_generate import generate, inputs, processor
-from .vlm import Marks, Peer, Task, main
+from .vlm import Marks, Task, VlmPeer, main
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -21,11 +21,10 @@ CACHE = {"KV_CACHE_PRECISION": "f32"}
 GROUP = 64  # weights that share a scale under int4: the usual 128 does not divide SmolVLM-256M's 576
 
 
-class OptimumIntelPeer(Peer):
+class OptimumIntelPeer(VlmPeer):
     kind = "optimum_intel"
     needs = ("torch", "transformers", "openvino", "optimum.intel")
     packages = ("optimum-intel", "openvino", "nncf", "transformers", "torch")
-    precisions = ("int8", "int4", "fp32")
 
     @classmethod
     def make(cls, task: Task, folder: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .vlm import Marks, Peer, Task, main
+from .vlm import Marks, Task, VlmPeer, main
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -22,11 +22,10 @@ class Clock:
         return scores
 
 
-class TransformersPeer(Peer):
+class TransformersPeer(VlmPeer):
     kind = "transformers"
     needs = ("torch", "transformers")
     packages = ("torch", "transformers", "tokenizers", "numpy")
-    precisions = ("fp32", "bf16")
 
     @classmethod
     def make(cls, task: Task, folder: Path) -> None:

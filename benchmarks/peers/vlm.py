@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from ...runtime.errors import UsageError
 from ..worker import Marks, decoded, serve
+from . import PEERS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -83,13 +84,12 @@ def new_task(
     return Task(kind, os.path.abspath(model), precision, chat, size, (size // unit) ** 2, settings or {})
 
 
-class Peer:
+class VlmPeer:
     """A captioner that searches by itself, behind the worker's requests. Greedy."""
 
     kind: ClassVar[str]
     needs: ClassVar[tuple[str, ...]]  # modules, imported before the clock of load_s
     packages: ClassVar[tuple[str, ...]]  # distributions whose versions the record holds
-    precisions: ClassVar[tuple[str, ...]]
 
     def __init__(self, request: dict[str, Any]) -> None:
         self.folder = Path(request["path"])
@@ -214,7 +214,7 @@ def installed(require: Callable[[], None]) -> None:
         sys.exit(error.message)
 
 
-def main(peer: type[Peer], *, other: type | None = None) -> None:
+def main(peer: type[VlmPeer], *, other: type | None = None) -> None:
     """Serve the bench, tell whether its engine is installed, or make a folder where there are arguments.
 
     other: the peer of the same kind for captioners that are no SmolVLM: it loads folders that hold a captioner.json.
@@ -233,7 +233,8 @@ def main(peer: type[Peer], *, other: type | None = None) -> None:
     parser = argparse.ArgumentParser(prog=f"python -m {peer.__module__}", description=f"Make a folder for {peer.kind}.")
     parser.add_argument("model", type=Path, help="A SmolVLM as a Hugging Face directory.")
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--precision", choices=peer.precisions, default=peer.precisions[0])
+    if not PEERS[peer.kind].source:  # else it is that one's
+        parser.add_argument("--precision", choices=PEERS[peer.kind].names, required=True)
     parser.add_argument("--chat", default=CHAT, help="What is asked of the picture.")
     parser.add_argument("--size", type=int, default=512, help="Pixels a side.")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="A setting of the engine.")
@@ -243,7 +244,8 @@ def main(peer: type[Peer], *, other: type | None = None) -> None:
     except ValueError:
         sys.exit("--set takes NAME=VALUE")
     try:
-        task = new_task(peer.kind, given.model, given.precision, given.size, chat=given.chat, settings=settings)
+        precision = getattr(given, "precision", "")
+        task = new_task(peer.kind, given.model, precision, given.size, chat=given.chat, settings=settings)
         given.folder.mkdir(parents=True, exist_ok=True)
         task = peer.make(task, given.folder) or task
     except UsageError as error:

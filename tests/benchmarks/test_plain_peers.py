@@ -17,7 +17,7 @@ import torch
 
 from edgecap.benchmarks.latency import STAGES
 from edgecap.benchmarks.peers import captioner
-from edgecap.benchmarks.peers.captioner import CaptionerPeer, Task, about
+from edgecap.benchmarks.peers.captioner import CaptionerPeer, Preparation, about
 from edgecap.benchmarks.peers.llama_prefix import LlamaPrefixPeer
 from edgecap.benchmarks.peers.onnxruntime_plain import OnnxRuntimePeer
 from edgecap.benchmarks.peers.openvino_plain import OpenVinoPeer
@@ -60,7 +60,7 @@ class World:
             return self.plain
         folder = self.folder / f"{peer.kind}-{precision}"
         given = argparse.Namespace(weights=self.run, folder=folder, precision=precision, bundle=self.run)  # its words
-        captioner.prepare(peer, Task(self.run, self.about(peer.kind, precision), self.plain), given)
+        captioner.prepare(peer, Preparation(self.run, self.about(peer.kind, precision), self.plain), given)
         return folder
 
     def about(self, kind: str, precision: str) -> dict[str, Any]:
@@ -163,7 +163,7 @@ def test_other_weights_are_refused(world: World, tmp_path: Path) -> None:
     recipe = RECIPE | {"prompt": {"chat": "What?"}}
     known = about(write_bundle_of(tmp_path / "other.edgecap", "0" * 64, recipe=recipe), "onnxruntime", "int8")
     assert (known["sha256"], known["chat"], known["precision"]) == ("0" * 64, "What?", "int8")
-    task = Task(world.run, known, world.plain)
+    task = Preparation(world.run, known, world.plain)
     with pytest.raises(UsageError, match="other weights than those that the bundle was made from"):
         task.loaded()
     with pytest.raises(UsageError, match="needs --graphs"):

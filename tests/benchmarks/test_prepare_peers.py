@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from edgecap.benchmarks import prepare_peers as module
 from edgecap.benchmarks.bench import bench
 from edgecap.benchmarks.peers import CHECKPOINT, PEERS, PUBLISHED, Model
-from edgecap.benchmarks.peers import prepare as module
-from edgecap.benchmarks.peers.prepare import prepare_peers
+from edgecap.benchmarks.prepare_peers import prepare_peers
 from edgecap.benchmarks.runner import run_script
 from edgecap.benchmarks.subjects import Subject, bundle_subject
 from edgecap.benchmarks.suite import Settings

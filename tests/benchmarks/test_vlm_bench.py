@@ -113,7 +113,7 @@ def test_a_peer_that_cannot_be_made_says_why_in_its_row(tmp_path: Path) -> None:
     model.mkdir()
     (model / "config.json").write_text(json.dumps(SMOLVLM))  # and no weights
     made = vlm.make(model, tmp_path / "peers", kinds=["llama_cpp"])
-    assert [place.name for place in made] == ["llama_cpp-q8_0", "llama_cpp-q4_0", "llama_cpp-f16"]
+    assert [place.name for place in made] == ["llama_cpp-f16", "llama_cpp-q8_0", "llama_cpp-q4_0"]
     assert all(Task.read(place).failed for place in made)
     subject = peer_subject(f"llama_cpp:{made[0]}", {"beam": 1})
     with Worker(subject.command) as worker, pytest.raises(WorkerFailed, match="could not be made"):

@@ -12,14 +12,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ... import __version__
-from ...devices.local import cache_folder
-from ...runtime.bundle import Bundle
-from ...runtime.errors import EdgecapError, UsageError
-from ...runtime.progress import Progress, silent
-from ..runner import python_module, run_script
-from ..subjects import Subject, peer_python
-from . import CHECKPOINT, PEERS, PUBLISHED, Model
+from .. import __version__
+from ..devices.local import cache_folder
+from ..runtime.bundle import Bundle
+from ..runtime.errors import EdgecapError, UsageError
+from ..runtime.progress import Progress, silent
+from .peers import CHECKPOINT, PEERS, PUBLISHED, Model
+from .runner import python_module, run_script
+from .subjects import Subject, peer_python
 
 BITS = {"fp16": 16, "f16": 16, "int8": 8, "q8_0": 8, "mixed": 8, "int4": 4, "q4_0": 4}  # of a manifest's precision
 RECIPE, WEIGHTS = "recipe.toml", "model.safetensors"  # of a checkpoint
