@@ -5,28 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import TYPE_CHECKING, Any
 
 from ..runtime.progress import Progress, silent
-from .gelu import fuse_gelus
-from .graph import PassResult, save, split, split_to
-from .kv_cache import share_cache
-from .merge import merge_projections
-from .products import fuse_products, unflatten_products
-from .skip_norm import fuse_residuals
-from .trunk import OPSET_ATTENTION, OnnxPair, to_onnx
-from .vision import fuse_vision
+from .graph import PassResult
+from .trunk import OnnxPair, to_onnx
 
 if TYPE_CHECKING:
     from ..runtime.session import Model
     from ..train.checkpoint import Checkpoint
     from .calibration import Calibration
-
-MIN_ENGINE = {18: "1.18", OPSET_ATTENTION: "1.23"}  # ONNX Runtime; 1.18 reads IR version 10
-
-
-LARGE = 32 * 2**20  # bytes of an ONNX graph whose weights become a file of their own
 
 
 @dataclass(frozen=True)
@@ -73,15 +61,6 @@ class Source:
             )
         return self._trunk.copy()
 
-    def onnx_trunk(self) -> OnnxPair:
-        """The same for ONNX Runtime: in a decoder with a KV cache, products of rows as they lie, and projections that
-        read one tensor merged."""
-        pair = self.trunk()
-        if pair.session.get("kv"):
-            done = [*_changed(unflatten_products(pair.decoder)), merge_projections(pair.decoder)]
-            pair.passes += [result.on("decoder") for result in done]
-        return pair
-
 
 @dataclass
 class Artifact:
@@ -104,54 +83,3 @@ class Artifact:
 def size_of(file: bytes | Path) -> int:
     """Bytes of an artifact's file."""
     return len(file) if isinstance(file, bytes) else file.stat().st_size
-
-
-def written(pair: OnnxPair) -> tuple[dict[str, Any], dict[str, bytes | Path]]:
-    """The manifest's "graphs" and the files of a pair, large weights beside their graph."""
-    graphs = pair.graphs()
-    files: dict[str, bytes | Path] = {}
-    for name, graph in graphs.items():
-        model = getattr(pair, name)
-        if pair.external is None and model.ByteSize() < LARGE:
-            files[graph["file"]] = save(model)
-            continue
-        graph["weights"] = f"{name}.bin"
-        if pair.external is None:
-            files[graph["file"]], files[graph["weights"]] = split(model, graph["weights"])
-        else:
-            path = Path(mkdtemp(dir=pair.external.folder)) / graph["weights"]
-            files[graph["file"]], files[graph["weights"]] = split_to(model, path), path
-    return graphs, files
-
-
-def onnx_artifact(pair: OnnxPair) -> Artifact:
-    """The graphs of a pair, for ONNX Runtime, see `fuse`."""
-    session, passes = fuse(pair)
-    graphs, files = written(pair)
-    models = (pair.encoder, pair.decoder)
-    opset = max(entry.version for model in models for entry in model.opset_import if not entry.domain)
-    return Artifact(
-        files=files,
-        graphs=graphs,
-        session=session,
-        requires={"onnxruntime": MIN_ENGINE.get(opset, MIN_ENGINE[OPSET_ATTENTION])},
-        passes=[*pair.passes, *passes],
-    )
-
-
-def fuse(pair: OnnxPair) -> tuple[dict[str, Any], list[PassResult]]:
-    """Give both graphs, in place, the operators of ONNX Runtime that its own fusions leave apart, and a decoder a KV
-    cache that is written in place: the session's roles, and what was done."""
-    encoder = [*fuse_vision(pair.encoder), *_changed(fuse_products(pair.encoder))]
-    fused = [*_changed(fuse_residuals(pair.decoder)), *_changed(fuse_gelus(pair.decoder))]
-    session, shared = share_cache(pair.decoder, pair.session)
-    decoder = [*fused, *shared, *_changed(fuse_products(pair.decoder))]
-    return session, [
-        *(result.on("encoder") for result in encoder),
-        *(result.on("decoder") for result in decoder),
-    ]
-
-
-def _changed(result: PassResult) -> list[PassResult]:
-    """The result, if its pass found anything to do."""
-    return [result] if any(result.cost.values()) else []

@@ -28,13 +28,14 @@ from ..runtime.progress import Progress, silent
 from ..runtime.prompt import Prompt
 from ..runtime.tokenizer import Tokenizer
 from ..runtime.verify import Verification, verify_golden
-from .artifact import size_of, written
+from .artifact import size_of
 from .from_onnx_card import card
 from .from_onnx_files import CHAT, PARTS, Community, find
 from .from_onnx_graphs import PIXELS, framed_decoder, framed_vision
 from .from_onnx_reference import golden_of
 from .golden import IMAGE, LOGITS, Golden
 from .graph import PassResult, save
+from .onnx_target import written
 from .targets import TARGETS
 from .trunk import OnnxPair
 

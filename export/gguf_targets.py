@@ -7,12 +7,12 @@ from tempfile import mkdtemp
 from typing import Any
 
 from ..runtime.errors import UsageError
-from .artifact import MIN_ENGINE, Artifact, BuildOptions, Source
+from .artifact import Artifact, BuildOptions, Source
 from .gguf_decoder import ARCHITECTURES, write_decoder
 from .gguf_mmproj import write_mmproj
 from .graph import PassResult, save
-from .onnx_quantized import quantize
-from .trunk import OPSET_ATTENTION
+from .onnx_quantized import build_graph
+from .onnx_target import requires
 
 MIN_LLAMA_CPP = "0.3.36"  # of llama-cpp-python: contexts with one cache for all rows, flash attention by choice
 DECODER, ENCODER = "decoder.gguf", "encoder.gguf"
@@ -84,11 +84,9 @@ def _encoder(
         settings = {"encoder": "mmproj", "bias": bias.tolist()}
         return settings, {"file": ENCODER, "inputs": {}, "outputs": {}}, [written], {}
     pair = source.trunk()
-    passes = [result for result in pair.passes if result.params.get("graph") != "decoder"]
-    done = quantize(source, "encoder", pair.encoder, options.graphs.get("encoder", "int8"))
-    passes += [result.on("encoder") for result in done]
+    pair.passes = [result for result in pair.passes if result.params.get("graph") != "decoder"]
+    build_graph(source, pair, "encoder", options.graphs.get("encoder", "int8"))
     graph = pair.graphs()["encoder"]
     files[graph["file"]] = save(pair.encoder)
     settings = {"encoder": "onnx", "prefix": pair.session["prefix"]["from"]}
-    opset = max(entry.version for entry in pair.encoder.opset_import if not entry.domain)
-    return settings, graph, passes, {"onnxruntime": MIN_ENGINE.get(opset, MIN_ENGINE[OPSET_ATTENTION])}
+    return settings, graph, pair.passes, requires(pair.encoder)

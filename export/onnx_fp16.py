@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from .artifact import Artifact, Source, onnx_artifact
-from .half import store_half
-from .vision import fuse_vision
+from .artifact import Artifact, Source
+from .onnx_quantized import build_graphs
 
 
 def build(source: Source) -> Artifact:
-    pair = source.onnx_trunk()
-    pair.passes += [result.on("encoder") for result in fuse_vision(pair.encoder)]
-    pair.passes += [store_half(pair.encoder).on("encoder"), store_half(pair.decoder).on("decoder")]
-    return onnx_artifact(pair)
+    return build_graphs(source, "fp16")

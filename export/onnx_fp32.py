@@ -1,9 +1,10 @@
-"""Target onnx-fp32: the trunk's graphs as they are."""
+"""Target onnx-fp32: the trunk's arithmetic."""
 
 from __future__ import annotations
 
-from .artifact import Artifact, Source, onnx_artifact
+from .artifact import Artifact, Source
+from .onnx_quantized import build_graphs
 
 
 def build(source: Source) -> Artifact:
-    return onnx_artifact(source.onnx_trunk())
+    return build_graphs(source, "fp32")

@@ -1,4 +1,4 @@
-"""Both graphs of an ONNX bundle, each at the precision asked for: what onnx-int8, onnx-int4 and tuned bundles share."""
+"""Both graphs of an ONNX bundle, each at the precision asked for and with ONNX Runtime's own operators."""
 
 from __future__ import annotations
 
@@ -6,16 +6,21 @@ from collections.abc import Callable, Mapping
 
 import onnx
 
-from .artifact import Artifact, BuildOptions, Source, onnx_artifact
+from .artifact import Artifact, BuildOptions, Source
 from .calibration import Calibration
 from .embedding8 import quantize_embeddings
+from .gelu import fuse_gelus
 from .graph import Graph, PassResult
 from .half import store_half
 from .int4_blocks import quantize_blocks
 from .int4_pack import pack, short_names
 from .int8_rows import quantize_rows, row_statistics
 from .int8_static import StaticOptions, no_statistics, quantize_static
+from .kv_cache import share_cache
+from .onnx_target import changed, onnx_artifact, onnx_trunk
 from .pixels import fold_pixels
+from .products import fuse_products
+from .skip_norm import fuse_residuals
 from .statistics import Statistics, layers_of
 from .trunk import OnnxPair
 from .vision import fuse_vision
@@ -29,27 +34,58 @@ LOOKED_AT = 16  # photos that tell whether a large graph's rows are alike
 
 
 def build_graphs(source: Source, precision: str) -> Artifact:
-    """Both graphs at `precision` ("fp32", "int8", "int4"), or at what options.graphs says of one."""
-    pair = source.onnx_trunk()
+    """Both graphs at `precision` ("fp32", "fp16", "int8", "int4"), or at what options.graphs says of one."""
+    pair = onnx_trunk(source)
     for name in PARTS:
-        wanted = source.options.graphs.get(name, precision)
-        model = getattr(pair, name)
-        done = quantize(source, name, model, wanted)
-        pair.passes += [result.on(name) for result in done]
+        build_graph(source, pair, name, source.options.graphs.get(name, precision))
     return onnx_artifact(pair)
 
 
-def quantize(source: Source, name: str, model: onnx.ModelProto, precision: str) -> list[PassResult]:
-    """One graph of the trunk, in place. name: "encoder" or "decoder"; layers in options.keep stay more precise."""
+def build_graph(source: Source, pair: OnnxPair, name: str, precision: str) -> None:
+    """One graph of the trunk as it is shipped: its precision, then the operators of ONNX Runtime that its own fusions
+    leave apart. In place, with what the pair says of it.
+
+    name: "encoder" or "decoder"; layers in options.keep stay more precise.
+    """
     if name == "encoder":
-        return _encoder(source, model, precision)
+        done = _encoder(source, pair.encoder, precision)
+    else:
+        done = [*_decoder(source, pair.decoder, precision), *_use_ort_operators(pair)]
+    pair.passes += [result.on(name) for result in done]
+
+
+def _encoder(source: Source, model: onnx.ModelProto, precision: str) -> list[PassResult]:
+    """A large one has 8 bits where 4 are asked for: its products have a thousand rows, which int8 kernels alone are
+    fast for."""
+    large = _matrix_bytes(model) > STREAMED
+    done: list[PassResult] = []
+    if precision in ("int8", "int4"):
+        raised = raised_layers(source.options, "encoder", precision)
+        done.append(fold_pixels(model))
+        if large:
+            raised = {node: wanted for node, wanted in raised.items() if wanted == "fp32"}
+            done.append(quantize_rows(model, _rows_seen(source, "encoder"), precision=raised))
+        else:
+            options = StaticOptions(bits={"int8": 8, "int4": 4}[precision], precision=raised)
+            done.append(quantize_static(model, statistics(source, "encoder"), options=options))
+    done += fuse_vision(model)  # before weights are stored as anything but what the nodes read
+    if precision == "fp16":
+        done.append(store_half(model))
+    elif precision == "int4" and not large:
+        done += [pack(model), store_half(model), short_names(model)]
+    return [*done, *changed(fuse_products(model))]
+
+
+def _decoder(source: Source, model: onnx.ModelProto, precision: str) -> list[PassResult]:
     if precision == "fp32":
         return []
-    raised, large = raised_layers(source.options, name, precision), _matrix_bytes(model) > STREAMED
+    if precision == "fp16":
+        return [store_half(model)]
+    raised, large = raised_layers(source.options, "decoder", precision), _matrix_bytes(model) > STREAMED
     if precision == "int8" and large:
-        done = [quantize_rows(model, _rows_seen(source, name), precision=raised)]
+        done = [quantize_rows(model, _rows_seen(source, "decoder"), precision=raised)]
         return [*done, quantize_embeddings(model, by_rows=True)]
-    known = statistics(source, name)
+    known = statistics(source, "decoder")
     if precision == "int8":
         options = StaticOptions(precision=raised)
         return [quantize_static(model, known, options=options), quantize_embeddings(model, by_rows=True)]
@@ -59,27 +95,17 @@ def quantize(source: Source, name: str, model: onnx.ModelProto, precision: str) 
     return [*done, pack(model), store_half(model), short_names(model)]
 
 
-def _encoder(source: Source, model: onnx.ModelProto, precision: str) -> list[PassResult]:
-    """A large one has 8 bits where 4 are asked for: its products have a thousand rows, which int8 kernels alone are
-    fast for."""
-    if precision == "fp32":
-        return fuse_vision(model)
-    done = [fold_pixels(model)]
-    raised = raised_layers(source.options, "encoder", precision)
-    if _matrix_bytes(model) > STREAMED:
-        raised = {node: wanted for node, wanted in raised.items() if wanted == "fp32"}
-        rows = quantize_rows(model, _rows_seen(source, "encoder"), precision=raised)
-        return [*done, rows, *fuse_vision(model)]
-    known, bits = statistics(source, "encoder"), {"int8": 8, "int4": 4}[precision]
-    done.append(quantize_static(model, known, options=StaticOptions(bits=bits, precision=raised)))
-    done += fuse_vision(model)
-    return done if bits == 8 else [*done, pack(model), store_half(model), short_names(model)]
+def _use_ort_operators(pair: OnnxPair) -> list[PassResult]:
+    """A decoder's residuals, GELUs, cache (which is written in place then: the session's roles change) and products."""
+    fused = [*changed(fuse_residuals(pair.decoder)), *changed(fuse_gelus(pair.decoder))]
+    pair.session, shared = share_cache(pair.decoder, pair.session)
+    return [*fused, *shared, *changed(fuse_products(pair.decoder))]
 
 
 def statistics(source: Source, name: str) -> Statistics:
     """What calibration says about the fp32 graph (the encoder's with pixels folded), measured once for a source."""
     if name not in source.statistics:
-        source.statistics[name] = _seen(source.onnx_trunk(), name, source.calibration, no_statistics)
+        source.statistics[name] = _seen(onnx_trunk(source), name, source.calibration, no_statistics)
     return source.statistics[name]
 
 
@@ -88,7 +114,7 @@ def _rows_seen(source: Source, name: str) -> Statistics | None:
     fp32 form would be written to files and read for each photo, for steps that wait for the weights anyhow."""
     key = f"{name}/rows"
     if key not in source.statistics:
-        pair = source.onnx_trunk()
+        pair = onnx_trunk(source)
         few = None if pair.external is not None else source.calibration.first(LOOKED_AT)
         source.statistics[key] = None if few is None else _seen(pair, name, few, row_statistics)
     return source.statistics[key]

@@ -14,6 +14,7 @@ from .calibration import engine, teacher_force
 from .graph import Graph
 from .int8_static import StaticOptions, four_bit_layers, quantize_static
 from .onnx_quantized import PARTS, statistics
+from .onnx_target import onnx_trunk
 from .pixels import fold_pixels
 from .statistics import layers_of
 from .trunk import OnnxPair
@@ -41,7 +42,7 @@ def sensitivities(
     A layer's error is that of the fp32 graphs with this one layer quantized as in a graph of `bits` (4 or 8; its input
     always to 8), on calibration photos that are fed their own captions.
     """
-    pair = source.onnx_trunk()
+    pair = onnx_trunk(source)
     fold_pixels(pair.encoder)
     layers = {part: layers_of(Graph(getattr(pair, part))) for part in PARTS}
     names = {part: [layer.node.name for layer in layers[part]] for part in PARTS}

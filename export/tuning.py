@@ -21,10 +21,10 @@ from ..devices.profile import KINDS, Profile, get_profile
 from ..runtime.backends.onnx import OnnxModel
 from ..runtime.errors import UsageError
 from ..runtime.progress import Progress, silent
-from .artifact import BuildOptions, fuse
+from .artifact import BuildOptions
 from .calibration import engine
-from .kv_cache import share_cache
-from .onnx_quantized import PARTS, quantize
+from .onnx_quantized import PARTS, build_graph
+from .onnx_target import onnx_trunk
 
 if TYPE_CHECKING:
     from .artifact import Artifact, Source
@@ -36,7 +36,7 @@ PRECISIONS = ("fp32", "int8", "int4")
 ROUNDS = 20
 WARM = 3
 TOKENS = 10  # of a caption: what the decoder is timed on, after one prefill
-ALIKE = 1.05  # times closer than this are noise: the smaller graph is taken
+NOISE = 1.05  # times closer than this are taken for the same: the smaller graph is kept
 MAX_BYTES = 1_000_000
 
 
@@ -104,8 +104,8 @@ def autotune(
     Raises UsageError for a device that cannot be timed from here.
     """
     profile = timeable(device)
-    models = _models(source, progress)
-    times = {part: _time(source, part, models, progress) for part in PARTS}
+    models, manifest = _models(source, progress)
+    times = {part: _time(source, part, models, manifest, progress) for part in PARTS}
     sizes = {part: {p: models[part][p].ByteSize() for p in PRECISIONS} for part in PARTS}
     del models
     tried = []
@@ -151,7 +151,7 @@ def timeable(device: str) -> Profile:
 def candidates(
     times: Mapping[str, Mapping[str, float]], sizes: Mapping[str, Mapping[str, int]]
 ) -> list[dict[str, str]]:
-    """Pairs of precisions, the fastest caption first; what takes as long (ALIKE) in order of bytes. fp32 ends it.
+    """Pairs of precisions, the fastest caption first; what is as fast (NOISE) in order of bytes. fp32 ends it.
 
     times: seconds of one photo's graph runs; sizes: bytes; both part → precision → value.
     """
@@ -163,11 +163,11 @@ def candidates(
     ordered: list[dict[str, str]] = []
     waiting = sorted(pairs, key=seconds)
     while waiting:
-        alike = [pair for pair in waiting if seconds(pair) <= seconds(waiting[0]) * ALIKE]
+        alike = [pair for pair in waiting if seconds(pair) <= seconds(waiting[0]) * NOISE]
         # Each graph alone, too: an encoder ten times the decoder's cost must not hide how slow the decoder is.
         for part in PARTS:
             quickest = min(times[part][pair[part]] for pair in alike)
-            alike = [pair for pair in alike if times[part][pair[part]] <= quickest * ALIKE]
+            alike = [pair for pair in alike if times[part][pair[part]] <= quickest * NOISE]
         first = min(alike, key=lambda pair: sum(sizes[part][precision] for part, precision in pair.items()))
         ordered.append(first)
         waiting.remove(first)
@@ -175,30 +175,33 @@ def candidates(
     return ordered[: ordered.index(exact) + 1]
 
 
-def _models(source: Source, progress: Callable[[str, int, int], None]) -> dict[str, dict[str, Any]]:
+def _models(
+    source: Source, progress: Callable[[str, int, int], None]
+) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """Part → precision → its graph as it is shipped; and what the manifest says to run them, of any pair the same."""
     models: dict[str, dict[str, Any]] = {part: {} for part in PARTS}
     for done, precision in enumerate(PRECISIONS):
         progress("build graphs", done, len(PRECISIONS))
-        pair = source.onnx_trunk()
+        pair = onnx_trunk(source)
         for part in PARTS:
-            model = getattr(pair, part)
-            quantize(source, part, model, precision)
-            models[part][precision] = model
-        fuse(pair)  # as it is shipped
+            build_graph(source, pair, part, precision)
+            models[part][precision] = getattr(pair, part)
     progress("build graphs", len(PRECISIONS), len(PRECISIONS))
-    return models
+    return models, {"session": pair.session, "tokens": source.calibration.tokens, "graphs": pair.graphs()}
 
 
 def _time(
-    source: Source, part: str, models: dict[str, dict[str, Any]], progress: Callable[[str, int, int], None]
+    source: Source,
+    part: str,
+    models: dict[str, dict[str, Any]],
+    manifest: dict[str, Any],
+    progress: Callable[[str, int, int], None],
 ) -> dict[str, float]:
     """Seconds of one photo's runs of a graph at each precision, one thread: the least of interleaved rounds.
 
     The least, not the median: graphs that run the same kernels must come out alike on a CPU that does other work, too.
     """
-    pair, calibration = source.onnx_trunk(), source.calibration
-    roles, _ = share_cache(pair.decoder, pair.session)
-    manifest = {"session": roles, "tokens": calibration.tokens, "graphs": pair.graphs()}
+    calibration = source.calibration
     encoder = engine(models["encoder"]["fp32"])
     pixels = np.ascontiguousarray(calibration.pixels[:1])
     tokens = (list(calibration.captions[0]) * TOKENS)[:TOKENS] or [calibration.tokens["eos"]] * TOKENS

@@ -30,29 +30,30 @@ def tidy_vision(model: onnx.ModelProto) -> PassResult:
         for name in [node.output[0] for node in graph.graph.node if node.op_type == kind]:
             tidy(graph, graph.producer[name])  # by name: each replacement copies the nodes
     graph.prune()
-    return PassResult("tidy_vision", cost={"nodes": len(graph.graph.node) - before})
+    return PassResult("tidy_vision", cost={"nodes_before": before, "nodes_after": len(graph.graph.node)})
 
 
 def fuse_vision(model: onnx.ModelProto) -> list[PassResult]:
-    """`tidy_vision`, then ONNX Runtime's operators for attention and tanh-GELU; [] where there are none to put in.
+    """`tidy_vision`, then ONNX Runtime's operators for attention and tanh-GELU; of these two what changed anything.
 
     To be run before weights are stored as anything but what the nodes read (`store_half`, `pack`).
     """
-    graph = Graph(model)
-    if not any(node.op_type in ("Softmax", "Tanh") for node in graph.graph.node):
+    graph, before = Graph(model), op_counts(model)
+    if "Softmax" not in before and "Tanh" not in before:
         return []
-    done = tidy_vision(model)
+    tidied = tidy_vision(model)
+    done = [tidied] if op_counts(model) != before else []
     graph.refresh()
     for kind, fuse in (("Softmax", _attention), ("Tanh", fuse_gelu)):
         for name in [node.output[0] for node in graph.graph.node if node.op_type == kind]:
             fuse(graph, graph.producer[name])
         graph.prune()
-    counts = op_counts(model)
-    fused = {kind: counts.get(kind, 0) for kind in ("MultiHeadAttention", "FastGelu")}
-    if not any(fused.values()):
-        return []
-    use_domain(model)
-    return [done, PassResult("fuse_vision", cost=fused)]
+    after = op_counts(model)
+    fused = {kind: after.get(kind, 0) - before.get(kind, 0) for kind in ("MultiHeadAttention", "FastGelu")}
+    if any(fused.values()):
+        use_domain(model)
+        done.append(PassResult("fuse_vision", cost=fused))
+    return done
 
 
 def _gather_rows(graph: Graph, node: onnx.NodeProto) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from edgecap.export import artifact, external, graph, onnx_quantized, pipeline, statistics, trunk
+from edgecap.export import artifact, external, graph, onnx_quantized, onnx_target, pipeline, statistics, trunk
 from edgecap.export.artifact import Source
 from edgecap.export.calibration import Calibration
 from edgecap.export.external import ExternalData, external_of
@@ -41,7 +41,7 @@ def low() -> Iterator[pytest.MonkeyPatch]:
         patch.setattr(keep_16bit, "MOST", 1000)
         patch.setattr(keep_16bit, "SMALLEST", 1000)
         patch.setattr(onnx_quantized, "STREAMED", 1000)
-        patch.setattr(artifact, "LARGE", 1000)
+        patch.setattr(onnx_target, "LARGE", 1000)
         for module in (external, trunk, graph):
             patch.setattr(module, "SMALLEST", graph.BESIDE + 1)
         yield patch

@@ -217,7 +217,7 @@ def test_large_graphs_keep_their_weights_beside_them(
     source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = bundle(source, "onnx-fp32", tmp_path / "a.edgecap")
-    monkeypatch.setattr("edgecap.export.artifact.LARGE", 10_000)
+    monkeypatch.setattr("edgecap.export.onnx_target.LARGE", 10_000)
     apart = bundle(source, "onnx-fp32", tmp_path / "b.edgecap")
     assert {"encoder.bin", "decoder.bin"} <= {file.name for file in apart.iterdir()}
     with Captioner.load(plain, threads=1) as one, Captioner.load(apart, threads=1) as other:

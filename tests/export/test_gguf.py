@@ -307,7 +307,7 @@ def test_a_bundle_holds_both_and_captions(tmp_path: Path) -> None:
     trunk = OnnxPair(encoder, onnx.ModelProto(), graphs.session, [])  # of the trunk, the encoder alone is used
     source = Source(loaded, Calibration(photos(4), words, loaded.tokens), tmp_path / "build", _trunk=trunk)
     artifact = q8_0(source)
-    assert [result.name for result in artifact.passes][-2:] == ["static_int8", "gguf"]
+    assert [result.name for result in artifact.passes][-3:] == ["static_int8", "fuse_products", "gguf"]
     target = Target("gguf", "q8_0", "", "", False, 0.9)
     manifest, files = assemble(loaded, ("gguf-q8_0", target), "x", artifact, make_golden(loaded), [])
     manifest["measured"] = {}

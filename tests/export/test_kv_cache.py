@@ -16,12 +16,13 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-from edgecap.export import artifact
-from edgecap.export.artifact import Artifact, Source, onnx_artifact
+from edgecap.export import onnx_quantized
+from edgecap.export.artifact import Artifact, Source
 from edgecap.export.calibration import engine, teacher_force
 from edgecap.export.graph import Graph, op_counts
 from edgecap.export.kv_cache import share_cache
-from edgecap.export.onnx_quantized import build_graphs
+from edgecap.export.onnx_quantized import build_graph, build_graphs
+from edgecap.export.onnx_target import onnx_artifact
 from edgecap.runtime import kv_cache
 from edgecap.runtime.backends.onnx import OnnxModel, OnnxSession
 from edgecap.runtime.backends.onnx_cache import CachedSession
@@ -93,7 +94,9 @@ class Torch:
 def case(request: pytest.FixtureRequest, sources: Callable[[str], Source]) -> SimpleNamespace:
     """A captioner as torch model, as the trunk's concatenating graph and with its cache in place."""
     source = sources(request.param)
-    made = onnx_artifact(source.trunk())
+    pair = source.trunk()
+    build_graph(source, pair, "decoder", "fp32")
+    made = onnx_artifact(pair)
     grown, shared = load(source, source.trunk()), load(source, made)
     seen = Seen(shared)
     for model in (grown, shared):
@@ -349,7 +352,7 @@ def test_a_prompt_read_in_pieces_is_the_prompt(case: Any) -> None:
 def test_quantized_graphs_share_their_cache_too(case: Any, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if precision == "blocks":
         monkeypatch.setattr("edgecap.export.onnx_quantized.STREAMED", 0)
-    monkeypatch.setattr(artifact, "share_cache", lambda model, session: (session, []))
+    monkeypatch.setattr(onnx_quantized, "share_cache", lambda model, session: (session, []))
     kept = build_graphs(case.source, "int4" if precision == "blocks" else precision)
     monkeypatch.undo()
     if precision == "blocks":
