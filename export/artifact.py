@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ..runtime.session import Model
     from ..train.checkpoint import Checkpoint
     from .calibration import Calibration
+    from .statistics import Statistics
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,8 @@ class Source:
     """A loaded checkpoint, its calibration data, and the fp32 ONNX graphs, traced when first asked for.
 
     scratch: an empty folder for the build's temporary files. frames: the manifest's "frames" of a captioner whose
-    photos the runtime cuts, None where the graph takes them whole.
+    photos the runtime cuts, None where the graph takes them whole. statistics, peaks: what onnx_quantized has seen of
+    the fp32 graphs by now, "encoder" or "decoder" → for static int8, and for large graphs (None: not looked at).
     """
 
     checkpoint: Checkpoint
@@ -47,7 +49,8 @@ class Source:
     frames: dict[str, Any] | None = None
     progress: Progress = silent
     _trunk: OnnxPair | None = None
-    statistics: dict[str, Any] = field(default_factory=dict)  # of the fp32 graphs: see onnx_quantized
+    statistics: dict[str, Statistics] = field(default_factory=dict)
+    peaks: dict[str, Statistics | None] = field(default_factory=dict)
 
     def trunk(self) -> OnnxPair:
         """The fp32 graphs; a fresh copy each time, to be changed at will. Raises EdgecapError if torch cannot trace."""

@@ -14,7 +14,7 @@ from .graph import Graph, PassResult
 from .half import store_half
 from .int4_blocks import quantize_blocks
 from .int4_pack import pack, short_names
-from .int8_rows import quantize_rows, row_statistics
+from .int8_matmul import matmul_statistics, quantize_matmuls
 from .int8_static import StaticOptions, no_statistics, quantize_static
 from .kv_cache import share_cache
 from .onnx_target import changed, onnx_artifact, onnx_trunk
@@ -64,7 +64,7 @@ def _encoder(source: Source, model: onnx.ModelProto, precision: str) -> list[Pas
         done.append(fold_pixels(model))
         if large:
             raised = {node: wanted for node, wanted in raised.items() if wanted == "fp32"}
-            done.append(quantize_rows(model, _rows_seen(source, "encoder"), precision=raised))
+            done.append(quantize_matmuls(model, _peaks(source, "encoder"), precision=raised))
         else:
             options = StaticOptions(bits={"int8": 8, "int4": 4}[precision], precision=raised)
             done.append(quantize_static(model, statistics(source, "encoder"), options=options))
@@ -83,7 +83,7 @@ def _decoder(source: Source, model: onnx.ModelProto, precision: str) -> list[Pas
         return [store_half(model)]
     raised, large = raised_layers(source.options, "decoder", precision), _matrix_bytes(model) > STREAMED
     if precision == "int8" and large:
-        done = [quantize_rows(model, _rows_seen(source, "decoder"), precision=raised)]
+        done = [quantize_matmuls(model, _peaks(source, "decoder"), precision=raised)]
         return [*done, quantize_embeddings(model, by_rows=True)]
     known = statistics(source, "decoder")
     if precision == "int8":
@@ -109,15 +109,14 @@ def statistics(source: Source, name: str) -> Statistics:
     return source.statistics[name]
 
 
-def _rows_seen(source: Source, name: str) -> Statistics | None:
+def _peaks(source: Source, name: str) -> Statistics | None:
     """What a few photos say about the rows of a large graph's layers; nothing of one whose weights lie outside: its
     fp32 form would be written to files and read for each photo, for steps that wait for the weights anyhow."""
-    key = f"{name}/rows"
-    if key not in source.statistics:
+    if name not in source.peaks:
         pair = onnx_trunk(source)
         few = None if pair.external is not None else source.calibration.first(LOOKED_AT)
-        source.statistics[key] = None if few is None else _seen(pair, name, few, row_statistics)
-    return source.statistics[key]
+        source.peaks[name] = None if few is None else _seen(pair, name, few, matmul_statistics)
+    return source.peaks[name]
 
 
 def _seen(

@@ -158,7 +158,7 @@ def test_a_smaller_size_means_no_tiles_and_a_photo_that_cannot_be_cut_is_told_by
 def test_int8_and_the_projector_of_llama_cpp(source: Source, tmp_path: Path) -> None:
     few = source.calibration
     few = dataclasses.replace(few, pixels=few.pixels[:2], captions=few.captions[:2])
-    source = dataclasses.replace(source, calibration=few, statistics={})
+    source = dataclasses.replace(source, calibration=few, statistics={}, peaks={})
     with Captioner.load(bundle(source, "onnx-int8", tmp_path / "a.edgecap")) as captioner:
         assert verify_golden(captioner).min_cosine > 0.95
         one, all_ = captioner(drawn()[1], max_length=4), captioner(drawn(), max_length=4)

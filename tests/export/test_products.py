@@ -14,7 +14,7 @@ from edgecap.export import onnx_fp32, onnx_int8, onnx_quantized
 from edgecap.export.artifact import Source
 from edgecap.export.gelu import fuse_gelus
 from edgecap.export.graph import Graph, op_counts
-from edgecap.export.int8_rows import quantize_rows, row_statistics
+from edgecap.export.int8_matmul import matmul_statistics, quantize_matmuls
 from edgecap.export.products import fuse_products, unflatten_products
 from edgecap.export.trunk import trace
 
@@ -77,10 +77,10 @@ def test_flattened_products_become_plain_ones(block: tuple[onnx.ModelProto, np.n
 def test_one_scale_and_its_bias_are_one_operator(block: tuple[onnx.ModelProto, np.ndarray], tmp_path: Path) -> None:
     model, wanted = block
     unflatten_products(model)
-    known = row_statistics(model)
+    known = matmul_statistics(model)
     for each in ROWS:
         known.add({"x": each[None]})
-    assert quantize_rows(model, known).cost == {"layers": 2, "by_row": 0}
+    assert quantize_matmuls(model, known).cost == {"per_tensor": 2, "per_token": 0}
     assert fuse_products(model).cost == {"products": 2, "biases": 2}
     onnx.checker.check_model(model)
     assert cosine(run(model, {"x": ROWS})[0].reshape(-1, 32), wanted.reshape(-1, 32)) > 0.9995
@@ -103,9 +103,9 @@ def test_rows_that_are_not_alike_keep_scales_of_their_own(block: tuple[onnx.Mode
         onnx.helper.make_node("MatMul", ["louder", down.input[1]], list(down.output), name=down.name),
     ])  # fmt: skip
     wanted = run(model, {"x": ROWS})[0]
-    known = row_statistics(model)
+    known = matmul_statistics(model)
     known.add({"x": ROWS})
-    assert quantize_rows(model, known).cost == {"layers": 2, "by_row": 1}
+    assert quantize_matmuls(model, known).cost == {"per_tensor": 1, "per_token": 1}
     assert fuse_products(model).cost == {"products": 2, "biases": 1}
     rows = [run(model, {"x": ROWS})[0][:, place] for place in (0, 4)]
     assert min(cosine(ours, wanted[:, place]) for ours, place in zip(rows, (0, 4), strict=True)) > 0.9995
@@ -122,7 +122,7 @@ def test_a_language_model_on_one_scale(kind: str, tmp_path: Path, small: None, m
         assert ops["Gemm"] == 1 and ops["FastGelu"] == 2  # the output layer's, of one row a caption
     made = onnx_int8.build(source)
     costs = {each.name: each.cost for each in made.passes if each.params.get("graph") == "decoder"}
-    layers = costs["int8_rows"]["layers"]
+    layers = costs["int8_matmul"]["per_tensor"]
     assert layers == 9 if kind == "gpt2" else layers > 8
-    assert costs["int8_rows"]["by_row"] == 0
+    assert costs["int8_matmul"]["per_token"] == 0
     assert cosine(forced_logits(source, made), forced_logits(source, wanted)) > 0.999

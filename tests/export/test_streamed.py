@@ -1,4 +1,4 @@
-"""What ONNX Runtime's language models get: merged projections, fused residuals, int8 row by row. Against torch."""
+"""What ONNX Runtime's language models get: merged projections, fused residuals, int8 per-token. Against torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from edgecap.export import onnx_fp32, onnx_int4, onnx_int8, onnx_quantized
 from edgecap.export.artifact import Source
 from edgecap.export.embedding8 import quantize_embeddings
 from edgecap.export.graph import Graph, op_counts
-from edgecap.export.int8_rows import quantize_rows
+from edgecap.export.int8_matmul import quantize_matmuls
 from edgecap.export.int8_static import quantize_static
 from edgecap.export.merge import merge_projections
 from edgecap.export.skip_norm import fuse_residuals
@@ -91,11 +91,11 @@ def test_what_is_tied_or_an_output_is_left_apart() -> None:
     assert merge_projections(model).cost["after"] == 0
 
 
-def test_int8_rows_in_the_fast_kernels(block: tuple[onnx.ModelProto, np.ndarray], tmp_path: Path) -> None:
+def test_int8_per_token_in_the_fast_kernels(block: tuple[onnx.ModelProto, np.ndarray], tmp_path: Path) -> None:
     model, wanted = copy(block[0]), block[1]
     merge_projections(model)
     names = [node.name for node in model.graph.node if node.op_type in ("MatMul", "Gemm")]
-    assert quantize_rows(model).cost == {"layers": 4, "by_row": 4}
+    assert quantize_matmuls(model).cost == {"per_tensor": 0, "per_token": 4}
     assert quantize_embeddings(model, by_rows=True).cost == {"shared_with_output_layer": 1, "rounded": 0}
     onnx.checker.check_model(model)
     assert cosine(run(model, {"ids": IDS})[0].reshape(-1, 40), wanted.reshape(-1, 40)) > 0.999
@@ -105,7 +105,7 @@ def test_int8_rows_in_the_fast_kernels(block: tuple[onnx.ModelProto, np.ndarray]
     np.testing.assert_array_equal(run(model, {"ids": IDS})[0], alone)
     kept = copy(block[0])
     merge_projections(kept)
-    assert quantize_rows(kept, precision=dict.fromkeys(names[:-1], "fp32")).cost == {"layers": 1, "by_row": 1}
+    assert quantize_matmuls(kept, precision=dict.fromkeys(names[:-1], "fp32")).cost == {"per_tensor": 0, "per_token": 1}
 
 
 class Halved(nn.Module):
@@ -126,7 +126,7 @@ def test_a_row_of_giants_leaves_the_others_alone() -> None:
     wanted = run(model, {"x": rows})[0][0]
     whole = copy(model)
     quantize_static(whole, [{"x": rows}])
-    assert quantize_rows(model).cost == {"layers": 1, "by_row": 1}
+    assert quantize_matmuls(model).cost == {"per_tensor": 0, "per_token": 1}
     ours, theirs = (run(each, {"x": rows})[0][0] for each in (model, whole))
     usual = [1, 2, 3, 5]
     assert cosine(ours[usual], wanted[usual]) > 0.9999 and cosine(ours[:1], wanted[:1]) > 0.9999
@@ -163,5 +163,5 @@ def test_a_language_models_bundle(llama: Source, monkeypatch: pytest.MonkeyPatch
         assert ops["SkipSimplifiedLayerNormalization"] == 2 * layers and ops["GroupQueryAttention"] == layers
         assert cosine(forced_logits(llama, made), logits) > least
         if build is onnx_int8.build:
-            assert "int8_rows" in {each.name for each in made.passes}
-            assert "decoder" not in llama.statistics and llama.statistics["decoder/rows"].runs  # no covariances
+            assert "int8_matmul" in {each.name for each in made.passes}
+            assert "decoder" not in llama.statistics and llama.peaks["decoder"].runs  # no covariances

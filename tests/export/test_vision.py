@@ -15,7 +15,7 @@ from edgecap.export.calibration import engine
 from edgecap.export.gelu import is_gelu
 from edgecap.export.graph import Graph, op_counts
 from edgecap.export.half import store_half
-from edgecap.export.int8_rows import quantize_rows
+from edgecap.export.int8_matmul import quantize_matmuls
 from edgecap.export.int8_static import StaticOptions, quantize_static
 from edgecap.export.onnx_quantized import build_graph
 from edgecap.export.pixels import fold_pixels
@@ -118,9 +118,9 @@ def test_pixels_around_the_middle_change_nothing_but_rounding(module: FrameGraph
     assert np.allclose(run(graph, pixels), wanted(module, pixels), atol=1e-3)
 
 
-def test_int8_rows_stay_close_and_know_nothing_of_the_batch(module: FrameGraph, graph: onnx.ModelProto) -> None:
+def test_int8_per_token_stays_close_and_knows_nothing_of_the_batch(module: FrameGraph, graph: onnx.ModelProto) -> None:
     fold_pixels(graph)
-    assert quantize_rows(graph).cost == {"layers": 6 * LAYERS + 2, "by_row": 6 * LAYERS + 1}  # pixels are whole
+    assert quantize_matmuls(graph).cost == {"per_tensor": 1, "per_token": 6 * LAYERS + 1}  # pixels are whole
     assert fuse_vision(graph)[1].cost == {"MultiHeadAttention": LAYERS, "FastGelu": LAYERS}
     index = Graph(graph)
     onnx.checker.check_model(graph)
@@ -157,12 +157,12 @@ def test_an_encoder_whose_weights_lie_outside_is_not_calibrated(
     options = BuildOptions(keep=frozenset({"encoder:node_matmul:fp32"}))
     pair = OnnxPair(graph, onnx.ModelProto(), {}, [])
     trunk = SimpleNamespace(external="files", session={})
-    source = SimpleNamespace(options=options, statistics={}, trunk=lambda: trunk)
+    source = SimpleNamespace(options=options, peaks={}, trunk=lambda: trunk)
     build_graph(source, pair, "encoder", precision)
     done = pair.passes
-    assert [each.name for each in done[:2]] == ["pixels_as_quantized_input", "int8_rows"]
+    assert [each.name for each in done[:2]] == ["pixels_as_quantized_input", "int8_matmul"]
     assert [each.name for each in done[2:]] == ["tidy_vision", "fuse_vision", "fuse_products"]
-    assert done[1].cost == {"layers": 6 * LAYERS + 1, "by_row": 6 * LAYERS + 1}
+    assert done[1].cost == {"per_tensor": 0, "per_token": 6 * LAYERS + 1}
 
 
 def test_weights_in_fp16_leave_the_operators(module: FrameGraph, graph: onnx.ModelProto) -> None:

@@ -1,8 +1,8 @@
-"""Pass: int8 MatMuls of graphs larger than the CPU's caches: activations by one scale where calibration saw rows alike,
-row by row where it did not.
+"""Pass: int8 MatMuls of graphs larger than the CPU's caches: activations static per-tensor where calibration saw rows
+alike, dynamic per-token where it did not.
 
-Language models have rows (often the first word's) whose activations are hundreds of times as large as all others': one
-scale for a whole tensor, calibrated or not, leaves the others nothing. There each row is divided by its own largest
+Language models have tokens (often the first) whose rows of activations are hundreds of times as large as all others':
+one scale for a whole tensor, calibrated or not, leaves the others nothing. There each row is divided by its own largest
 value before it is quantized, and multiplied by it behind the product: four small operators more for a layer, a tenth
 of a step. Either way rows know nothing of each other, so that a photo gets the same caption in any batch.
 """
@@ -20,37 +20,40 @@ from .graph import Graph, PassResult, attribute
 from .rounding import round_weights
 from .statistics import Layer, Statistics, layers_of
 
-NAME = "int8_rows"
+NAME = "int8_matmul"
 ALIKE = 4  # one scale may make the steps of the quietest tenth of rows so many times as large as their own: two bits
+# A GELU gives nothing below -0.17: of 255 steps 33 lie below zero, and reach 33 / 222 of a row's largest value, which
+# counts as 1.2 at least: 0.178.
+GELU_BELOW, GELU_LEAST = 33, 1.2
 AXIS, STEP, MIDDLE = "rows/axis", "rows/step", "rows/middle"
 GELU_TOP, GELU_STEP, GELU_ZERO = "rows/gelu_top", "rows/gelu_step", "rows/gelu_zero"
 
 
-def row_statistics(model: onnx.ModelProto) -> Statistics:
-    """What `quantize_rows` asks of calibration, before the first run: `Statistics.add` them."""
+def matmul_statistics(model: onnx.ModelProto) -> Statistics:
+    """What `quantize_matmuls` asks of calibration, before the first run: `Statistics.add` them."""
     inputs = [layer.input for layer in layers_of(Graph(model)) if layer.node.op_type != "Conv"]
     return Statistics(model, [], [], peaks=list(dict.fromkeys(inputs)))
 
 
-def quantize_rows(
+def quantize_matmuls(
     model: onnx.ModelProto, known: Statistics | None = None, *, precision: Mapping[str, str] = {}
 ) -> PassResult:
     """Quantize MatMul and Gemm with constant weights in place: QDQ, s8 weights per channel, u8 activations.
 
-    known: `row_statistics` of this graph; None: every layer row by row. precision: node name → "fp32" for those that
+    known: `matmul_statistics` of this graph; None: every layer per-token. precision: node name → "fp32" for those that
     stay as they are. Weights are rounded to nearest and keep clear of int16 saturation (see `rounding`).
     """
     graph = Graph(model)
     graph.set_constant(AXIS, np.array([-1]))
     graph.set_constant(STEP, np.array(1 / 127, np.float32))
     graph.set_constant(MIDDLE, np.array(128, np.uint8))
-    graph.set_constant(GELU_TOP, np.array(1.2, np.float32))
-    graph.set_constant(GELU_STEP, np.array(1 / 222, np.float32))
-    graph.set_constant(GELU_ZERO, np.array(33, np.uint8))  # 33 / 222 · 1.2 = 0.178
-    counts = {"layers": 0, "by_row": 0}
+    graph.set_constant(GELU_TOP, np.array(GELU_LEAST, np.float32))
+    graph.set_constant(GELU_STEP, np.array(1 / (255 - GELU_BELOW), np.float32))
+    graph.set_constant(GELU_ZERO, np.array(GELU_BELOW, np.uint8))
+    counts = {"per_tensor": 0, "per_token": 0}
     new: dict[str, list[onnx.NodeProto]] = {}
     stored: dict[str, str] = {}  # weights → their DequantizeLinear's output
-    scaled: dict[str, bool] = {}  # activations → whether by one scale
+    scaled: dict[str, bool] = {}  # activations → whether per-token
     for layer in layers_of(graph):
         node = layer.node
         if node.op_type == "Conv" or precision.get(node.name) == "fp32":
@@ -60,10 +63,10 @@ def quantize_rows(
         nodes: list[onnx.NodeProto] = []
         pixels = _is_quantized(graph, layer.input)
         if layer.input not in scaled and not pixels:
-            whole = _one_scale(graph, layer.input, known)
-            scaled[layer.input] = bool(whole)
-            by_rows = _scale_gelu if is_gelu(graph, layer.input) else _scale
-            nodes += whole or by_rows(layer.input)
+            static = _per_tensor(graph, layer.input, known)
+            scaled[layer.input] = not static
+            dynamic = _per_token_gelu if is_gelu(graph, layer.input) else _per_token
+            nodes += static or dynamic(layer.input)
         source = f"{node.input[1]}{'_turned' if attribute(node, 'transB', 0) else ''}"
         if source not in stored:
             stored[source] = f"{source}_real"
@@ -73,19 +76,19 @@ def quantize_rows(
         if pixels:
             nodes.append(onnx.NodeProto.FromString(node.SerializeToString()))
             nodes[-1].input[1] = stored[source]
-        by_row = not scaled.get(layer.input, True)
-        counts["layers"] += 1
-        counts["by_row"] += by_row
-        new[node.output[0]] = nodes if pixels else [*nodes, *_multiply(node, layer.input, stored[source], by_row)]
+        per_token = scaled.get(layer.input, False)  # pixels have the one scale that they always had
+        counts["per_token" if per_token else "per_tensor"] += 1
+        new[node.output[0]] = nodes if pixels else [*nodes, *_multiply(node, layer.input, stored[source], per_token)]
     graph.set_nodes(each for node in model.graph.node for each in new.get(node.output[0], [node]))
     _weights_first(graph, set(stored.values()))
     graph.prune()
     runs = 0 if known is None else known.runs
-    params = {"format": "QDQ", "activations": "uint8", "weights": "int8 per channel", "calibration_runs": runs}
+    activations = "uint8, static per-tensor or dynamic per-token"
+    params = {"format": "QDQ", "activations": activations, "weights": "int8 per channel", "calibration_runs": runs}
     return PassResult(NAME, params, counts)
 
 
-def _one_scale(graph: Graph, name: str, known: Statistics | None) -> list[onnx.NodeProto]:
+def _per_tensor(graph: Graph, name: str, known: Statistics | None) -> list[onnx.NodeProto]:
     """[..., K] → uint8 steps by one calibrated scale, back as reals; nothing where rows are not alike."""
     if known is None:
         return []
@@ -102,7 +105,7 @@ def _one_scale(graph: Graph, name: str, known: Statistics | None) -> list[onnx.N
     ]
 
 
-def _scale(name: str) -> list[onnx.NodeProto]:
+def _per_token(name: str) -> list[onnx.NodeProto]:
     """[..., K] → its rows' largest values [..., 1] and uint8 steps, back as reals. A row of zeros comes out as NaN,
     which quantizes to anything at all, and is multiplied by 0."""
     size, largest, unit, whole, real = (f"{name}_{part}" for part in ("size", "largest", "unit", "whole", "quantized"))
@@ -115,9 +118,8 @@ def _scale(name: str) -> list[onnx.NodeProto]:
     ]
 
 
-def _scale_gelu(name: str) -> list[onnx.NodeProto]:
-    """The same for what comes out of a GELU: no step is spent on what is below its minimum, -0.17, and no pass over the
-    rows on signs. (Rows without anything above 1.2 take the steps of 1.2.)"""
+def _per_token_gelu(name: str) -> list[onnx.NodeProto]:
+    """The same for what comes out of a GELU: no step is spent on what it never gives, no pass over rows on signs."""
     top, largest, unit, whole, real = (f"{name}_{part}" for part in ("top", "largest", "unit", "whole", "quantized"))
     return [
         make_node("ReduceMax", [name, AXIS], [top], name=top, keepdims=1),
@@ -143,13 +145,13 @@ def _store(graph: Graph, layer: Layer, name: str) -> onnx.NodeProto:
     return make_node("DequantizeLinear", [whole, scales, zeros], [f"{name}_real"], name=f"{name}_real", axis=1)
 
 
-def _multiply(node: onnx.NodeProto, rows: str, weights: str, by_row: bool) -> list[onnx.NodeProto]:
+def _multiply(node: onnx.NodeProto, rows: str, weights: str, per_token: bool) -> list[onnx.NodeProto]:
     result = node.output[0]
     bias = node.input[2] if len(node.input) > 2 else ""
     scaled = f"{result}_scaled" if bias else result
-    product = f"{result}_units" if by_row else scaled
+    product = f"{result}_units" if per_token else scaled
     nodes = [make_node("MatMul", [f"{rows}_quantized", weights], [product], name=node.name)]
-    if by_row:
+    if per_token:
         nodes.append(make_node("Mul", [product, f"{rows}_largest"], [scaled], name=scaled))
     return nodes + ([make_node("Add", [scaled, bias], [result], name=result)] if bias else [])
 
