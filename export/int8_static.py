@@ -1,15 +1,14 @@
-"""Static int8: QDQ per channel, u8 activations and s8 (or 4-bit) weights, calibrated on training photos.
+"""Static int8: QDQ, u8 activations per tensor and s8 (or 4-bit) weights per channel, calibrated on training photos.
 
 This is the form every engine's fast path reads: ONNX Runtime fuses it to QLinearConv and MatMulIntegerToFloat on x86,
-ARM and WASM. Unlike dynamic int8, whose scales depend on the whole batch, a photo gets the same caption in any batch.
+ARM and WASM. Unlike dynamic per-tensor int8, whose scales depend on the batch, a photo gets one caption in any batch.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 import numpy as np
 import onnx
@@ -19,76 +18,39 @@ from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 
 from .graph import Graph, PassResult, attribute
 from .rounding import Rounded, round_blocks, round_weights, worst_pair
-from .statistics import Feeds, Layer, Statistics, layers_of
+from .statistics import SEED, Layer, Statistics, layers_of
 
 SHAPE_ONLY = ("Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze")
+BLOCK = 64  # inputs, at most, that share a multiplier at 4 bits
+SPARED = 0.1  # of what could have 4 bits stays at 8: the smallest layers, few bytes and much of the error
 
 
-@dataclass(frozen=True)
-class StaticOptions:
-    """range: "mse" or "minmax"; rounding: "covariance" or "nearest"; pairs: keep clear of int16 saturation.
-
-    bits: 4 rounds the weights of pointwise Convs, MatMuls and Gemms to 4 bits times a multiplier for at most `block`
-    inputs (see `round_blocks`), and all scales to what fp16 holds; the smallest layers, up to the share `spared` of
-    these weights and none above a tenth of that, stay at 8 bits: few bytes, much of the error. precision: node name →
-    "int8" or "fp32" where it is to be higher.
-    """
-
-    range: str = "mse"
-    rounding: str = "covariance"
-    pairs: bool = True
-    damping: float = 0.01
-    seed: int = 0
-    bits: int = 8
-    block: int = 64
-    spared: float = 0.1
-    precision: Mapping[str, str] = field(default_factory=dict)
-
-
-def calibrate(
-    model: onnx.ModelProto,
-    feeds: Iterable[Feeds],
-    *,
-    seed: int = 0,
-    progress: Callable[[int], None] = lambda done: None,
-) -> Statistics:
-    """What `quantize_static` must know about a graph's tensors, whatever it will then be asked to quantize.
-
-    feeds: the graph's inputs for each calibration run, from the training split; a convolutional graph takes one photo a
-    run. progress is called with the runs done. Deterministic for the same feeds and seed.
-    """
-    statistics = no_statistics(model, seed=seed)
-    for each in feeds:
-        statistics.add(each)
-        progress(statistics.runs)
-    return statistics
-
-
-def no_statistics(model: onnx.ModelProto, *, seed: int = 0) -> Statistics:
-    """The same before the first run: `Statistics.add` them."""
+def static_statistics(model: onnx.ModelProto) -> Statistics:
+    """What `quantize_static` asks of calibration, before the first run: `Statistics.add` them. Convs take one photo a
+    run."""
     graph = Graph(model)
     layers = layers_of(graph)
-    return Statistics(model, _tensors(graph, _nodes(graph, layers)), layers, seed=seed)
+    return Statistics(model, _tensors(graph, _nodes(graph, layers)), layers)
 
 
 def quantize_static(
     model: onnx.ModelProto,
-    feeds: Iterable[Feeds] | Statistics,
+    statistics: Statistics,
     *,
-    options: StaticOptions = StaticOptions(),
-    progress: Callable[[int], None] = lambda done: None,
+    bits: int = 8,
+    spared: float = SPARED,
+    precision: Mapping[str, str] = {},
 ) -> PassResult:
     """Quantize in place: Conv (with the Clip or Relu behind it), MatMul and Gemm with constant weights, residual Adds.
 
-    feeds: the inputs to calibrate with (see `calibrate`), or what `calibrate` found for this graph.
+    statistics: `static_statistics` of this graph. bits: 4 rounds the weights of pointwise Convs, MatMuls and Gemms to
+    4 bits times a multiplier for at most BLOCK inputs (see `round_blocks`), and all scales to what fp16 holds; the
+    smallest layers, up to the share `spared` of these weights and none above a tenth of that, stay at 8 bits.
+    precision: node name → "int8" or "fp32" where it is to be higher.
     """
-    if isinstance(feeds, Statistics):
-        statistics = feeds
-    else:
-        statistics = calibrate(model, feeds, seed=options.seed, progress=progress)
     graph = Graph(model)
     del model.graph.value_info[:]  # stale shapes make the quantizer fail
-    layers = [layer for layer in layers_of(graph) if options.precision.get(layer.node.name) != "fp32"]
+    layers = [layer for layer in layers_of(graph) if precision.get(layer.node.name) != "fp32"]
     if not layers:
         return PassResult("static_int8", cost={"layers": 0})
     nodes = _nodes(graph, layers)
@@ -96,13 +58,13 @@ def quantize_static(
     overrides = {name: [_fixed(graph, name)] for name in tensors if _fixed(graph, name)}
     ranges = {}
     for name in tensors:
-        low, high = statistics.range(name, method=options.range)
+        low, high = statistics.range(name)
         ranges[name] = TensorData(lowest=np.float32(low), highest=np.float32(high))
     _share_ranges(graph, ranges)
 
-    worst, four = 0, four_bit_layers(layers, options)
+    worst, four = 0, four_bit_layers(layers, spared, precision) if bits == 4 else set()
     for layer in layers:
-        rounded = _round(graph, layer, statistics, ranges, options, four=layer.node.name in four)
+        rounded = _round(graph, layer, statistics, ranges, bits=bits, four=layer.node.name in four)
         if not layer.depthwise:
             worst = max(worst, worst_pair(rounded.weights))
         overrides[layer.node.input[1]] = _apply(graph, layer, rounded)
@@ -135,14 +97,14 @@ def quantize_static(
         "static_int8",
         {
             "format": "QDQ",
-            "activations": "uint8",
-            "weights": "int8 per channel" if options.bits == 8 else "int4 in blocks, int8 where kernels are small",
-            "range": options.range,
-            "rounding": options.rounding,
+            "activations": "uint8, static per-tensor",
+            "weights": "int8 per channel" if bits == 8 else "int4 in blocks, int8 where kernels are small",
+            "range": "mse",
+            "rounding": "covariance",
             "calibration_runs": statistics.runs,
-            "seed": statistics.seed,
+            "seed": SEED,
         },
-        {"layers": len(layers), "worst_weight_pair": worst} | ({"four_bits": len(four)} if options.bits == 4 else {}),
+        {"layers": len(layers), "worst_weight_pair": worst} | ({"four_bits": len(four)} if bits == 4 else {}),
     )
 
 
@@ -217,13 +179,12 @@ def _round(
     layer: Layer,
     statistics: Statistics,
     ranges: dict[str, TensorData],
-    options: StaticOptions,
     *,
+    bits: int,
     four: bool,
 ) -> Rounded:
-    covariance = mean = None
-    if options.rounding == "covariance":
-        covariance, mean = statistics.covariance(layer)
+    """bits: of the graph; four: of this layer's weights."""
+    covariance, mean = statistics.covariance(layer)
     low, high = (float(ranges[layer.input].range_value[i]) for i in (0, 1))
     bias = graph.constant(layer.node.input[2]) if len(layer.node.input) > 2 and layer.node.input[2] else None
     floor: np.ndarray | float = 1e-9
@@ -232,33 +193,26 @@ def _round(
         floor = np.maximum(np.abs(bias).reshape(shape) / (2**30 * max((high - low) / 255, 1e-9)), 1e-9)
     # Depthwise kernels widen to int32 first and cannot saturate; kernels larger than 1×1 are laid out
     # channels-first or -last by engine, so their neighbours are unknown: 7 bits keep any pair in range.
-    wide = not layer.depthwise and not layer.pointwise
-    if options.pairs and wide:
+    if not layer.depthwise and not layer.pointwise:
         floor = np.maximum(floor, np.abs(layer.weights).max(-1) / 64)
     if four:
-        block = block_size(layer.shape[-1], options.block)
-        return round_blocks(layer.weights, covariance, mean, block=block, floor=floor, damping=options.damping)
-    return round_weights(
-        layer.weights,
-        covariance,
-        mean,
-        pairs=options.pairs and not layer.depthwise,
-        floor=floor,
-        half=options.bits == 4,
-        damping=options.damping,
-    )
+        block = block_size(layer.shape[-1], BLOCK)
+        return round_blocks(layer.weights, covariance, mean, block=block, floor=floor)
+    pairs, half = not layer.depthwise, bits == 4
+    return round_weights(layer.weights, covariance, mean, pairs=pairs, floor=floor, half=half)
 
 
-def four_bit_layers(layers: list[Layer], options: StaticOptions) -> set[str]:
-    """The names of the layers whose weights are rounded to 4 bits; small kernels (depthwise, the stem) never are."""
-    if options.bits == 8:
-        return set()
+def four_bit_layers(layers: list[Layer], spared: float = SPARED, precision: Mapping[str, str] = {}) -> set[str]:
+    """The layers whose weights have 4 bits in a graph of 4 bits; small kernels (depthwise, the stem) never do.
+
+    spared, precision: as for `quantize_static`.
+    """
     layers = [layer for layer in layers if layer.pointwise and layer.shape[-1] >= 8]
-    most = options.spared * sum(layer.size for layer in layers)
-    chosen, spared = set(), 0
+    most = spared * sum(layer.size for layer in layers)
+    chosen, passed = set(), 0
     for layer in sorted(layers, key=lambda layer: layer.size):
-        spared += layer.size
-        if (spared > most or layer.size > most / 10) and layer.node.name not in options.precision:
+        passed += layer.size
+        if (passed > most or layer.size > most / 10) and layer.node.name not in precision:
             chosen.add(layer.node.name)
     return chosen
 

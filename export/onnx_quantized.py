@@ -15,7 +15,7 @@ from .half import store_half
 from .int4_blocks import quantize_blocks
 from .int4_pack import pack, short_names
 from .int8_matmul import matmul_statistics, quantize_matmuls
-from .int8_static import StaticOptions, no_statistics, quantize_static
+from .int8_static import quantize_static, static_statistics
 from .kv_cache import share_cache
 from .onnx_target import changed, onnx_artifact, onnx_trunk
 from .pixels import fold_pixels
@@ -66,8 +66,8 @@ def _encoder(source: Source, model: onnx.ModelProto, precision: str) -> list[Pas
             raised = {node: wanted for node, wanted in raised.items() if wanted == "fp32"}
             done.append(quantize_matmuls(model, _peaks(source, "encoder"), precision=raised))
         else:
-            options = StaticOptions(bits={"int8": 8, "int4": 4}[precision], precision=raised)
-            done.append(quantize_static(model, statistics(source, "encoder"), options=options))
+            bits = {"int8": 8, "int4": 4}[precision]
+            done.append(quantize_static(model, statistics(source, "encoder"), bits=bits, precision=raised))
     done += fuse_vision(model)  # before weights are stored as anything but what the nodes read
     if precision == "fp16":
         done.append(store_half(model))
@@ -87,11 +87,10 @@ def _decoder(source: Source, model: onnx.ModelProto, precision: str) -> list[Pas
         return [*done, quantize_embeddings(model, by_rows=True)]
     known = statistics(source, "decoder")
     if precision == "int8":
-        options = StaticOptions(precision=raised)
-        return [quantize_static(model, known, options=options), quantize_embeddings(model, by_rows=True)]
+        return [quantize_static(model, known, precision=raised), quantize_embeddings(model, by_rows=True)]
     if large:
         return [quantize_blocks(model, known, precision=raised), store_half(model), short_names(model)]
-    done = [quantize_static(model, known, options=StaticOptions(bits=4, precision=raised)), quantize_embeddings(model)]
+    done = [quantize_static(model, known, bits=4, precision=raised), quantize_embeddings(model)]
     return [*done, pack(model), store_half(model), short_names(model)]
 
 
@@ -105,7 +104,7 @@ def _use_ort_operators(pair: OnnxPair) -> list[PassResult]:
 def statistics(source: Source, name: str) -> Statistics:
     """What calibration says about the fp32 graph (the encoder's with pixels folded), measured once for a source."""
     if name not in source.statistics:
-        source.statistics[name] = _seen(onnx_trunk(source), name, source.calibration, no_statistics)
+        source.statistics[name] = _seen(onnx_trunk(source), name, source.calibration, static_statistics)
     return source.statistics[name]
 
 

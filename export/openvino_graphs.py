@@ -17,7 +17,7 @@ from ..runtime.errors import EdgecapError
 from .artifact import Artifact, Source
 from .external import external_of
 from .graph import Graph, PassResult, save, split_to
-from .int8_static import StaticOptions, quantize_static
+from .int8_static import quantize_static
 from .onnx_quantized import raised_layers, statistics
 from .pixels import fold_pixels
 from .statistics import layers_of
@@ -65,8 +65,7 @@ def _at_precision(
         # At 4 bits, too: there is no fast convolution for less, and nothing that ran slower would be worth the bytes.
         raised = {node: wanted for node, wanted in raised.items() if wanted == "fp32"}
         passes.append(fold_pixels(graph))
-        known = statistics(source, name)
-        passes.append(quantize_static(graph, known, options=StaticOptions(precision=raised)))
+        passes.append(quantize_static(graph, statistics(source, name), precision=raised))
         _quantize_pixels(graph)
         _float_biases(graph)
     model = convert(graph, source.scratch / f"{name}.onnx")

@@ -17,6 +17,7 @@ PAIR_LIMIT = 128  # 255 · 128 = 32640 < 2^15
 NIBBLE = 7  # 4-bit weights are -7..7
 MULTIPLIERS = 9  # 7 · 9 = 63: two neighbours stay within PAIR_LIMIT
 ROWS, COLUMNS = 2048, 32  # of a layer, rounded together
+DAMPING = 0.01  # of the mean variance, added to the diagonal: inputs that hardly vary stay well conditioned
 
 
 @dataclass(frozen=True)
@@ -71,18 +72,16 @@ def round_weights(
     pairs: bool = True,
     floor: np.ndarray | float = 0.0,
     half: bool = False,
-    damping: float = 0.01,
 ) -> Rounded:
     """Round float weights [G, O, K] (G groups of O outputs with K inputs each) to int8.
 
     covariance [G, K, K] and mean [G, K] are of the layer's inputs; None rounds to nearest. half: only scales that fp16
-    holds. damping: share of the mean variance added to the diagonal, so that inputs that hardly vary stay well
-    conditioned.
+    holds.
     """
     scales = channel_scales(weights, pairs=pairs, floor=floor)  # [G, O]
     if half:
         scales = _half(scales).astype(np.float32)
-    whole = _pass_on(weights, scales[..., None], 127, covariance, damping, pairs=pairs).astype(np.int8)
+    whole = _pass_on(weights, scales[..., None], 127, covariance, pairs=pairs).astype(np.int8)
     return Rounded(whole, scales, _shift(weights, whole * scales[..., None].astype(np.float64), mean))
 
 
@@ -93,7 +92,6 @@ def round_blocks(
     *,
     block: int,
     floor: np.ndarray | float = 0.0,
-    damping: float = 0.01,
 ) -> Rounded:
     """Round float weights [G, O, K] to 4 bits times a whole multiplier for each `block` inputs: int8 all the same.
 
@@ -102,7 +100,7 @@ def round_blocks(
     """
     groups, outputs, width = weights.shape
     power = np.ones((groups, width)) if covariance is None else np.einsum("gkk->gk", covariance)
-    power = (power + damping * power.mean(1, keepdims=True) + 1e-12)[:, None]  # [G, 1, K]
+    power = (power + DAMPING * power.mean(1, keepdims=True) + 1e-12)[:, None]  # [G, 1, K]
     blocked = weights.reshape(groups, outputs, width // block, block)
     power = power.reshape(groups, 1, width // block, block)
     largest = np.abs(weights).max(axis=-1) / (NIBBLE * MULTIPLIERS)  # [G, O]
@@ -123,7 +121,7 @@ def round_blocks(
         whole = np.where(better[..., None], choice, whole)
     multipliers = whole.repeat(block, axis=-1)  # [G, O, K]
     steps = scales[..., None] * multipliers
-    quarters = _pass_on(weights, steps, NIBBLE, covariance, damping)
+    quarters = _pass_on(weights, steps, NIBBLE, covariance)
     rounded = (quarters * multipliers).astype(np.int8)
     return Rounded(rounded, scales.astype(np.float32), _shift(weights, rounded * scales[..., None], mean))
 
@@ -133,7 +131,6 @@ def round_float_blocks(
     covariance: np.ndarray | None,
     *,
     block: int,
-    damping: float = 0.01,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Round float weights [O, K] to -7..7 with an fp16 scale for each `block` inputs: int8 [O, K], [O, K / block].
 
@@ -141,15 +138,15 @@ def round_float_blocks(
     """
     outputs, width = weights.shape
     power = np.ones(width) if covariance is None else np.einsum("skk->sk", covariance).reshape(-1)
-    power = (power + damping * power.mean() + 1e-12).reshape(width // block, block)
+    power = (power + DAMPING * power.mean() + 1e-12).reshape(width // block, block)
     scales = np.concatenate([_block_scales(weights[i : i + ROWS], power) for i in range(0, outputs, ROWS)])
     steps = scales.repeat(block, axis=-1)  # [O, K]
     if covariance is None:
-        whole = _pass_on(weights[None], steps[None], NIBBLE, None, damping)[0]
+        whole = _pass_on(weights[None], steps[None], NIBBLE, None)[0]
     else:
         shape = (outputs, len(covariance), -1)
         apart = [each.reshape(shape).transpose(1, 0, 2) for each in (weights, steps)]  # [S, O, K / S]
-        whole = _pass_on(*apart, NIBBLE, covariance, damping).transpose(1, 0, 2).reshape(outputs, width)
+        whole = _pass_on(*apart, NIBBLE, covariance).transpose(1, 0, 2).reshape(outputs, width)
     return whole.astype(np.int8), scales.astype(np.float16)
 
 
@@ -198,7 +195,6 @@ def _pass_on(
     steps: np.ndarray,
     limit: int,
     covariance: np.ndarray | None,
-    damping: float,
     *,
     pairs: bool = False,
 ) -> np.ndarray:
@@ -216,7 +212,7 @@ def _pass_on(
         ranked = np.take_along_axis(np.take_along_axis(covariance, order[:, :, None], 1), order[:, None, :], 2)
         power = np.einsum("gkk->g", ranked)[:, None, None] / width
         # In units of the mean variance; an input that never varied (a dead channel) has none.
-        ranked = ranked / np.where(power > 1e-12, power, 1.0) + damping * np.eye(width)
+        ranked = ranked / np.where(power > 1e-12, power, 1.0) + DAMPING * np.eye(width)
         inverse = np.linalg.inv(ranked)
         upper = np.linalg.cholesky((inverse + inverse.transpose(0, 2, 1)) / 2).transpose(0, 2, 1)  # [G, K, K]
     whole = np.empty(weights.shape, np.int8)

@@ -12,7 +12,7 @@ from ..runtime.backends.onnx import OnnxModel
 from .artifact import Source
 from .calibration import engine, teacher_force
 from .graph import Graph
-from .int8_static import StaticOptions, four_bit_layers, quantize_static
+from .int8_static import four_bit_layers, quantize_static
 from .onnx_quantized import PARTS, statistics
 from .onnx_target import onnx_trunk
 from .pixels import fold_pixels
@@ -51,13 +51,13 @@ def sensitivities(
     power = float(np.mean(wanted**2))
     found, total = [], sum(map(len, names.values()))
     for part in PARTS:
-        known, four = statistics(source, part), four_bit_layers(layers[part], StaticOptions(bits=bits))
+        known, four = statistics(source, part), four_bit_layers(layers[part]) if bits == 4 else set()
         for name in names[part]:
             model = onnx.ModelProto()
             model.CopyFrom(getattr(pair, part))
             others = {other: "fp32" for other in names[part] if other != name}
             used = 4 if name in four else 8
-            quantize_static(model, known, options=StaticOptions(bits=used, spared=0.0, precision=others))
+            quantize_static(model, known, bits=used, spared=0.0, precision=others)
             error = float(np.mean((forced.logits({part: model}) - wanted) ** 2)) / power
             found.append(Sensitivity(f"{part}:{name}", error, used))
             progress(len(found), total)

@@ -15,6 +15,7 @@ import onnxruntime as ort
 from .external import Maker, external_of
 from .graph import Graph, attribute, loadable
 
+SEED = 0  # of what is looked at: the same photos give the same graphs
 SAMPLES_PER_RUN = 1500  # of each tensor, for its range
 POSITIONS_PER_RUN = 96  # of each layer, for its covariance
 HELD = 256  # positions that are multiplied together: a decoder's step alone has a few, and large layers much to add to
@@ -84,7 +85,7 @@ def layer_of(graph: Graph, node: onnx.NodeProto) -> Layer | None:
 
 
 class Statistics:
-    """Runs a graph on real inputs and collects, deterministically for one seed, what quantization needs.
+    """Runs a graph on real inputs and collects, deterministically, what quantization needs.
 
     tensors: get a range; layers: a covariance of their inputs; peaks: of these tensors, also each row's largest value.
     """
@@ -96,7 +97,6 @@ class Statistics:
         layers: list[Layer],
         *,
         peaks: Sequence[str] = (),
-        seed: int = 0,
     ) -> None:
         self.layers = layers
         self.tensors = list(dict.fromkeys([*tensors, *peaks]))
@@ -114,7 +114,7 @@ class Statistics:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
         self.session: ort.InferenceSession | None = load(probe, options)
         self.wanted = wanted
-        self.seed, self.random = seed, np.random.default_rng(seed)
+        self.random = np.random.default_rng(SEED)
         self.samples: dict[str, list[np.ndarray]] = {name: [] for name in self.tensors}
         self.lows = dict.fromkeys(self.tensors, np.inf)
         self.highs = dict.fromkeys(self.tensors, -np.inf)

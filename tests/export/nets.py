@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +12,8 @@ import onnxruntime as ort
 import torch
 from torch import nn
 
+from edgecap.export.int8_static import static_statistics
+from edgecap.export.statistics import Feeds, Statistics
 from edgecap.train.checkpoint import METRICS, RECIPE, TOKENIZER, WEIGHTS, model_for
 from edgecap.train.models import encoders
 from edgecap.train.recipe import recipe_from_dict
@@ -116,6 +119,14 @@ def engine(model: onnx.ModelProto, *, optimize: bool = True, save: Path | None =
     if save:
         options.optimized_model_filepath = str(save)
     return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def calibrate(model: onnx.ModelProto, feeds: Iterable[Feeds]) -> Statistics:
+    """What `quantize_static` asks of calibration, of these inputs."""
+    known = static_statistics(model)
+    for each in feeds:
+        known.add(each)
+    return known
 
 
 def photos(count: int, size: int = SIZE, seed: int = 0) -> np.ndarray:

@@ -16,7 +16,7 @@ from edgecap.export.pixels import fold_pixels
 from edgecap.export.trunk import trace
 from edgecap.train.models import CaptionModel, build_model
 
-from .nets import DECODERS, SIZE, photos, run
+from .nets import DECODERS, SIZE, calibrate, photos, run
 from .small_source import cosine
 
 BRIDGES = {
@@ -66,7 +66,7 @@ def test_onnx_in_batches_of_any_size_and_int8(model: CaptionModel, graph: onnx.M
         np.testing.assert_allclose(run(graph, {"pixels": pixels})[0], torch_says(model, pixels), atol=2e-5)
     whole = onnx.ModelProto.FromString(save(graph))
     fold_pixels(whole)
-    result = quantize_static(whole, [{"pixels": photo[None]} for photo in photos(16, seed=1)])
+    result = quantize_static(whole, calibrate(whole, [{"pixels": photo[None]} for photo in photos(16, seed=1)]))
     assert result.cost["layers"] >= 7  # the convolutions, the bridge's matrices and the decoder's projection
     pixels = photos(4, seed=9)
     near(run(whole, {"pixels": pixels})[0], torch_says(model, pixels), 0.97)

@@ -20,7 +20,7 @@ from edgecap.train.models import ENCODERS, build_model
 from edgecap.train.models.encoders import Encoder
 
 from ..train.encoder_parts import PARTS, SIDE, drawn
-from .nets import run
+from .nets import calibrate, run
 
 CONVOLUTIONAL = ("mobilenet_v2", "efficientnet")
 POOLED = ("siglip", "clip")  # whose pooled features have weights of their own
@@ -65,7 +65,7 @@ def test_fp32_is_torch_and_int8_is_near(name: str) -> None:
     assert fold_pixels(model).cost["changed"]
     if part.kind not in CONVOLUTIONAL:  # patches have no border that is padded: exact
         np.testing.assert_allclose(run(model, {"pixels": pixels})[0], expected, atol=1e-4)
-    quantized = quantize_static(model, [{"pixels": photo[None]} for photo in drawn(16, seed=9)])
+    quantized = quantize_static(model, calibrate(model, [{"pixels": photo[None]} for photo in drawn(16, seed=9)]))
     assert quantized.cost["layers"] >= 13
     near = run(model, {"pixels": pixels})[0]
     assert cosine(near, expected) > (0.98 if part.kind == "efficientnet" else 0.999)

@@ -19,13 +19,13 @@ from edgecap.export.artifact import BuildOptions, Source
 from edgecap.export.graph import Graph, op_counts, save
 from edgecap.export.int4_blocks import quantize_blocks
 from edgecap.export.int4_pack import pack, short_names, split
-from edgecap.export.int8_static import StaticOptions, calibrate, quantize_static
+from edgecap.export.int8_static import quantize_static
 from edgecap.export.pixels import fold_pixels
 from edgecap.export.rounding import PAIR_LIMIT, round_blocks, round_float_blocks, worst_pair
 from edgecap.export.statistics import layers_of
 from edgecap.export.trunk import trace
 
-from .nets import SmallNet, engine, photos, run
+from .nets import SmallNet, calibrate, engine, photos, run
 from .small_source import cosine, forced_logits, small_source
 from .test_rounding import inputs, moments, output_error
 
@@ -74,7 +74,7 @@ def packed_and_not() -> tuple[onnx.ModelProto, onnx.ModelProto]:
     model = trace(SmallNet().eval(), {"pixels": (torch.from_numpy(photos(2)), {0: "batch"})}, ("grid",), 18)
     fold_pixels(model)
     result = quantize_static(
-        model, [{"pixels": each[None]} for each in photos(12)], options=StaticOptions(bits=4, spared=0.0)
+        model, calibrate(model, [{"pixels": each[None]} for each in photos(12)]), bits=4, spared=0.0
     )
     assert result.cost["four_bits"] == 2  # the two pointwise Convs
     packed = onnx.ModelProto.FromString(model.SerializeToString())
@@ -136,7 +136,7 @@ def test_matmuls_by_blocks_and_the_embedding_from_the_same_bytes(words: onnx.Mod
     statistics = (
         calibrate(model, [{"ids": np.arange(i, i + 10)[None]} for i in range(0, 40, 4)]) if calibrated else None
     )
-    result = quantize_blocks(model, statistics, block=32)
+    result = quantize_blocks(model, statistics)
     assert result.cost == {"int4": 3, "int8": 0, "embeddings": 1}
     ops = op_counts(model)
     assert ops["MatMulNBits"] == 3 and ops["GatherBlockQuantized"] == 1 and not {"MatMul", "Gather"} & set(ops)
@@ -162,7 +162,7 @@ def test_layers_by_blocks_can_be_raised(words: onnx.ModelProto) -> None:
     errors = []
     for raised in ({}, {last: "int8"}, {first: "int8", second: "fp32", last: "int8"}):
         model = onnx.ModelProto.FromString(words.SerializeToString())
-        quantize_blocks(model, precision=raised, block=32)
+        quantize_blocks(model, precision=raised)
         ids = {"ids": np.arange(50)[None]}
         errors.append(float(np.mean((run(model, ids)[0] - run(words, ids)[0]) ** 2)))
     assert errors[2] < 0.05 * errors[1] and errors[1] < errors[0]

@@ -12,14 +12,14 @@ from torch import nn
 from edgecap.export.embedding8 import quantize_embeddings
 from edgecap.export.graph import Graph, attribute, op_counts, save
 from edgecap.export.half import store_half
-from edgecap.export.int8_static import StaticOptions, quantize_static
+from edgecap.export.int8_static import quantize_static
 from edgecap.export.pixels import fold_pixels
 from edgecap.export.rounding import PAIR_LIMIT, worst_pair
 from edgecap.export.statistics import layers_of
 from edgecap.export.tie import tie_embedding
 from edgecap.export.trunk import trace
 
-from .nets import SIZE, SmallNet, engine, photos, run
+from .nets import SIZE, SmallNet, calibrate, engine, photos, run
 
 
 def copy(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -77,7 +77,7 @@ def test_a_graph_without_that_beginning_is_left_alone() -> None:
 def quantized(traced: onnx.ModelProto) -> onnx.ModelProto:
     model = copy(traced)
     fold_pixels(model)
-    quantize_static(model, [{"pixels": each[None]} for each in photos(12)])
+    quantize_static(model, calibrate(model, [{"pixels": each[None]} for each in photos(12)]))
     return model
 
 
@@ -123,7 +123,7 @@ def test_quantization_is_reproducible(traced: onnx.ModelProto) -> None:
     for _ in range(2):
         model = copy(traced)
         fold_pixels(model)
-        quantize_static(model, [{"pixels": each[None]} for each in photos(3)], options=StaticOptions(seed=4))
+        quantize_static(model, calibrate(model, [{"pixels": each[None]} for each in photos(3)]))
         files.append(save(model))
     assert files[0] == files[1]
 
@@ -154,7 +154,7 @@ def test_a_tied_embedding_is_stored_once(vocab: int) -> None:
     np.testing.assert_allclose(run(model, feeds)[0], wanted, atol=1e-5)
     assert len(save(model)) < 4 * (vocab * 32 + 32 * 33) + 3000
 
-    quantize_static(model, [{"ids": np.arange(i, i + 8)} for i in range(0, 40, 8)])
+    quantize_static(model, calibrate(model, [{"ids": np.arange(i, i + 8)} for i in range(0, 40, 8)]))
     before = run(model, feeds)[0]
     assert quantize_embeddings(model).cost == {"shared_with_output_layer": 1, "rounded": 0}
     np.testing.assert_allclose(run(model, feeds)[0], before, atol=1e-6)
@@ -203,9 +203,8 @@ def test_a_layer_kept_float_is_not_quantized_by_the_engine(traced: onnx.ModelPro
     model = copy(traced)
     fold_pixels(model)
     kept = [layer.node.name for layer in layers_of(Graph(model)) if layer.pointwise][0]
-    quantize_static(
-        model, [{"pixels": each[None]} for each in photos(6)], options=StaticOptions(precision={kept: "fp32"})
-    )
+    known = calibrate(model, [{"pixels": each[None]} for each in photos(6)])
+    quantize_static(model, known, precision={kept: "fp32"})
     engine(model, save=tmp_path / "loaded.onnx")
     ops = op_counts(onnx.load(tmp_path / "loaded.onnx"))
     assert ops["QLinearConv"] == 3 and ops.get("Conv", 0) + ops.get("FusedConv", 0) == 1

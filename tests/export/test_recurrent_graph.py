@@ -17,6 +17,8 @@ from edgecap.train.models.gru import GRUDecoder
 from edgecap.train.models.lstm import LSTMDecoder
 from edgecap.train.models.recurrent import RecurrentDecoder
 
+from .nets import calibrate
+
 HEADS, CELLS, SIZE, HIDDEN, VOCAB = 2, 6, 8, 24, 40
 
 
@@ -72,7 +74,7 @@ def test_the_graph_is_one_step_of_the_decoder(decoder: RecurrentDecoder, traced:
 def test_all_matrices_run_in_int8(decoder: RecurrentDecoder, traced: onnx.ModelProto, tmp_path, by_rows: bool) -> None:
     """What is behind a rank-2 product decides whether ONNX Runtime finds an int8 kernel for it at all."""
     model = onnx.ModelProto.FromString(save(traced))
-    quantize_static(model, [feeds(decoder, seed, rows=16) for seed in range(8)])
+    quantize_static(model, calibrate(model, [feeds(decoder, seed, rows=16) for seed in range(8)]))
     result = quantize_embeddings(model, by_rows=by_rows)
     assert result.cost == {"shared_with_output_layer": 1, "rounded": 0}
     session = engine(model, str(tmp_path / "optimized.onnx"))

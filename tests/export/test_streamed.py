@@ -23,7 +23,7 @@ from edgecap.export.tie import tie_embedding
 from edgecap.export.trunk import trace
 
 from . import nets
-from .nets import engine, run
+from .nets import calibrate, engine, run
 from .small_source import cosine, forced_logits, small_source
 
 
@@ -125,7 +125,7 @@ def test_a_row_of_giants_leaves_the_others_alone() -> None:
     model = trace(net, {"x": (torch.from_numpy(rows), {0: "rows", 1: "length"})}, ("y",), 23)
     wanted = run(model, {"x": rows})[0][0]
     whole = copy(model)
-    quantize_static(whole, [{"x": rows}])
+    quantize_static(whole, calibrate(whole, [{"x": rows}]))
     assert quantize_matmuls(model).cost == {"per_tensor": 0, "per_token": 1}
     ours, theirs = (run(each, {"x": rows})[0][0] for each in (model, whole))
     usual = [1, 2, 3, 5]

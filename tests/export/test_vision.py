@@ -16,12 +16,14 @@ from edgecap.export.gelu import is_gelu
 from edgecap.export.graph import Graph, op_counts
 from edgecap.export.half import store_half
 from edgecap.export.int8_matmul import quantize_matmuls
-from edgecap.export.int8_static import StaticOptions, quantize_static
+from edgecap.export.int8_static import quantize_static
 from edgecap.export.onnx_quantized import build_graph
 from edgecap.export.pixels import fold_pixels
 from edgecap.export.trunk import OPSET_PLAIN, OnnxPair, trace
 from edgecap.export.vision import fuse_vision, tidy_vision
 from edgecap.train.models.framed import FrameGraph
+
+from .nets import calibrate
 
 LAYERS, SIDE = 2, 64
 
@@ -134,7 +136,7 @@ def test_int8_per_token_stays_close_and_knows_nothing_of_the_batch(module: Frame
 def test_static_int8_is_fused_as_well(module: FrameGraph, graph: onnx.ModelProto) -> None:
     fold_pixels(graph)
     feeds = [{"pixels": frames(1, side)} for side in (SIDE, 48, 32)]
-    quantize_static(graph, feeds, options=StaticOptions(rounding="nearest"))
+    quantize_static(graph, calibrate(graph, feeds))
     assert fuse_vision(graph)[1].cost == {"MultiHeadAttention": LAYERS, "FastGelu": LAYERS}
     pixels = frames(2, SIDE)
     assert cosine(run(graph, pixels), wanted(module, pixels)) > 0.995
