@@ -18,7 +18,7 @@ from edgecap import cli
 from edgecap.benchmarks.datasets import open_dataset
 from edgecap.benchmarks.datasets.summary import write_sample
 from edgecap.benchmarks.metrics import Interval
-from edgecap.export import gate, onnx_int8, pipeline, smaller
+from edgecap.export import gate, job, onnx_int8, pipeline, smaller
 from edgecap.export.artifact import BuildOptions
 from edgecap.export.golden import draw, make_golden
 from edgecap.export.pipeline import export
@@ -231,7 +231,7 @@ def test_a_missed_golden_pair_is_an_error_unless_forced(tmp_path: Path, monkeypa
     folder, out = save_run(tmp_path / "run"), tmp_path / "x.edgecap"
     monkeypatch.setattr(gate, "paired_bootstrap", lambda a, b: Interval(0.0, 0.0, 0.0))
     monkeypatch.setattr(
-        pipeline, "verify_golden", lambda captioner: dataclasses.replace(verify_golden(captioner), min_cosine=0.5)
+        job, "verify_golden", lambda captioner: dataclasses.replace(verify_golden(captioner), min_cosine=0.5)
     )
     with pytest.raises(EdgecapError, match=r"logit cosine 0.50000, needed 0.999; .* \(or --force\)"):
         export(folder, target="onnx-fp16", out=out)

@@ -13,7 +13,8 @@ from click.testing import CliRunner
 
 from edgecap import cli
 from edgecap.export.artifact import BuildOptions, Source
-from edgecap.export.pipeline import Job, export, recipe_parts
+from edgecap.export.job import Job
+from edgecap.export.pipeline import export, recipe_parts
 from edgecap.export.support import as_markdown, support
 from edgecap.export.targets import TARGETS
 from edgecap.runtime import Captioner, UsageError
