@@ -129,7 +129,9 @@ def add_fused(artifact: Artifact, checkpoint: Checkpoint) -> None:
     artifact.files[FILE] = save(model)
     artifact.graphs["fused"] = describe(model)
     text = "text" in artifact.graphs["fused"]["outputs"]
-    artifact.passes.append(PassResult("fuse", {"opset": _opset(model), "text": text}, {"nodes": len(model.graph.node)}))
+    artifact.passes.append(
+        PassResult("fused", {"opset": _opset(model), "text": text}, {"nodes": len(model.graph.node)})
+    )
 
 
 def describe(model: onnx.ModelProto) -> dict[str, Any]:

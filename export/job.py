@@ -151,7 +151,7 @@ class Job:
         ):
             return speed(one, other, pixels)
 
-    def fuse(self, artifact: Artifact) -> dict[str, Any]:
+    def add_fused(self, artifact: Artifact) -> dict[str, Any]:
         """Add the whole captioner as one graph; it must say what the two graphs and the runtime's search say."""
         ours = self.captioner(artifact)
         add_fused(artifact, self.source.checkpoint)

@@ -8,19 +8,19 @@ import onnx
 
 from .artifact import Artifact, BuildOptions, Source
 from .calibration import Calibration
-from .embedding8 import quantize_embeddings
 from .gelu import fuse_gelus
 from .graph import Graph, PassResult
 from .half import store_half
 from .int4_blocks import quantize_blocks
 from .int4_pack import pack, short_names
+from .int8_embedding import quantize_embeddings
 from .int8_matmul import matmul_statistics, quantize_matmuls
 from .int8_static import quantize_static, static_statistics
 from .kv_cache import share_cache
 from .onnx_target import changed, onnx_artifact, onnx_trunk
 from .pixels import fold_pixels
 from .products import fuse_products
-from .skip_norm import fuse_residuals
+from .residual_norms import fuse_residual_norms
 from .statistics import Statistics, layers_of
 from .trunk import OnnxPair
 from .vision import fuse_vision
@@ -96,7 +96,7 @@ def _decoder(source: Source, model: onnx.ModelProto, precision: str) -> list[Pas
 
 def _use_ort_operators(pair: OnnxPair) -> list[PassResult]:
     """A decoder's residuals, GELUs, cache (which is written in place then: the session's roles change) and products."""
-    fused = [*changed(fuse_residuals(pair.decoder)), *changed(fuse_gelus(pair.decoder))]
+    fused = [*changed(fuse_residual_norms(pair.decoder)), *changed(fuse_gelus(pair.decoder))]
     pair.session, shared = share_cache(pair.decoder, pair.session)
     return [*fused, *shared, *changed(fuse_products(pair.decoder))]
 

@@ -156,7 +156,7 @@ def export(
             if known:
                 job.beside[TUNING] = known.to_json().encode()
             if options.fused and (result.passed or force):
-                result.measured["fused"] = job.fuse(artifact)
+                result.measured["fused"] = job.add_fused(artifact)
             result.measured.update(
                 job.evidence(artifact),
                 data=public_spec(dataset.spec),

@@ -370,7 +370,7 @@ def test_every_onnx_target_in_one_file(source: Source, name: str, tmp_path: Path
             assert share == 1 if TARGETS[name].same_tokens else share >= 0.5  # random int8 nets are near ties
         ours, theirs = fused(images[0]), captioner(images[0], beam=1)
         assert ours.text == theirs.text and ours.logprob == pytest.approx(theirs.logprob, abs=1e-3)
-        assert artifact.passes[-1].name == "fuse"
+        assert artifact.passes[-1].name == "fused"
     sizes = {file: len(content) for file, content in artifact.files.items()}
     assert sizes["fused.onnx"] < sizes["encoder.onnx"] + sizes["decoder.onnx"] + 64_000  # weights are in it once
     with pytest.raises(UsageError, match="no pictures"):

@@ -9,9 +9,9 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
-from edgecap.export.embedding8 import quantize_embeddings
 from edgecap.export.graph import Graph, attribute, op_counts, save
 from edgecap.export.half import store_half
+from edgecap.export.int8_embedding import quantize_embeddings
 from edgecap.export.int8_static import quantize_static
 from edgecap.export.pixels import fold_pixels
 from edgecap.export.rounding import PAIR_LIMIT, worst_pair

@@ -8,8 +8,8 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from edgecap.export.embedding8 import quantize_embeddings
 from edgecap.export.graph import Graph, save
+from edgecap.export.int8_embedding import quantize_embeddings
 from edgecap.export.int8_static import quantize_static
 from edgecap.export.tie import tie_embedding
 from edgecap.export.trunk import trace

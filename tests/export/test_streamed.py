@@ -13,12 +13,12 @@ from torch import nn
 
 from edgecap.export import onnx_fp32, onnx_int4, onnx_int8, onnx_quantized
 from edgecap.export.artifact import Source
-from edgecap.export.embedding8 import quantize_embeddings
 from edgecap.export.graph import Graph, op_counts
+from edgecap.export.int8_embedding import quantize_embeddings
 from edgecap.export.int8_matmul import quantize_matmuls
 from edgecap.export.int8_static import quantize_static
 from edgecap.export.merge import merge_projections
-from edgecap.export.skip_norm import fuse_residuals
+from edgecap.export.residual_norms import fuse_residual_norms
 from edgecap.export.tie import tie_embedding
 from edgecap.export.trunk import trace
 
@@ -71,7 +71,7 @@ def test_projections_and_residuals_merge_exactly(block: tuple[onnx.ModelProto, n
     result = merge_projections(model)
     assert result.cost == {"before": 5, "after": 2}
     assert merge_projections(model).cost == {"before": 0, "after": 0}
-    assert fuse_residuals(model).cost == {"fused": 2}
+    assert fuse_residual_norms(model).cost == {"fused": 2}
     onnx.checker.check_model(model)
     ops = op_counts(model)
     assert ops["Split"] == 2 and ops["SkipSimplifiedLayerNormalization"] == 2 and "RMSNormalization" not in ops

@@ -14,7 +14,7 @@ from .graph import DOMAIN, Graph, PassResult, attribute, use_domain
 NAME = "residual_norms"
 
 
-def fuse_residuals(model: ModelProto) -> PassResult:
+def fuse_residual_norms(model: ModelProto) -> PassResult:
     """Add(a, b), RMSNormalization → SkipSimplifiedLayerNormalization, in place; the sum keeps its name and readers.
 
     Only the last axis, with a constant scale [width] and computed summands: constants might broadcast.
