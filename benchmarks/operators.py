@@ -27,10 +27,16 @@ def add_operators(subjects: Sequence[Subject], rows: Sequence[dict[str, Any]], p
         row["operators"] = None
         if row["error"] is None and row["latency"] and not subject.fused:
             if subject.path not in known:
-                length = {"min_length": 0, "max_length": LENGTH, "beam": 1}
-                asked = {"captions": CAPTIONS, "threads": settings.threads, "timeout": settings.timeout}
-                parts = profile(subject, photo, **asked, decoding=length)
-                known[subject.path] = parts and {part: by_operator(nodes) for part, nodes in parts.items()}
+                parts = profile(
+                    subject,
+                    photo,
+                    captions=CAPTIONS,
+                    decoding={"beam": 1, "min_length": 0, "max_length": LENGTH},
+                    timeout=settings.timeout,
+                    threads=settings.threads,
+                )
+                found = {part: by_operator(nodes) for part, nodes in (parts or {}).items()}
+                known[subject.path] = found or None
             row["operators"] = known[subject.path]
 
 

@@ -73,7 +73,8 @@ def recording(folder: str, *, shapes: bool) -> Iterator[Sequence[Any]]:
     """Sessions that are made inside, by whomever, write a profile each; yields them."""
     import onnxruntime as ort
 
-    plain, made = ort.InferenceSession, []
+    plain = ort.InferenceSession
+    made: list[Any] = []
 
     class Recording(plain):  # type: ignore[misc, valid-type]
         def __init__(self, graph: Any, options: Any = None, *more: Any, **named: Any) -> None:

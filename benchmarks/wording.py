@@ -138,10 +138,10 @@ def peers_of(row: Row, group: Iterable[Row]) -> list[Row]:
     return [p for p in group if p["kind"] != "bundle" and (not p.get("peer_of") or names.intersection(p["peer_of"]))]
 
 
-def lead(row: Row, group: Iterable[Row]) -> dict[str, float] | None:
+def lead(row: Row, group: Iterable[Row]) -> Mapping[str, float] | None:
     """How many times as fast a bundle is, JPEG → text, as the peer of its own that it leads least; None without."""
     peer = closest(row, group)
-    return peer and row["speedup"][peer["name"]]["end_to_end"]
+    return None if peer is None else row["speedup"][peer["name"]]["end_to_end"]
 
 
 def closest(row: Row, group: Iterable[Row]) -> Row | None:
