@@ -4,12 +4,12 @@ Requests and answers are JSON lines on stdin and stdout:
   {"op": "load", "path", "threads", "decoding"}  → {"import_s", "load_s", "facts"}
   {"op": "time", "photos": [file, …]}            → {"runs": [{stage: seconds, "tokens": n}, …]}
   {"op": "time", "photos": …, "once": true}      → the same as without it, of one caption a photo; see time_once
-  {"op": "caption", "photos": [file, …]}         → {"captions": [{"text", "logprob", "tokens"}, …]}
+  {"op": "caption", "photos": [file, …]}         → {"captions": [{"text", "logprob", "tokens", "ids"}, …]}
   {"op": "forced", "photo": file, "ids": [id, …] or null, "logits": file}  → {"ids", "text"}; see BundleEngine.forced
   {"op": "pass", "photo": file, "logits": file}  → {"run": {stage: seconds, "tokens": n, "ids"}}; see `with_logits`
   {"op": "profile", …}                           → {"files": [file, …]}; see profiler.profiled
-logprob is null where an engine does not tell it. Each answer has "ok" (false comes with "error", one line) and
-"peak_rss" in bytes. The process ends with its input.
+logprob is null, and ids are absent, where an engine does not tell them. Each answer has "ok" (false comes with
+"error", one line) and "peak_rss" in bytes. The process ends with its input.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Engine(Protocol):
         """Run the search; returns its best hypothesis."""
 
     def caption(self, photo: Any) -> dict[str, Any]:
-        """JPEG file or decoded picture to {"text", "logprob", "tokens"}, by the call an app would make."""
+        """JPEG file or decoded picture to {"text", "logprob", "tokens", "ids"}, by the call an app would make."""
 
 
 Loader = Callable[[dict[str, Any]], Engine]
@@ -264,7 +264,8 @@ class BundleEngine:
 
     def caption(self, photo: Any) -> dict[str, Any]:
         caption = self._captioner(photo, **self._decoding)
-        return {"text": caption.text, "logprob": float(caption.logprob), "tokens": len(caption.token_ids)}
+        ids = [int(i) for i in caption.token_ids]
+        return {"text": caption.text, "logprob": float(caption.logprob), "tokens": len(ids), "ids": ids}
 
     def forced(self, photo: str, ids: Sequence[int] | None, logits: str) -> dict[str, Any]:
         """The photo's caption; its logits [T + 1, vocabulary] where the T tokens given (by default its own) are said
@@ -319,7 +320,8 @@ class FusedEngine:
         picture = decoded(photo) if isinstance(photo, str) else photo
         found = self._captioner(self._array(picture), beam=self._beam, max_length=self._longest)
         text = found.text if found.text is not None else self._tokenizer.decode(found.token_ids)
-        return {"text": text, "logprob": found.logprob, "tokens": len(found.token_ids)}
+        ids = [int(i) for i in found.token_ids]
+        return {"text": text, "logprob": found.logprob, "tokens": len(ids), "ids": ids}
 
 
 def bundle_engine(request: dict[str, Any]) -> Engine:

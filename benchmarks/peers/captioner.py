@@ -188,7 +188,7 @@ class CaptionerPeer:
     def caption(self, photo: Any) -> dict[str, Any]:
         best = self.decode(self.session(), self.sight.load(photo))
         ids = [int(i) for i in best.token_ids]
-        return {"text": self.tokenizer.decode(ids), "logprob": best.logprob, "tokens": len(ids), "token_ids": ids}
+        return {"text": self.tokenizer.decode(ids), "logprob": best.logprob, "tokens": len(ids), "ids": ids}
 
 
 def arguments(module: str) -> argparse.Namespace:

@@ -175,7 +175,7 @@ class VlmPeer:
 
     def caption(self, photo: str | Image) -> dict[str, Any]:
         ids = self.run(self.pixels(photo), Marks())
-        return {"text": self.words(ids), "logprob": None, "tokens": len(ids), "token_ids": ids}
+        return {"text": self.words(ids), "logprob": None, "tokens": len(ids), "ids": ids}
 
 
 def version(package: str) -> str:

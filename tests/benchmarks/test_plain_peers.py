@@ -94,7 +94,7 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def said(engine: Any, photos: list[str]) -> list[tuple[int, ...]]:
-    return [tuple(engine.caption(path)["token_ids"]) for path in photos]
+    return [tuple(engine.caption(path)["ids"]) for path in photos]
 
 
 def load(folder: Path, **decoding: Any) -> dict[str, Any]:
@@ -127,7 +127,7 @@ def test_it_captions(world: World, peer: type[CaptionerPeer], precision: str, re
         sure = [engine.caption(path)["logprob"] for path in world.photos]
         assert sure == pytest.approx([each.logprob for each in best], abs=close)
         assert max(sure) - min(sure) > 3 * close, "the photos must matter"
-    assert all(found) and engine.caption(engine.picture(world.photos[0]))["token_ids"] == list(found[0])
+    assert all(found) and engine.caption(engine.picture(world.photos[0]))["ids"] == list(found[0])
     facts = engine.facts
     assert facts["precision"] == precision and facts["sha256"] == world.loaded.sha256 and facts["weights"]
     assert 0 < facts["bytes"]["graphs"] < facts["bytes"]["total"]

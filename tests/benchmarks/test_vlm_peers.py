@@ -78,7 +78,7 @@ def test_a_peer_answers_as_the_bench_asks(tmp_path: Path) -> None:
     assert engine.facts["bytes"] == {"total": 3, "graphs": 3} and engine.facts["image_tokens"] == 4
     photo = picture(tmp_path / "p.png", 40, 0)
     said = engine.caption(photo)
-    assert said["tokens"] == LENGTH == len(said["token_ids"]) and said["logprob"] is None
+    assert said["tokens"] == LENGTH == len(said["ids"]) and said["logprob"] is None
     assert engine.caption(engine.picture(photo)) == said
     for run in time_photos(engine, [photo] * 2):
         assert set(run) == {*STAGES, "tokens"}
@@ -229,7 +229,7 @@ def captions(kind: str, folder: Path, photos: list[str], image_tokens: int = 4) 
         assert 0 < seen["ttft"] < seen["ttft"] + 4 * seen["next_token"] < seen["end_to_end"]
         for said in worker.ask("caption", photos=photos, timeout=600)["captions"]:
             assert said["tokens"] == LENGTH and said["text"]
-            yield said["token_ids"]
+            yield said["ids"]
 
 
 @pytest.fixture(scope="session")
