@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 from .latency import STAGES, speedup, stats
 from .memory import median, over
 from .quality import Photo, identical_share, quality_record, score
+from .row import Row
 
 if TYPE_CHECKING:
     from .metrics import CaptionScores
-    from .suite import Row
 
 
 def alive(rows: Sequence[Row]) -> list[Row]:

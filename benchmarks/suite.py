@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from statistics import median as middle
 from time import perf_counter
 from typing import Any
@@ -18,11 +18,11 @@ from .device import Device, Local
 from .memory import REFERENCE_IMPORTS, Reference, caption_process
 from .quality import Photo
 from .results import alive, results
-from .runner import Running, WorkerFailed, answered
+from .row import Row
+from .runner import Running, answered
 from .subjects import Subject, groups
 
 INTERRUPTED = "interrupted"
-PATIENCE = 10  # times as long as captions took so far is what others may take
 UNTIMED = {
     "imports": list(REFERENCE_IMPORTS),
     "error": "times mean nothing on this device",
@@ -51,36 +51,6 @@ class Settings:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
-
-
-@dataclass
-class Row:
-    """What was found out about one subject so far. After an error nothing more is asked of it."""
-
-    subject: Subject
-    error: str | None = None
-    missing: bool = False  # its group was not finished, and the error says why
-    group: int = 0  # those of one are measured side by side
-    facts: dict[str, Any] = field(default_factory=dict)
-    starts: list[dict[str, Any]] = field(default_factory=list)  # cold starts
-    peak: dict[str, Any] | None = None  # the process that captioned several photos
-    slowest: float = 0.0  # s of a caption so far, loading included
-    runs: list[list[dict[str, float]]] = field(default_factory=list)  # [rounds][photos of the round]
-    captions: list[dict[str, Any]] = field(default_factory=list)  # in the photos' order
-    timed_by: str | None = None  # "parts": every photo in parts, whole, and as a picture; "once": one caption a photo,
-    # one photo a round, told all
-
-    @contextmanager
-    def trying(self, what: str) -> Iterator[None]:
-        """Turn a worker's failure into this row's reason."""
-        try:
-            yield
-        except WorkerFailed as failure:
-            self.error = f"{what}: {failure}"
-
-    def patience(self, settings: Settings, captions: int) -> float:
-        """Seconds to wait for an answer that takes so many captions."""
-        return max(settings.timeout, PATIENCE * self.slowest * captions)
 
 
 def run(
@@ -202,7 +172,7 @@ def _fresh_processes(
                 with row.trying("cold start"):
                     few = files if turn == 0 else files[:1]
                     process = device.start(row.subject, settings.threads)
-                    timeout = row.patience(settings, 1)
+                    timeout = row.patience(settings.timeout, 1)
                     found = caption_process(process, request, few, timeout=timeout, peak=turn == 0)
                     row.slowest = max(row.slowest, found["seconds"])
                     if turn == 0:
@@ -255,7 +225,7 @@ def _rounds(
 
     def time(row: Row, worker: Running, files: list[str]) -> list[dict[str, float]]:
         captions = 1 + 3 * len(files)  # at most: each in parts, whole, and from its picture
-        answer = worker.ask("time", photos=files, timeout=row.patience(settings, captions), **how)
+        answer = worker.ask("time", photos=files, timeout=row.patience(settings.timeout, captions), **how)
         return answered(answer, "runs", len(files))
 
     counts: dict[int, int] = {}
@@ -297,7 +267,7 @@ def _captions(
         while row.error is None and (part := photos[len(row.captions) :][: chunk if row.captions else 1]):
             with row.trying("captions"):
                 files, begin = [photo.path for photo in part], perf_counter()
-                answer = workers[i].ask("caption", photos=files, timeout=row.patience(settings, len(files)))
+                answer = workers[i].ask("caption", photos=files, timeout=row.patience(settings.timeout, len(files)))
                 row.captions.extend(answered(answer, "captions", len(files)))
                 row.slowest = max(row.slowest, (perf_counter() - begin) / len(files))
             progress("captions", done := done + len(part), total)

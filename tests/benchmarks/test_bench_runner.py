@@ -20,9 +20,10 @@ from edgecap.benchmarks.device import Local
 from edgecap.benchmarks.latency import STAGES
 from edgecap.benchmarks.parity import _summary
 from edgecap.benchmarks.quality import Photo
+from edgecap.benchmarks.row import Row
 from edgecap.benchmarks.runner import Running, Worker, WorkerFailed, no_answer, worker_environment
 from edgecap.benchmarks.subjects import Subject, groups, peer_subject
-from edgecap.benchmarks.suite import Row, Settings, _captions, _give_up, _rounds, run
+from edgecap.benchmarks.suite import Settings, _captions, _give_up, _rounds, run
 from edgecap.runtime.errors import UsageError
 
 FAKE = Path(__file__).with_name("fake_worker.py")

@@ -18,9 +18,10 @@ from edgecap.benchmarks.device import Device, Local
 from edgecap.benchmarks.emulated import Emulated
 from edgecap.benchmarks.parity import native_parity
 from edgecap.benchmarks.quality import Photo
+from edgecap.benchmarks.row import Row
 from edgecap.benchmarks.runner import Running, Worker
 from edgecap.benchmarks.subjects import Subject, bundle_subject
-from edgecap.benchmarks.suite import Row, Settings, run
+from edgecap.benchmarks.suite import Settings, run
 from edgecap.benchmarks.wording import against_line, confinement
 from edgecap.cli import cli
 from edgecap.devices import emulated_arm64, get_profile, wheels
