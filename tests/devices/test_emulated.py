@@ -175,7 +175,7 @@ def test_a_worker_that_hangs_is_noticed_in_its_time(
     waits: list[float] = []
     real = Worker.receive
     monkeypatch.setattr(Worker, "receive", receive)
-    monkeypatch.setattr(Row, "patience", lambda self, settings, captions: settings.timeout + 1000)
+    monkeypatch.setattr(Row, "patience", lambda self, timeout, captions: timeout + 1000)
     device = Emulated(get_profile("emulated-arm64"))
     device._root = Here(bundle, {})
     try:
