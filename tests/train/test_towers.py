@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import shutil
+from collections import Counter
 from itertools import repeat
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from edgecap.benchmarks.datasets import open_dataset
 from edgecap.runtime.errors import UsageError
@@ -59,9 +61,13 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     )
 
     captions = [caption for example in open_dataset(SCENES).splits["train"] for caption in example.captions]
-    inner = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    words = Counter(word for caption in captions for word in re.findall(r"\w+", caption.lower()))
+    letters = sorted({letter for word in words for letter in word})
+    # Not trained: that tells ties apart by chance, and what is learnt below would be another thing in every process.
+    pieces = [*SPECIALS, *letters, *(f"##{letter}" for letter in letters), *sorted(words, key=lambda w: (-words[w], w))]
+    vocabulary = {piece: i for i, piece in enumerate(dict.fromkeys(pieces[:90]))}
+    inner = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     inner.normalizer, inner.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
-    inner.train_from_iterator(captions, trainers.WordPieceTrainer(vocab_size=90, special_tokens=SPECIALS))
     inner.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
     inner.enable_padding(length=30)  # as sentence encoders have it: it must not be read as words
     names = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
@@ -184,7 +190,7 @@ def test_learns_with_both_encoders_untouched_and_resumes_bit_by_bit(
     first, metrics = train(recipe, tmp_path / "first")
     history = metrics["history"]
     assert metrics["finished"] and metrics["metric"] == "recall" and metrics["kind"] == "retrieval"
-    assert history[2]["loss"] < 0.75 * math.log(12)  # which is chance's; six seeds came to 0.36 to 0.58 of it
+    assert history[2]["loss"] < 0.75 * math.log(12)  # which is chance's; it comes to half of that
     assert set(metrics["parameters"]) == {"encoder", "bridge", "text", "head"}
     assert (first / "chart.png").is_file()
 
